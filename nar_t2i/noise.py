@@ -1,0 +1,112 @@
+"""Counter-based noise: every random choice is a pure function of (seed, stream, sample id, step, position).
+
+Image i gets the same numbers in any batch, on any rank and device, after any resume. The mixing function is the
+finaliser of SplitMix64 (Steele, Lea & Flood, 2014), applied once a key; it needs nothing but 64-bit integer
+arithmetic, so it runs inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit numbers, all that torch has
+_MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MUL_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MUL_1
+    x = (x ^ _shift(x, 27)) * _MUL_2
+    return x ^ _shift(x, 31)
+
+
+def _signed(x: int) -> int:
+    """A Python integer, wrapped to int64."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _fold(key: Tensor, value: Tensor | int) -> Tensor:
+    """A new key from a key and a counter."""
+    step = _signed((value + 1) * _GOLDEN) if isinstance(value, int) else (value + 1) * _GOLDEN
+    return _mix(key + step)
+
+
+def _stream_key(stream: str) -> int:
+    return int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _to_uniform(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hashes → the open interval (0, 1), on a lattice that `dtype` represents exactly."""
+    bits = 52 if dtype == torch.float64 else 23
+    return (_shift(x, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
+
+
+class Noise:
+    """The random numbers of a batch.
+
+    seed: any integer. ids: (B,) int64 sample ids. `dtype`: float32 (23 bits a draw) or float64 (52 bits).
+    """
+
+    def __init__(self, seed: int, ids: Tensor, dtype: torch.dtype = torch.float32):
+        self.ids = ids
+        self.dtype = dtype
+        seed_key = torch.tensor(_signed(seed), dtype=torch.int64, device=ids.device)
+        self._keys = _fold(_mix(seed_key), ids)
+
+    def uniform(self, stream: str, step: int | Tensor = 0, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) in (0, 1). Another `stream` or `step` gives independent numbers."""
+        return _to_uniform(self._hash(stream, step, shape), self.dtype)
+
+    def integers(self, stream: str, high: int, step: int | Tensor = 0, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) int64, uniform on 0 … high − 1."""
+        return (self.uniform(stream, step, shape).double() * high).long().clamp_(max=high - 1)
+
+    def at(self, step: int | Tensor, positions: Tensor) -> SlotNoise:
+        """The numbers of the slots in `positions`: integers (B, M), or booleans (B, N), flattened to (R,)."""
+        return SlotNoise(self, step, positions)
+
+    def _hash(self, stream: str, step: int | Tensor, shape: tuple[int, ...]) -> Tensor:
+        keys = _fold(_fold(self._keys, _stream_key(stream)), step)
+        if not shape:
+            return keys
+        positions = torch.arange(math.prod(shape), device=keys.device).view(shape)
+        return _fold(keys.view(-1, *[1] * len(shape)), positions)
+
+
+class SlotNoise:
+    """Noise at chosen slots: what a slot draws does not depend on which other slots were read."""
+
+    def __init__(self, noise: Noise, step: int | Tensor, positions: Tensor):
+        self._noise, self._step = noise, step
+        if positions.dtype == torch.bool:
+            self._rows, self._positions = positions.nonzero(as_tuple=True)
+        else:
+            self._rows, self._positions = None, positions
+
+    def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """(*slots, *shape) in (0, 1)."""
+        keys = self._noise._hash(stream, self._step, ())
+        keys = keys[:, None] if self._rows is None else keys[self._rows]
+        keys = _fold(keys, self._positions)
+        if shape:
+            inner = torch.arange(math.prod(shape), device=keys.device).view(shape)
+            keys = _fold(keys.view(*keys.shape, *[1] * len(shape)), inner)
+        return _to_uniform(keys, self._noise.dtype)
+
+    def normal(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """(*slots, *shape) standard normal, by the inverse distribution function."""
+        return math.sqrt(2) * torch.erfinv(2 * self.uniform(stream, shape) - 1)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel draws from uniform ones."""
+    return -torch.log(-torch.log(uniform))

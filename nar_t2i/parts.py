@@ -1,0 +1,90 @@
+"""Parts that describe themselves: a class path and the arguments it was built with, as plain JSON.
+
+A pipeline folder, a checkpoint and a recipe name their parts in the same form, `{"class_path": …, "init_args": …}`,
+which is jsonargparse's. `build` only ever imports classes of this package (and of packages that the caller trusts), so
+that loading a folder from a stranger runs no code of theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nar_t2i.errors import UserError
+
+T = TypeVar("T", bound=type)
+
+
+def part(cls: T) -> T:
+    """Class decorator: remember the arguments of `__init__` for `describe`."""
+    original = cls.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is cls:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            arguments = {k: v for k, v in bound.arguments.items() if k != "self"}
+            self.__dict__["_described_args"] = arguments
+        original(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def describe(value: Any) -> Any:
+    """A part as `{"class_path", "init_args"}`, recursively; plain values as themselves."""
+    arguments = getattr(value, "_described_args", None)
+    if arguments is not None:
+        return {"class_path": class_path(type(value)), "init_args": {k: describe(v) for k, v in arguments.items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class_path": class_path(type(value)), "init_args": asdict(value)}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, Sequence):
+        return [describe(v) for v in value]
+    raise TypeError(f"{type(value).__name__} cannot be described; decorate the class with @part")
+
+
+def build(description: Any, trusted: Sequence[str] = ()) -> Any:
+    """The inverse of `describe`.
+
+    trusted: further package names whose classes may be built. Raises UserError for any other class.
+    """
+    if isinstance(description, Mapping):
+        if set(description) == {"class_path", "init_args"}:
+            cls = resolve(description["class_path"], trusted)
+            return cls(**{k: build(v, trusted) for k, v in description["init_args"].items()})
+        return {k: build(v, trusted) for k, v in description.items()}
+    if isinstance(description, list):
+        return [build(v, trusted) for v in description]
+    return description
+
+
+def class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def resolve(path: str, trusted: Sequence[str] = ()) -> type:
+    """The class that a path names, if its package is trusted."""
+    package = path.split(".", 1)[0]
+    if package not in ("nar_t2i", *trusted):
+        raise UserError(f"class {path!r} is not part of nar_t2i; name its package as trusted to load it")
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"class {path!r} does not exist in this version of nar_t2i") from error
+    if not (isinstance(cls, type) and (hasattr(cls.__init__, "__wrapped__") or is_dataclass(cls))):
+        raise UserError(f"{path!r} is not a part that can be built")
+    return cls

@@ -1,0 +1,272 @@
+"""The types that every part speaks: tokens, conditions, predictions, and the four kinds of strategy.
+
+Shapes: B images, N token slots an image, M slots that were read, L text positions, D text width, V codes.
+They admit categorical, binary and continuous tokens; grids and sequences; masked, causal, permuted and
+windowed networks; one text stream or many; captions as tokens and images as the condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nar_t2i.noise import Noise, SlotNoise
+    from nar_t2i.schedules import Guidance
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What one image is, as tokens.
+
+    shape: (32, 32) for a grid, (128,) for a sequence.
+    kind: "categorical" (values are codes), "binary" (bits), "continuous" (real vectors).
+    size: number of codes, bits a token, or channels a token.
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["categorical", "binary", "continuous"]
+    size: int
+
+    @property
+    def length(self) -> int:
+        """N, the number of token slots an image."""
+        return math.prod(self.shape)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of one token's value: () for a code, (size,) for bits and channels."""
+        return () if self.kind == "categorical" else (self.size,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """int64 codes, uint8 bits (0 or 1), float32 channels."""
+        return {"categorical": torch.int64, "binary": torch.uint8, "continuous": torch.float32}[self.kind]
+
+    def blank(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """(B, N, *value_shape) zeros: the values of slots that are still masked, which no network may read."""
+        return torch.zeros(batch, self.length, *self.value_shape, dtype=self.dtype, device=device)
+
+
+class Condition(NamedTuple):
+    """All that a generator is told.
+
+    states: one (B, L, D) a stream (two text encoders) or a layer (an LLM's).
+    masks: one (B, L) a stream, True = real, False = padding.
+    pooled: (B, D) or None.
+    scalars: (B,) each: original size, crop, score.
+    """
+
+    states: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    pooled: Tensor | None = None
+    scalars: Mapping[str, Tensor] = {}
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
+        """The same condition with `f` applied to every tensor (move, cast, slice rows)."""
+        return Condition(
+            tuple(f(s) for s in self.states),
+            tuple(f(m) for m in self.masks),
+            None if self.pooled is None else f(self.pooled),
+            {name: f(value) for name, value in self.scalars.items()},
+        )
+
+
+class TokenState(NamedTuple):
+    """Tokens on their way from all unknown to all known.
+
+    values: (B, N) codes | (B, N, bits) | (B, N, channels); meaningless where `masked`.
+    masked: (B, N), True = not known yet. MASK is never a code.
+    positions: (B, N) where a permuted or windowed order puts each slot; None = in order.
+    targets: (B, N) the site that each slot predicts (RAR); None = its own.
+    time: (B,) diffusion time or mask rate; None where the network does not use it.
+    """
+
+    values: Tensor
+    masked: Tensor
+    positions: Tensor | None = None
+    targets: Tensor | None = None
+    time: Tensor | None = None
+
+
+class Sampled(NamedTuple):
+    """Draws for the slots that were read.
+
+    values: (*slots, *value_shape).
+    log_prob: (*slots) log-probability of each draw under the untempered prediction; None where a prediction has none.
+    """
+
+    values: Tensor
+    log_prob: Tensor | None
+
+
+class Prediction(Protocol):
+    """What a network says at the slots that were read: categorical logits, Bernoulli logits, or a head's hidden state."""
+
+    logits: Tensor | None
+
+    def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
+        """(*slots) negative log-likelihood of `target` in nats, or the loss that bounds it (`noise` feeds a diffusion head)."""
+        ...
+
+    def guide(self, unconditional: Prediction, scale: float | Tensor) -> Prediction:
+        """`u + s·(c − u)` in the prediction's own parameters; s = 1 is this prediction."""
+        ...
+
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
+        """One draw a slot; every random number comes from `noise`. Temperature 0 takes the mode."""
+        ...
+
+
+class KVCache(Protocol):
+    """Self-attention keys and values of tokens that were already read."""
+
+    length: int
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, heads, new, d) and return all keys and values of the layer so far."""
+        ...
+
+    def crop(self, length: int | Tensor) -> None:
+        """Forget what lies behind `length` (one number, or one a sample)."""
+        ...
+
+
+class TokenNetwork(nn.Module):
+    """Tokens + text → a prediction. `spec` says which tokens; `causal` whether slot i sees only slots before it."""
+
+    spec: TokenSpec
+    causal: bool = False
+
+    def prepare(self, condition: Condition) -> Any:
+        """Everything that depends on the text alone (cross-attention keys and values): once a generation."""
+        raise NotImplementedError
+
+    def forward(self, state: TokenState, prepared: Any, read: Tensor | None = None, cache: KVCache | None = None) -> Prediction:
+        """Predict the slots in `read`.
+
+        read: None = all slots, (B, N); integers (B, M) = those slots; booleans (B, N) = the True ones, flattened
+        in row order to (R,). The head is evaluated for these alone. With `cache` (causal networks), `state` holds
+        only the slots behind `cache.length`.
+        """
+        raise NotImplementedError
+
+
+class TokenCodec(nn.Module):
+    """Images ↔ tokens. Images are float in [−1, 1], (B, 3, H, W)."""
+
+    spec: TokenSpec
+    image_size: int
+
+    def encode(self, images: Tensor) -> Encoded:
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor, size: int | None = None, condition: Condition | None = None) -> Tensor:
+        """(B, N, …) → (B, 3, H, W), about [−1, 1]. `size`: output pixels a side where the codec can choose."""
+        raise NotImplementedError
+
+
+class Encoded(NamedTuple):
+    """tokens: (B, N, *value_shape). error: (B, N) squared quantisation error of each token, None where there is none."""
+
+    tokens: Tensor
+    error: Tensor | None
+
+
+class TextEncoder(nn.Module):
+    """Captions → Condition. `widths`: one a stream; `pooled_width`: 0 where there is no pooled state."""
+
+    widths: tuple[int, ...]
+    pooled_width: int
+
+    def forward(self, captions: list[str]) -> Condition:
+        raise NotImplementedError
+
+
+class Batch(NamedTuple):
+    """What the data module yields.
+
+    ids: (B,) int64, the ordinal of each sample in the run's data order: the key of all its random choices.
+    keys: the samples' names, for messages.
+    captions: one chosen caption a sample.
+    images: (B, 3, H, W) uint8, or None when tokens come from a cache.
+    tokens: (B, N, …) from a cache, or None.
+    scalars: (B,) each: original size, crop, scores.
+    """
+
+    ids: Tensor
+    keys: list[str]
+    captions: list[str]
+    images: Tensor | None
+    tokens: Tensor | None
+    scalars: dict[str, Tensor]
+
+
+class TokenBatch(NamedTuple):
+    """What a learning strategy sees. tokens: (B, N, …); condition: text with captions already dropped; error: see Encoded."""
+
+    tokens: Tensor
+    condition: Condition
+    error: Tensor | None = None
+
+
+class Term(NamedTuple):
+    """One part of a loss. total: the sum of per-image means over this micro-batch; weight: the number of images."""
+
+    total: Tensor
+    weight: Tensor
+
+
+class LearningStrategy(nn.Module):
+    """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__."""
+
+    def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        """Named terms, of which "loss" is minimised and the others are logged. progress: 0 to 1 through training."""
+        raise NotImplementedError
+
+
+class Step(NamedTuple):
+    """What `on_step` is told after each decoding step.
+
+    step: from 0. tokens: (B, N, …). masked: (B, N), what is still unknown after the step.
+    """
+
+    step: int
+    tokens: Tensor
+    masked: Tensor
+
+
+class Decoded(NamedTuple):
+    """tokens: (B, N, …). passes: network calls an image, guided rows included in one. rows: row evaluations an image."""
+
+    tokens: Tensor
+    passes: int
+    rows: int
+
+
+class Known(NamedTuple):
+    """Tokens that are given and never change: editing is this one primitive. mask: (B, N), True = given; tokens: (B, N, …)."""
+
+    mask: Tensor
+    tokens: Tensor
+
+
+class InferenceStrategy:
+    """How tokens are decoded. Critics, drafters and scorers come in __init__."""
+
+    def decode(
+        self,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Decoded:
+        raise NotImplementedError
