@@ -1,0 +1,122 @@
+"""What every source of captioned images looks like: samples by index, in blocks that lie close together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from nar_t2i.data.order import Order, ShuffledOrder
+
+BLOCK = 1024  # samples a block, for sources that have no shards of their own
+
+
+@dataclass
+class Sample:
+    """One captioned image.
+
+    key: its name, for messages.
+    image: (H, W, 3) uint8 RGB, or None when only the text was read or tokens come from a cache.
+    captions: at least one.
+    scalars: numbers about the sample, such as original_width in pixels.
+    tokens: (N, *value_shape) from a cache, or None.
+    """
+
+    key: str
+    image: np.ndarray | None
+    captions: list[str]
+    scalars: dict[str, float] = field(default_factory=dict)
+    tokens: np.ndarray | None = None
+
+
+class Loss(NamedTuple):
+    """A sample that cannot be used: its key, the shard (or source) that holds it, and why."""
+
+    key: str
+    shard: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} in {self.shard}: {self.reason}"
+
+
+class SampleError(Exception):
+    """A sample that cannot be read. Callers count it and go on with another one."""
+
+    def __init__(self, loss: Loss):
+        super().__init__(str(loss))
+        self.loss = loss
+
+    def __reduce__(self):
+        return SampleError, (self.loss,)
+
+
+class Texts(NamedTuple):
+    """The text of many samples, with one caption chosen for each. scalars: (B,) float32 each, NaN where there is none."""
+
+    keys: list[str]
+    captions: list[str]
+    scalars: dict[str, np.ndarray]
+
+
+class Source:
+    """Captioned images by index. A subclass gives `name`, `__len__` and `read`; the rest has defaults.
+
+    Sources travel to worker processes, so they must be picklable and open their files lazily.
+    """
+
+    name: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Sample:
+        """The sample with its image. Raises SampleError when it cannot be read."""
+        raise NotImplementedError
+
+    def read_text(self, index: int) -> Sample:
+        """The sample without its image. Override it where that is cheaper; raises SampleError like `read`."""
+        sample = self.read(index)
+        sample.image = None
+        return sample
+
+    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
+        """Keys, one caption each, and scalars of many samples.
+
+        indices: (B,) int64. pick: (B,) in [0, 1), which of its captions each sample takes.
+        """
+        samples = [self.read_text(int(i)) for i in indices]
+        captions = [s.captions[int(p * len(s.captions))] for s, p in zip(samples, pick)]
+        return Texts([s.key for s in samples], captions, scalar_columns([s.scalars for s in samples]))
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Lengths of the runs of samples that are quick to read together (shards); they sum to `len(self)`."""
+        full, rest = divmod(len(self), BLOCK)
+        return [BLOCK] * full + [rest] * (rest > 0)
+
+    def block_name(self, block: int) -> str:
+        """A short file-name-safe name of a block, the same in every run."""
+        return f"{block:05d}"
+
+    def identity(self, block: int) -> str:
+        """A hash of what the block holds: a token cache made from another block is refused by it."""
+        return hashlib.sha256(f"{self.name}:{block}:{self.blocks[block]}".encode()).hexdigest()
+
+    @property
+    def lost(self) -> list[Loss]:
+        """Samples that are known to be unusable before any is read; they have no index."""
+        return []
+
+    def order(self, seed: int, window: int) -> Order:
+        """The endless shuffled order of this source. window: blocks that are shuffled together."""
+        return ShuffledOrder(self.blocks, seed, window, self.name)
+
+
+def scalar_columns(rows: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
+    """Rows of named numbers as columns: (B,) float32 a name, NaN where a row has none."""
+    names = sorted(set().union(*rows)) if rows else []
+    return {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float32) for name in names}
