@@ -1,0 +1,181 @@
+"""An exponential moving average of the weights, kept beside training and swapped in whenever a model is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from nar_t2i.errors import UserError
+
+
+def ema_decay(decay: float, updates: int, warmup: bool) -> float:
+    """The decay of update number `updates` (from 0).
+
+    With warm-up min(decay, (1 + t) / (10 + t)), so that the first weights, which know nothing, are soon forgotten
+    (the rule of TensorFlow's ExponentialMovingAverage).
+    """
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+
+
+class EMA(Callback):
+    """Average trainable parameters and float buffers after every optimizer step: `average += (1 − d)·(value − average)`.
+
+    Validation, test and predict run on the average; the training weights come back bit for bit afterwards. The average
+    is saved with the checkpoint as plain tensors named as in the module's state dict, and resumed from it.
+
+    decay: d, 0 to 1; 0 copies the weights.
+    warmup: see `ema_decay`.
+    submodules: names of the module's attributes that are averaged; None = the module's own `ema_submodules` if it
+        names some, else all of it.
+
+    One update follows each training batch in which the optimizer stepped: `trainer.global_step` moved, by however many
+    (with several optimizers under manual optimisation it moves by one for each). A module that knows better when a
+    step is complete calls `step` itself; the automatic update then stays away from that batch.
+    """
+
+    def __init__(self, decay: float = 0.999, warmup: bool = True, submodules: list[str] | None = None) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA: decay must be at least 0 and below 1, not {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self.submodules = submodules
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+        self._restored: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] | None = None
+        self._evaluation: Any = None
+        self._stepped = False
+        self._global_step = 0
+
+    def step(self, module: LightningModule) -> None:
+        """Count one optimizer step and move the average towards the module's present weights."""
+        self._stepped = True
+        if not self.average:
+            self._begin(module)
+        averages = list(self.average.values())
+        values = [self._values[name].detach().to(average) for name, average in self.average.items()]
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, values, 1 - ema_decay(self.decay, self.updates, self.warmup))
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, module: LightningModule) -> Iterator[None]:
+        """Inside, `module` holds the average; afterwards exactly its own weights again. May be nested."""
+        if self._kept is not None:
+            yield
+            return
+        if not self.average:
+            self._begin(module)
+        self._kept = {name: value.detach().clone() for name, value in self._values.items()}
+        _copy(self.average, self._values)
+        try:
+            yield
+        finally:
+            _copy(self._kept, self._values)
+            self._kept = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stepped, self._global_step = False, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._stepped and trainer.global_step != self._global_step:
+            self.step(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # A checkpoint may be saved next, and it must hold the training weights.
+        self._leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+        self._restored = state_dict["average"]
+        self._adopt_restored()
+
+    def _enter(self, module: LightningModule) -> None:
+        self._evaluation = self.applied(module)
+        self._evaluation.__enter__()
+
+    def _leave(self) -> None:
+        if self._evaluation is not None:
+            evaluation, self._evaluation = self._evaluation, None
+            evaluation.__exit__(None, None, None)
+
+    def _begin(self, module: LightningModule) -> None:
+        """Start the average at the module's weights, or at what a checkpoint restored."""
+        self._values = _tracked(module, self._names(module))
+        if any(hasattr(value, "ds_id") for value in self._values.values()):
+            raise UserError("EMA: the weights are partitioned over the ranks by ZeRO-3, which this callback cannot average")
+        self.average = {name: value.detach().clone().to(_precise(value.dtype)) for name, value in self._values.items()}
+        self._adopt_restored()
+
+    def _adopt_restored(self) -> None:
+        """Take over what a checkpoint held, as soon as there is a device to hold it on."""
+        if self.average:
+            for name, average in self.average.items():
+                if name in self._restored:
+                    average.copy_(self._restored[name])
+            self._restored = {}
+
+    def _names(self, module: LightningModule) -> Sequence[str]:
+        return getattr(module, "ema_submodules", ()) if self.submodules is None else self.submodules
+
+
+def _tracked(module: nn.Module, submodules: Sequence[str]) -> dict[str, Tensor]:
+    """Trainable parameters and saved float buffers by their state-dict name, of the whole module or of some attributes."""
+    for name in submodules:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise UserError(f"EMA: submodules: {type(module).__name__} has no submodule {name!r}")
+    prefixes = tuple(f"{name}." for name in submodules)
+    saved = module.state_dict(keep_vars=True)
+    return {
+        name: value
+        for name, value in saved.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and (value.requires_grad or not isinstance(value, nn.Parameter))
+        and (not prefixes or name.startswith(prefixes))
+    }
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in target.items():
+            value.copy_(source[name])
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """Averages of half-precision weights are kept in float32: their updates are smaller than half precision resolves."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,106 @@
+"""AdamW, its parameter groups and its learning-rate schedule: what every trained module shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+# Layers whose parameters are never decayed, whatever their shape.
+_UNDECAYED = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
+# Devices on which torch runs AdamW as one kernel.
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass
+class OptimizerConfig:
+    """The `optimizer` key of a recipe.
+
+    learning_rate: the peak, reached at the end of the warm-up.
+    weight_decay: decoupled; acts on matrices and convolutions only (see `parameter_groups`).
+    beta1, beta2, eps: AdamW's.
+    warmup_steps: optimizer steps of linear growth from 0 to the peak.
+    schedule: "cosine" falls to `final_ratio` of the peak at the last step; "constant" stays at the peak.
+    final_ratio: learning rate at the end of "cosine", as a share of the peak.
+    clip_norm: largest norm of the gradient over all parameters; 0 = no clipping.
+    fused: one kernel for the whole update; None = wherever torch offers it.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_ratio: float = 0.0
+    clip_norm: float = 1.0
+    fused: bool | None = None
+
+
+def parameter_groups(
+    modules: nn.Module | Iterable[nn.Module], weight_decay: float, learning_rate_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `modules`, each once, as one decayed and one undecayed group (empty ones left out).
+
+    Not decayed: norms, biases and everything else of fewer than two dimensions, embeddings, and parameters that carry
+    `no_decay = True` (learned positions). A matrix that is shared with an embedding counts as an embedding.
+    learning_rate_scale: this group's learning rate over the recipe's; `build` applies it.
+    """
+    roots = [modules] if isinstance(modules, nn.Module) else list(modules)
+    layers = [layer for root in roots for layer in root.modules()]
+    undecayed = {id(p) for layer in layers if isinstance(layer, _UNDECAYED) for p in layer.parameters(recurse=False)}
+    unique = {id(p): p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad}
+
+    def decays(p: nn.Parameter) -> bool:
+        return p.ndim >= 2 and id(p) not in undecayed and not getattr(p, "no_decay", False)
+
+    groups = [
+        {"params": [p for p in unique.values() if decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in unique.values() if not decays(p)], "weight_decay": 0.0},
+    ]
+    return [{**group, "learning_rate_scale": learning_rate_scale} for group in groups if group["params"]]
+
+
+def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of the optimizer step that follows `step` finished ones, 0 ≤ step < total_steps."""
+    return config.learning_rate * _factor(step, total_steps, config)
+
+
+def _factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    # The first step after the warm-up is at the peak, the last of all at `final_ratio`.
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int) -> tuple[AdamW, LambdaLR]:
+    """AdamW over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
+
+    total_steps: optimizer steps of the whole run. The scheduler follows `learning_rate_at`, scaled by the group.
+    """
+    groups = [
+        {**group, "lr": config.learning_rate * group.get("learning_rate_scale", 1.0)} for group in groups
+    ]
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = devices <= set(_FUSED_DEVICES) if config.fused is None else config.fused
+    optimizer = AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    # A fused AdamW offers to unscale fp16 gradients itself, and Lightning then refuses to clip them, in bf16 too.
+    # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total_steps, config))

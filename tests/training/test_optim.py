@@ -1,0 +1,90 @@
+"""The optimizer: which parameters are decayed, how the learning rate moves, and that `build` does both."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nar_t2i.training.optim import OptimizerConfig, build, learning_rate_at, parameter_groups
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm((2, 4))  # two-dimensional weights, and still a norm
+        self.position = nn.Parameter(torch.zeros(7, 4))
+        self.position.no_decay = True
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight  # shared with the embedding
+
+
+def names(model, group):
+    by_id = {id(p): n for n, p in model.named_parameters()}
+    return {by_id[id(p)] for p in group["params"]}
+
+
+def test_groups_decay_matrices_only():
+    model = Model()
+    decayed, undecayed = parameter_groups(model, 0.1, learning_rate_scale=0.5)
+    assert names(model, decayed) == {"conv.weight", "linear.weight"} and decayed["weight_decay"] == 0.1
+    assert names(model, undecayed) == {
+        "embedding.weight", "conv.bias", "linear.bias", "norm.weight", "norm.bias", "position"
+    }
+    assert undecayed["weight_decay"] == 0.0
+
+
+def test_groups_of_several_modules_hold_each_parameter_once():
+    model = Model()
+    groups = parameter_groups([model.linear, model], 0.1)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert len(held) == len(set(held)) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_learning_rate():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine", final_ratio=0.1)
+    rates = [learning_rate_at(step, 14, config) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    assert rates[7] == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+    constant = OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule="constant")
+    assert {learning_rate_at(step, 10, constant) for step in range(10)} == {2.0}
+
+
+def test_build_follows_the_schedule_in_every_group():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, clip_norm=0)
+    main, text = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    groups = parameter_groups(main, 0.1) + parameter_groups(text, 0.0, learning_rate_scale=0.1)
+    optimizer, scheduler = build(config, groups, total_steps=6)
+    for step in range(6):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        expected = learning_rate_at(step, 6, config)
+        assert rates == pytest.approx([expected, 0.1 * expected])
+        main(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_fused_and_plain_agree_and_are_adamw():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, warmup_steps=0, schedule="constant", fused=fused)
+        optimizer, _ = build(config, parameter_groups(layer, 0.1), 3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        results.append(layer.weight.detach())
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_build_uses_the_fused_kernel_by_default():
+    optimizer, _ = build(OptimizerConfig(), parameter_groups(nn.Linear(2, 2), 0.1), 3)
+    assert optimizer.param_groups[0]["fused"]
