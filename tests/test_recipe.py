@@ -1,0 +1,131 @@
+"""Recipes: merging, provenance, interpolation, overrides, and one clear error for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from nar_t2i.errors import UserError
+from nar_t2i.recipe import load
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_extends_merges_deeply_and_lists_replace(write):
+    base = write("base/base.yaml", "a: {x: 1, y: [1, 2]}\nb: base\n")
+    middle = write("runs/middle.yaml", "extends: ../base/base.yaml\na: {y: [3]}\nc: middle\n")
+    top = write("runs/top.yaml", "extends: middle.yaml\na: {x: 2}\n")
+    recipe = load(top)
+    assert recipe.config == {"a": {"x": 2, "y": [3]}, "b": "base", "c": "middle"}
+    assert Path(recipe.source("a.x")).samefile(top)
+    assert Path(recipe.source("a.y.0")).samefile(middle)
+    assert Path(recipe.source("b")).samefile(base)
+    assert recipe.source("a.unknown") and recipe.source("nothing") == str(top)
+
+
+def test_extends_a_list_in_order_and_a_diamond_is_no_circle(write):
+    write("root.yaml", "r: 0\n")
+    write("left.yaml", "extends: root.yaml\nv: left\nl: 1\n")
+    write("right.yaml", "extends: root.yaml\nv: right\n")
+    assert load(write("top.yaml", "extends: [left.yaml, right.yaml]\n")).config == {"r": 0, "v": "right", "l": 1}
+
+
+def test_several_recipes_are_laid_over_each_other(write):
+    first, second = write("first.yaml", "a: 1\nb: 1\n"), write("second.yaml", "b: 2\n")
+    assert load([first, second]).config == {"a": 1, "b": 2}
+
+
+def test_changing_a_class_drops_the_arguments_of_the_old_one(write):
+    write("base.yaml", "m: {class_path: A, init_args: {width: 3, part: {class_path: B, init_args: {x: 1}}}}\n")
+    changed = load(write("new.yaml", "extends: base.yaml\nm: {class_path: C, init_args: {depth: 1}}\n"))
+    assert changed.config["m"] == {"class_path": "C", "init_args": {"depth": 1}}
+    assert not any("width" in key for key in changed.sources)
+    same = load(write("same.yaml", "extends: base.yaml\nm: {class_path: A, init_args: {depth: 1}}\n"))
+    assert same.config["m"]["init_args"]["width"] == 3
+    inner = load(write("inner.yaml", "extends: base.yaml\n"), ["m.init_args.part.class_path=D"])
+    assert inner.config["m"]["init_args"] == {"width": 3, "part": {"class_path": "D"}}
+
+
+def test_interpolation_runs_over_the_merged_whole(write, monkeypatch):
+    monkeypatch.setenv("NAR_T2I_TEST", "somewhere")
+    write("base.yaml", "width: 4\nmodel: {w: '${width}', all: '${extra}', path: '${oc.env:NAR_T2I_TEST}/x'}\n")
+    recipe = load(write("top.yaml", "extends: base.yaml\nwidth: 8\nextra: {k: [1]}\n"), ["width=16"])
+    assert recipe.config["model"] == {"w": 16, "all": {"k": [1]}, "path": "somewhere/x"}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1", 1), ("1e-3", 1e-3), ("true", True), ("null", None), ("None", None), ("[1, None, 'a']", [1, None, "a"]),
+        ("{'a': 0.5}", {"a": 0.5}), ("two words", "two words"), ("x=y", "x=y"), ("-1", -1), ("", None),
+    ],
+)
+def test_override_values_are_yaml(write, text, value):
+    recipe = load(write("r.yaml", "a: {b: {c: 0, d: 5}}\n"), [f"a.b.c={text}"])
+    assert recipe.config == {"a": {"b": {"c": value, "d": 5}}}
+    assert recipe.source("a.b.c") == "command line"
+    assert recipe.source("a.b.d").endswith("r.yaml")
+
+
+def test_overrides_reach_into_lists(write):
+    path = write("r.yaml", "callbacks: [{class_path: A, init_args: {x: 1}}, {class_path: B}]\n")
+    recipe = load(path, ["callbacks.0.init_args.x=2"])
+    assert recipe.config == {"callbacks": [{"class_path": "A", "init_args": {"x": 2}}, {"class_path": "B"}]}
+    with pytest.raises(UserError, match="command line: key callbacks: the list has no item 5"):
+        load(path, ["callbacks.5.init_args.x=2"])
+
+
+def test_order_of_class_and_argument_overrides_does_not_matter(write):
+    path = write("r.yaml", "m: {class_path: A, init_args: {x: 1}}\n")
+    for overrides in (["m.init_args.y=2", "m.class_path=B"], ["m.class_path=B", "m.init_args.y=2"]):
+        assert load(path, overrides).config == {"m": {"class_path": "B", "init_args": {"y": 2}}}
+
+
+ERRORS = {
+    "missing file": ({}, "a.yaml", [], "key --config: recipe .*a.yaml' does not exist"),
+    "missing base": ({"a.yaml": "extends: nope.yaml"}, "a.yaml", [], "a.yaml: key extends: recipe 'nope.yaml' does not"),
+    "circle": (
+        {"a.yaml": "extends: b.yaml", "b.yaml": "extends: a.yaml"}, "a.yaml", [],
+        "key extends: circular: a.yaml → b.yaml → a.yaml",
+    ),
+    "self": ({"a.yaml": "extends: a.yaml"}, "a.yaml", [], "circular: a.yaml → a.yaml"),
+    "extends a number": ({"a.yaml": "extends: 3"}, "a.yaml", [], "a.yaml: key extends: must be a path"),
+    "syntax": ({"a.yaml": "a: 1\nb: [1,\n"}, "a.yaml", [], "a.yaml: line 3: not valid YAML"),
+    "duplicate key": ({"a.yaml": "a: 1\na: 2\n"}, "a.yaml", [], "a.yaml: line 2: not valid YAML: .*duplicate"),
+    "a list": ({"a.yaml": "- 1\n"}, "a.yaml", [], "a.yaml: a recipe is a mapping"),
+    "interpolation": (
+        {"a.yaml": "extends: b.yaml\n", "b.yaml": "m: {x: '${nothing}'}"}, "a.yaml", [], "b.yaml: key m.x: .*nothing"
+    ),
+    "interpolation in a list": ({"a.yaml": "m: [1, '${nothing}']"}, "a.yaml", [], "a.yaml: key m.1: .*nothing"),
+    "environment": ({"a.yaml": "x: '${oc.env:NAR_T2I_UNSET}'"}, "a.yaml", [], "a.yaml: key x: .*NAR_T2I_UNSET"),
+    "no such resolver": ({"a.yaml": "x: '${shell:ls}'"}, "a.yaml", [], "a.yaml: key x: .*shell"),
+    "no value": ({"a.yaml": "m: {x: ???}"}, "a.yaml", [], r"a.yaml: key m.x: has no value yet \(\?\?\?\)"),
+    "override without value": ({"a.yaml": "x: 1"}, "a.yaml", ["x"], "command line: 'x' is not of the form"),
+    "override without key": ({"a.yaml": "x: 1"}, "a.yaml", ["x..y=1"], "command line: 'x..y=1' is not of the form"),
+    "override no YAML": ({"a.yaml": "x: 1"}, "a.yaml", ["x=[1"], "command line: key x: .* is not a YAML value"),
+    "override interpolation": ({"a.yaml": "x: 1"}, "a.yaml", ["x=${y}"], "command line: key x: .*'y'"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_mistakes_name_file_and_key(write, tmp_path, case):
+    files, name, overrides, message = ERRORS[case]
+    for file, text in files.items():
+        write(file, text)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / name, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(UserError, match="a.yaml"):
+        load(tmp_path / "a.yaml")
