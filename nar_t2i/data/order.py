@@ -35,7 +35,8 @@ def shuffled(count: int, seed: int, stream: str, step: int) -> np.ndarray:
 class ShuffledOrder(Order):
     """Every sample once an epoch, in windows of shuffled blocks.
 
-    blocks: samples of each block. window: blocks that are shuffled together. name: sets sources of one run apart.
+    blocks: samples of each block. window: blocks that are shuffled together. name: of the source, for messages; the order
+    does not depend on it, so that data may move to another folder.
     """
 
     def __init__(self, blocks: Sequence[int], seed: int, window: int, name: str = ""):
@@ -46,7 +47,7 @@ class ShuffledOrder(Order):
         self.length = int(self._lengths.sum())
         if self.length == 0:
             raise UserError(f"the data source {name!r} has no readable samples")
-        self._seed, self._window, self._name = seed, window, name
+        self._seed, self._window = seed, window
         self._epoch = -1
         self._permuted: dict[int, np.ndarray] = {}
 
@@ -73,7 +74,7 @@ class ShuffledOrder(Order):
         if epoch == self._epoch:
             return
         self._epoch, self._permuted = epoch, {}
-        self._blocks = shuffled(len(self._lengths), self._seed, f"order/blocks/{self._name}", epoch)
+        self._blocks = shuffled(len(self._lengths), self._seed, "order/blocks", epoch)
         ends = np.cumsum(self._lengths[self._blocks])
         self._window_starts = np.concatenate([[0], ends[self._window - 1 :: self._window]])
         if self._window_starts[-1] == self.length:  # the blocks fill their windows exactly
@@ -86,7 +87,7 @@ class ShuffledOrder(Order):
             samples = np.concatenate([np.arange(self._lengths[b]) + self._starts[b] for b in chosen])
             # The epoch is part of the step, so that a window is shuffled anew in each.
             step = (self._epoch << 24) + window
-            samples = samples[shuffled(len(samples), self._seed, f"order/samples/{self._name}", step)]
+            samples = samples[shuffled(len(samples), self._seed, "order/samples", step)]
             while len(self._permuted) >= 2:
                 del self._permuted[next(iter(self._permuted))]
             self._permuted[window] = samples

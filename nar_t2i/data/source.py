@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from nar_t2i.data.order import Order, ShuffledOrder
+from nar_t2i.types import TokenSpec
 
 BLOCK = 1024  # samples a block, for sources that have no shards of their own
 
@@ -69,6 +71,7 @@ class Source:
     """
 
     name: str
+    token_spec: TokenSpec | None = None  # set where images come as tokens from a cache
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -91,6 +94,10 @@ class Source:
         samples = [self.read_text(int(i)) for i in indices]
         captions = [s.captions[int(p * len(s.captions))] for s, p in zip(samples, pick)]
         return Texts([s.key for s in samples], captions, scalar_columns([s.scalars for s in samples]))
+
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
+        """`read_texts`, and (B, N, *value_shape) tokens, where `token_spec` is set."""
+        raise NotImplementedError
 
     @property
     def blocks(self) -> Sequence[int]:

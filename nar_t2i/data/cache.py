@@ -1,0 +1,180 @@
+"""Reading a token cache: what a tokenizer made of every image of a source, so that training opens no image.
+
+The folder mirrors the source's blocks: `<block>.tokens.npy` holds a row a sample, in the order of the block, as the
+smallest unsigned integers (categorical), packed bits (binary) or floats (continuous). `cache.json` says what the
+tokens are, which codec made them, and of which data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.errors import UserError
+from nar_t2i.types import TokenSpec
+
+FORMAT = 1
+MANIFEST = "cache.json"
+
+
+def pack(tokens: np.ndarray, spec: TokenSpec, float_dtype: str = "float16") -> np.ndarray:
+    """(B, N, *value_shape) tokens → what is stored: (B, N) codes, (B, bytes) packed bits, or (B, N, C) floats."""
+    if spec.kind == "categorical":
+        return tokens.astype(np.min_scalar_type(spec.size - 1))
+    if spec.kind == "binary":
+        return np.packbits(tokens.reshape(len(tokens), -1).astype(np.uint8), axis=1)
+    return tokens.astype(float_dtype)
+
+
+def unpack(stored: np.ndarray, spec: TokenSpec) -> torch.Tensor:
+    """The inverse of `pack`: a tensor of the spec's type."""
+    if spec.kind == "binary":
+        stored = np.unpackbits(stored, axis=1, count=spec.length * spec.size)
+    return torch.from_numpy(stored).to(spec.dtype).view(len(stored), spec.length, *spec.value_shape)
+
+
+class TokenCache:
+    """A cache folder, opened for reading. Raises UserError when it is missing, unfinished or of another format."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} is no finished token cache: {MANIFEST} is missing; run encode_tokens") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not readable JSON: {error}") from error
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}; encode anew")
+        spec = self.manifest["spec"]
+        self.spec = TokenSpec(tuple(spec["shape"]), spec["kind"], spec["size"])
+        self.codec_hash: str = self.manifest["codec"]
+        self.blocks: list[dict[str, Any]] = self.manifest["blocks"]
+        self._starts = np.cumsum([0, *(b["length"] for b in self.blocks)])
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def check(self, source: Source | None = None, spec: TokenSpec | None = None, codec_hash: str | None = None) -> None:
+        """Raise a UserError that says what differs from the data, the tokens or the codec that the caller expects."""
+        if spec is not None and spec != self.spec:
+            raise UserError(f"the cache {self.folder} holds {self.spec}, but {spec} is expected; encode with this codec")
+        if codec_hash is not None and codec_hash != self.codec_hash:
+            raise UserError(
+                f"the cache {self.folder} was made by a codec with hash {self.codec_hash[:12]}…, "
+                f"but this one has {codec_hash[:12]}…: other weights give other tokens; encode anew"
+            )
+        if source is not None:
+            self._check_blocks(source)
+
+    def _check_blocks(self, source: Source) -> None:
+        if len(source.blocks) != len(self.blocks):
+            raise UserError(
+                f"the cache {self.folder} covers {len(self.blocks)} shards, {source.name} has {len(source.blocks)}; "
+                "encode_tokens adds what is missing"
+            )
+        for number, block in enumerate(self.blocks):
+            if source.identity(number) != block["identity"]:
+                raise UserError(
+                    f"the cache {self.folder} was made from another shard {block['name']} than that of {source.name} "
+                    f"({block['length']} samples in the cache, {source.blocks[number]} now); encode anew"
+                )
+
+    @property
+    def lost(self) -> dict[int, Loss]:
+        """Index → the sample that could not be encoded; its row holds no tokens."""
+        return {
+            int(self._starts[number]) + int(row): Loss(key, block["name"], reason)
+            for number, block in enumerate(self.blocks)
+            for row, (key, reason) in block["lost"].items()
+        }
+
+    def tokens(self, indices: np.ndarray) -> torch.Tensor:
+        """(B,) indices → (B, N, *value_shape) tokens of the spec's type."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        gathered = None
+        for number in np.unique(numbers):
+            chosen = np.flatnonzero(numbers == number)
+            rows = self._map(int(number))[indices[chosen] - self._starts[number]]
+            if gathered is None:
+                gathered = np.empty((len(indices), *rows.shape[1:]), dtype=rows.dtype)
+            gathered[chosen] = rows
+        return unpack(gathered, self.spec)
+
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            if len(self._maps) >= 128:  # each map holds a file handle
+                del self._maps[next(iter(self._maps))]
+            block = self.blocks[number]
+            path = self.folder / f"{block['name']}.tokens.npy"
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read ({error}); encode_tokens makes it anew") from error
+            if len(array) != block["length"]:
+                raise UserError(f"{path} has {len(array)} rows instead of {block['length']}; delete it and encode anew")
+            self._maps[number] = array
+        return self._maps[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}  # maps do not travel to other processes
+
+
+class CachedSource(Source):
+    """A source whose images come as tokens. Samples that could not be encoded have no index here.
+
+    Raises UserError when the cache was made from other data.
+    """
+
+    def __init__(self, source: Source, cache: TokenCache):
+        cache.check(source)
+        self.name = source.name
+        self.cache, self.token_spec = cache, cache.spec
+        self._source = source
+        self._lost = cache.lost
+        bad = np.array(sorted(self._lost), dtype=np.int64)
+        # The k-th usable index is k plus the number of lost ones before it.
+        self._shift = bad - np.arange(len(bad))
+        edges = np.cumsum([0, *source.blocks])
+        self._blocks = (np.diff(edges) - np.diff(np.searchsorted(bad, edges))).tolist()
+        self._length = sum(self._blocks)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return self._blocks
+
+    def block_name(self, block: int) -> str:
+        return self._source.block_name(block)
+
+    def identity(self, block: int) -> str:
+        return self._source.identity(block)
+
+    @property
+    def lost(self) -> list[Loss]:
+        return [*self._source.lost, *self._lost.values()]
+
+    def read(self, index: int) -> Sample:
+        original = self._original(np.array([index]))
+        sample = self._source.read_text(int(original[0]))
+        sample.tokens = self.cache.tokens(original)[0].numpy()
+        return sample
+
+    read_text = read
+
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
+        original = self._original(np.asarray(indices, dtype=np.int64))
+        return self._source.read_texts(original, pick), self.cache.tokens(original)
+
+    def _original(self, indices: np.ndarray) -> np.ndarray:
+        return indices + np.searchsorted(self._shift, indices, side="right")

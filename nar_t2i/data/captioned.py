@@ -1,0 +1,239 @@
+"""The data module: captioned images from shards, mixtures, caches, streams or a renderer, as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from nar_t2i.data.cache import CachedSource, TokenCache
+from nar_t2i.data.losses import LossLedger
+from nar_t2i.data.mixture import Mixture
+from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
+from nar_t2i.data.reading import BatchReader, CountedLoader, View
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.data.source import Loss, Source
+from nar_t2i.data.stream import StreamReader, is_remote
+from nar_t2i.errors import UserError
+from nar_t2i.types import TokenSpec
+
+MINIMUM_TRIED = 1000  # samples to read before the share of lost ones means anything
+
+
+@dataclass
+class Weighted:
+    """One part of a mixture.
+
+    Args:
+        source: a folder or pattern of shards, or a source.
+        weight: how often it is drawn, relative to the others.
+        cache: folder of the tokens of this part, or none.
+    """
+
+    source: str | Source
+    weight: float = 1.0
+    cache: str | None = None
+
+
+class CaptionedImages(lightning.LightningDataModule):
+    """Captioned images for training and validation.
+
+    Training is an endless order that is a pure function of (seed, epoch): global batch s holds the same samples on any
+    number of ranks, and the state is the number of samples consumed. Validation is every sample once, with its first
+    caption and a centre crop. The module shards by itself: give the trainer `use_distributed_sampler=False`.
+
+    Args:
+        train: shards (folder, file or pattern), URLs (`https://…`, `pipe:…`, streamed), a weighted list, or a source.
+        validation: the same, or none. Not streamed.
+        image_size: pixels a side.
+        global_batch_size: images an optimizer step, over all ranks and accumulated micro-batches.
+        micro_batch_size: images that a rank takes at once; none means the whole share of the rank.
+        cache: folder of training tokens, which replace the images; for a mixture, name it in each part.
+        validation_cache: the same for validation.
+        crop: where the longer side is cropped in training.
+        flip: mirror half of the training images; needs `flip_safe`.
+        flip_safe: the recipe's promise that no caption says left or right, and no image shows text.
+        scalars: numeric JSON fields of the samples that batches carry, such as an aesthetic score.
+        workers: processes that read; 0 reads in the training process.
+        seed: of the order and of every random choice.
+        window: shards (blocks) that are shuffled together.
+        max_lost_share: of the samples, how many may be unreadable before the run ends with an error.
+        epoch_size: training images that the trainer calls an epoch; none means one endless epoch.
+    """
+
+    def __init__(
+        self,
+        train: str | list[Weighted] | Source,
+        image_size: int,
+        global_batch_size: int,
+        micro_batch_size: int | None = None,
+        validation: str | list[Weighted] | Source | None = None,
+        cache: str | None = None,
+        validation_cache: str | None = None,
+        crop: Literal["centre", "random"] = "centre",
+        flip: bool = False,
+        flip_safe: bool = False,
+        scalars: list[str] | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        window: int = 32,
+        max_lost_share: float = 0.01,
+        epoch_size: int | None = None,
+    ):
+        super().__init__()
+        if flip and not flip_safe:
+            raise UserError("flip: true needs flip_safe: true, since mirrored images contradict captions with left and right")
+        if epoch_size is not None and (epoch_size < 1 or epoch_size % global_batch_size):
+            raise UserError(f"epoch_size {epoch_size} is not a positive multiple of global_batch_size {global_batch_size}")
+        self.image_size, self.global_batch_size = image_size, global_batch_size
+        self._micro_batch_size, self._epoch_size = micro_batch_size, epoch_size
+        self._train, self._validation = train, validation
+        self._cache, self._validation_cache = cache, validation_cache
+        names = tuple(scalars or ())
+        self._view = View(image_size, seed, random_caption=True, random_crop=crop == "random", random_flip=flip, scalars=names)
+        self._plain_view = View(image_size, seed, scalars=names)
+        self._workers, self._seed, self._window, self._max_lost_share = workers, seed, window, max_lost_share
+        self._sources: dict[str, Source] = {}
+        self._ledgers: dict[str, LossLedger] = {}
+        self._loader: CountedLoader | None = None
+        self._begun = (0, 0)  # samples consumed, and micro-batches processed, when the current pass began
+
+    # What the run needs to know
+
+    @property
+    def world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def micro_batch_size(self, world: int | None = None) -> int:
+        """Images that each of `world` ranks takes at once."""
+        if self._micro_batch_size is not None:
+            return self._micro_batch_size
+        accumulation_steps(self.global_batch_size, 1, world or self.world)
+        return self.global_batch_size // (world or self.world)
+
+    def accumulation(self, world: int | None = None) -> int:
+        """Micro-batches that each of `world` ranks takes for one optimizer step. UserError when it does not divide."""
+        world = world or self.world
+        return accumulation_steps(self.global_batch_size, self.micro_batch_size(world), world)
+
+    @property
+    def token_spec(self) -> TokenSpec | None:
+        """What the cached tokens are; None when batches hold images."""
+        return None if self._streams() else self.source("train").token_spec
+
+    @property
+    def losses(self) -> list[Loss]:
+        """Every sample that was found unusable so far."""
+        return [loss for ledger in self._ledgers.values() for loss in ledger.losses]
+
+    @property
+    def samples(self) -> int:
+        """Training samples consumed: whole global batches that the trainer has finished."""
+        begun, processed = self._begun
+        samples = begun + (self._processed() - processed) * self.micro_batch_size() * self.world
+        return samples - samples % self.global_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.resume_at(state_dict["samples"])
+
+    def resume_at(self, samples: int) -> None:
+        """Begin the next pass after so many consumed samples."""
+        self._begun = (samples, self._processed())
+
+    # Loaders
+
+    def source(self, split: Literal["train", "validation"]) -> Source:
+        """The source of a split, opened once."""
+        if split not in self._sources:
+            given, cache = (self._train, self._cache) if split == "train" else (self._validation, self._validation_cache)
+            source = open_source(given, cache)
+            ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
+            ledger.note_unindexed(source.lost, len(source) + len(source.lost))
+            self._sources[split], self._ledgers[split] = source, ledger
+        return self._sources[split]
+
+    def train_dataloader(self) -> CountedLoader:
+        self.accumulation()  # sizes that do not divide are told before anything is read
+        if self._streams():
+            ledger = self._ledgers.setdefault("train", LossLedger(self._max_lost_share, MINIMUM_TRIED))
+        else:
+            self.source("train")
+            ledger = self._ledgers["train"]
+        length = None if self._epoch_size is None else self._epoch_size // (self.micro_batch_size() * self.world)
+        samples = self.samples
+        self._loader = CountedLoader(self._train_reads, ledger, length)
+        self.resume_at(samples)
+        return self._loader
+
+    def val_dataloader(self) -> CountedLoader | list:
+        if self._validation is None:
+            return []  # Lightning's way to say that there is none
+        source = self.source("validation")
+        batches = validation_batches(len(source), self.micro_batch_size(), self.rank, self.world)
+        reader = BatchReader(source, self._plain_view, order=None)
+        return CountedLoader(partial(self._data_loader, reader, batches), self._ledgers["validation"], len(batches))
+
+    test_dataloader = val_dataloader
+
+    def _train_reads(self) -> DataLoader:
+        self.resume_at(self.samples)
+        start = self._begun[0]
+        micro, rank, world = self.micro_batch_size(), self.rank, self.world
+        if self._streams():
+            reader = StreamReader(self._train, self._view, micro, rank, world, self._workers, start)
+            return DataLoader(reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available())
+        source = self.source("train")
+        sampler = GlobalBatchSampler(self.global_batch_size, micro, rank, world, start)
+        return self._data_loader(BatchReader(source, self._view, source.order(self._seed, self._window)), sampler)
+
+    def _data_loader(self, reader: BatchReader, batches: Any) -> DataLoader:
+        return DataLoader(
+            reader,
+            batch_sampler=batches,
+            collate_fn=_as_read,
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _streams(self) -> bool:
+        return isinstance(self._train, str) and is_remote(self._train)
+
+    def _processed(self) -> int:
+        """Micro-batches that this rank has finished.
+
+        Lightning's own count: what a loader handed over includes batches that were fetched ahead, and `global_step`
+        counts every optimizer of a GAN.
+        """
+        if self.trainer is not None:
+            return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return 0 if self._loader is None else self._loader.yielded
+
+
+def _as_read(read: Any) -> Any:
+    return read  # the reader returns whole batches
+
+
+def open_source(given: str | list[Weighted] | Source, cache: str | None = None) -> Source:
+    """A source from what a recipe says; with `cache`, its images come as tokens. Raises UserError for bad data."""
+    if isinstance(given, list):
+        if cache is not None:
+            raise UserError("a mixture has one cache a part: name it beside each source, not for the whole")
+        parts = [Weighted(**part) if isinstance(part, Mapping) else part for part in given]
+        return Mixture([open_source(p.source, p.cache) for p in parts], [p.weight for p in parts])
+    if isinstance(given, str):
+        if is_remote(given):
+            raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated on")
+        given = ShardSource(given)
+    return given if cache is None else CachedSource(given, TokenCache(cache))

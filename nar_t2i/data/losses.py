@@ -1,0 +1,64 @@
+"""Which samples were lost, and how many a run may lose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from nar_t2i.data.source import Loss
+from nar_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 5  # lost samples that an error names
+
+
+class LossLedger:
+    """Counts unusable samples, names each once in the log, and ends the run when they are too many.
+
+    max_share: of all samples that were tried, how many may be lost. minimum: samples to try before the share counts.
+    """
+
+    def __init__(self, max_share: float, minimum: int):
+        self._max_share, self._minimum = max_share, minimum
+        self.tried = 0
+        self.failed = 0
+        self.records: dict[tuple[str, str], Loss] = {}
+
+    def note_unindexed(self, losses: list[Loss], total: int) -> None:
+        """Samples of `total` that were known to be unusable before reading. Raises UserError when too many."""
+        self._record(losses)
+        if losses and len(losses) > self._max_share * total:
+            self._refuse(len(losses), total)
+
+    def note(self, tried: int, losses: list[Loss]) -> None:
+        """Losses among `tried` samples. Raises UserError when too many were lost so far."""
+        self.tried += tried
+        self.failed += len(losses)
+        self._record(losses)
+        if losses and self.tried >= self._minimum and self.failed > self._max_share * self.tried:
+            self._refuse(self.failed, self.tried)
+
+    def refuse_empty(self) -> None:
+        """Raise the UserError of a batch for which nothing could be read."""
+        raise UserError(f"no readable sample was found; {self._examples()}")
+
+    @property
+    def losses(self) -> list[Loss]:
+        """Every sample that was lost so far, once."""
+        return list(self.records.values())
+
+    def _record(self, losses: Iterable[Loss]) -> None:
+        for loss in losses:
+            if (loss.shard, loss.key) not in self.records:
+                self.records[loss.shard, loss.key] = loss
+                log.warning("lost sample %s", loss)
+
+    def _refuse(self, failed: int, tried: int) -> None:
+        raise UserError(
+            f"{failed} of {tried} samples cannot be used, more than max_lost_share = {self._max_share:g} allows; "
+            f"{self._examples()}. Repair the data, or raise max_lost_share"
+        )
+
+    def _examples(self) -> str:
+        return "for example: " + "; ".join(str(loss) for loss in self.losses[:EXAMPLES])

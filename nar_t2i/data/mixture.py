@@ -1,0 +1,97 @@
+"""Several sources as one, drawn by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nar_t2i.data.order import MixedOrder, Order
+from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.errors import UserError
+
+
+class Mixture(Source):
+    """Sources drawn by weight, whatever their lengths; each goes through its own epochs.
+
+    weights: positive, in any unit. The indices of the parts lie one behind the other.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        if not sources or len(sources) != len(weights) or min(weights) <= 0:
+            raise UserError(f"a mixture needs one positive weight a source, not {list(weights)} for {len(sources)}")
+        specs = {s.token_spec for s in sources}
+        if len(specs) > 1:
+            raise UserError(f"the sources of a mixture differ in what their images are: {', '.join(map(str, specs))}")
+        self.name = " + ".join(s.name for s in sources)
+        self.token_spec = specs.pop()
+        self._sources, self._weights = list(sources), list(weights)
+        lengths = np.array([len(s) for s in sources])
+        self._starts = np.cumsum(lengths) - lengths
+        self._block_starts = np.cumsum([0, *(len(s.blocks) for s in sources)])
+
+    def __len__(self) -> int:
+        return sum(len(s) for s in self._sources)
+
+    def read(self, index: int) -> Sample:
+        part = self._part(index)
+        return self._sources[part].read(index - int(self._starts[part]))
+
+    def read_text(self, index: int) -> Sample:
+        part = self._part(index)
+        return self._sources[part].read_text(index - int(self._starts[part]))
+
+    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        found = {p: self._sources[p].read_texts(*self._of(p, parts, indices, pick)) for p in np.unique(parts)}
+        return _merge(parts, found)
+
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        found = {p: self._sources[p].read_tokens(*self._of(p, parts, indices, pick)) for p in np.unique(parts)}
+        tokens = next(iter(found.values()))[1]
+        tokens = tokens.new_empty(len(indices), *tokens.shape[1:])
+        for part, (_, values) in found.items():
+            tokens[torch.from_numpy(parts == part)] = values
+        return _merge(parts, {p: texts for p, (texts, _) in found.items()}), tokens
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return [length for source in self._sources for length in source.blocks]
+
+    def block_name(self, block: int) -> str:
+        part = int(np.searchsorted(self._block_starts, block, side="right")) - 1
+        return f"{part}-{self._sources[part].block_name(block - int(self._block_starts[part]))}"
+
+    def identity(self, block: int) -> str:
+        part = int(np.searchsorted(self._block_starts, block, side="right")) - 1
+        return self._sources[part].identity(block - int(self._block_starts[part]))
+
+    @property
+    def lost(self) -> list[Loss]:
+        return [loss for source in self._sources for loss in source.lost]
+
+    def order(self, seed: int, window: int) -> Order:
+        parts = [source.order(seed, window) for source in self._sources]
+        return MixedOrder(parts, [len(s) for s in self._sources], self._weights, seed)
+
+    def _part(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _of(self, part: int, parts: np.ndarray, indices: np.ndarray, pick: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = parts == part
+        return indices[chosen] - self._starts[part], pick[chosen]
+
+
+def _merge(parts: np.ndarray, found: dict[int, Texts]) -> Texts:
+    """The texts of the parts, put back where each belongs."""
+    keys = np.empty(len(parts), dtype=object)
+    captions = np.empty(len(parts), dtype=object)
+    scalars: dict[str, np.ndarray] = {}
+    for part, texts in found.items():
+        chosen = parts == part
+        keys[chosen], captions[chosen] = texts.keys, texts.captions
+        for name, values in texts.scalars.items():
+            scalars.setdefault(name, np.full(len(parts), np.nan, dtype=np.float32))[chosen] = values
+    return Texts(keys.tolist(), captions.tolist(), scalars)

@@ -1,0 +1,166 @@
+"""Positions → batches: read, choose a caption, crop, and replace what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nar_t2i.data.images import fit
+from nar_t2i.data.losses import LossLedger
+from nar_t2i.data.order import Order
+from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts, scalar_columns
+from nar_t2i.noise import Noise
+from nar_t2i.types import Batch
+
+MAX_REPLACEMENTS = 1000  # neighbours that are tried in place of a sample; a longer run of broken ones is no accident
+
+
+class Read(NamedTuple):
+    """What a worker hands over. batch: None when nothing was readable. tried: samples that were attempted."""
+
+    batch: Batch | None
+    tried: int
+    losses: list[Loss]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a sample is looked at. size: pixels a side. Random choices come from `seed` and the sample's id."""
+
+    size: int
+    seed: int = 0
+    random_caption: bool = False
+    random_crop: bool = False
+    random_flip: bool = False
+    scalars: tuple[str, ...] = ()
+
+
+class BatchReader(Dataset):
+    """Reads the batch at an array of positions; it lives in the workers.
+
+    order: positions → sample indices of training, where an unreadable sample is replaced by the next readable one.
+    None: positions are indices (validation), and an unreadable sample is left out.
+    """
+
+    def __init__(self, source: Source, view: View, order: Order | None):
+        self._source, self._view, self._order = source, view, order
+
+    def __getitems__(self, positions: np.ndarray) -> Read:
+        ids = torch.from_numpy(np.asarray(positions, dtype=np.int64))
+        indices = positions if self._order is None else self._order.indices(positions)
+        if self._source.token_spec is not None:
+            return self._read_tokens(ids, indices)
+        samples, losses = [], []
+        for index in indices.tolist():
+            sample, failed = self._readable(index)
+            samples.append(sample)
+            losses += failed
+        tried = len(indices) + len(losses)
+        if self._order is None:
+            tried = len(indices)
+            ids = ids[torch.tensor([s is not None for s in samples], dtype=torch.bool)]
+            samples = [s for s in samples if s is not None]
+        if not samples or None in samples:
+            return Read(None, tried, losses)
+        return Read(make_batch(samples, ids, self._view), tried, losses)
+
+    def _readable(self, index: int) -> tuple[Sample | None, list[Loss]]:
+        """The sample, or in training the next one that can be read, and what failed on the way."""
+        losses: list[Loss] = []
+        attempts = 1 if self._order is None else min(MAX_REPLACEMENTS, len(self._source))
+        for step in range(attempts):
+            try:
+                return self._source.read((index + step) % len(self._source)), losses
+            except SampleError as error:
+                losses.append(error.loss)
+        return None, losses
+
+    def _read_tokens(self, ids: torch.Tensor, indices: np.ndarray) -> Read:
+        """A batch from a cache, gathered as arrays: no image is opened and no sample object is made."""
+        pick = choices(ids, self._view).caption
+        texts, tokens = self._source.read_tokens(indices, pick)
+        scalars = {name: torch.from_numpy(_column(texts, name)) for name in self._view.scalars}
+        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars), len(indices), [])
+
+
+def _column(texts: Texts, name: str) -> np.ndarray:
+    return texts.scalars.get(name, np.full(len(texts.keys), np.nan, dtype=np.float32))
+
+
+class Choices(NamedTuple):
+    """The random choices of a batch. caption: (B,) in [0, 1). top, left: (B,) place of the crop. flip: (B,) bool."""
+
+    caption: np.ndarray
+    top: np.ndarray
+    left: np.ndarray
+    flip: np.ndarray
+
+
+def choices(ids: torch.Tensor, view: View) -> Choices:
+    """Every choice of a sample is a function of (seed, id)."""
+    noise, count = Noise(view.seed, ids, torch.float64), len(ids)
+    caption = noise.uniform("data/caption").numpy() if view.random_caption else np.zeros(count)
+    place = noise.uniform("data/crop", shape=(2,)).numpy() if view.random_crop else np.full((count, 2), 0.5)
+    flip = noise.uniform("data/flip").numpy() < 0.5 if view.random_flip else np.zeros(count, dtype=bool)
+    return Choices(caption, place[:, 0], place[:, 1], flip)
+
+
+def make_batch(samples: list[Sample], ids: torch.Tensor, view: View) -> Batch:
+    """Samples with images → a batch: one caption each, and the square that `view` describes."""
+    choice = choices(ids, view)
+    captions = [s.captions[int(p * len(s.captions))] for s, p in zip(samples, choice.caption)]
+    pixels, rows = [], []
+    for row, sample in enumerate(samples):
+        place = (float(choice.top[row]), float(choice.left[row]))
+        fitted = fit(sample.image, view.size, place, bool(choice.flip[row]))
+        pixels.append(fitted.pixels)
+        height, width = sample.image.shape[:2]
+        rows.append(
+            {
+                **{name: sample.scalars.get(name, float("nan")) for name in view.scalars},
+                "original_width": width,
+                "original_height": height,
+                "crop_top": fitted.top,
+                "crop_left": fitted.left,
+            }
+        )
+    images = torch.from_numpy(np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)))
+    scalars = {name: torch.from_numpy(column) for name, column in scalar_columns(rows).items()}
+    return Batch(ids, [s.key for s in samples], captions, images, None, scalars)
+
+
+class CountedLoader:
+    """Batches for a trainer: an iterable whose losses are booked in the main process.
+
+    make_loader: builds the DataLoader of `Read`s, anew for each pass, since where a pass begins is known only then.
+    length: batches an epoch as the trainer sees it; None where there is no end.
+    """
+
+    def __init__(self, make_loader: Callable[[], DataLoader], ledger: LossLedger, length: int | None = None):
+        self._make_loader, self._ledger, self._length = make_loader, ledger, length
+        self.yielded = 0
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("an endless loader has no length")
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for read in self._make_loader():
+            self._ledger.note(read.tried, read.losses)
+            if read.batch is None:
+                self._ledger.refuse_empty()
+            self.yielded += 1
+            yield read.batch
+
+    def state_dict(self) -> dict:
+        """Empty: the data module keeps the count. Lightning asks for it before it trusts a loader to resume."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """See `state_dict`."""

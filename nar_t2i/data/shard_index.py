@@ -1,0 +1,276 @@
+"""The index of a shard: where each image lies in the tar, and all text, so that the tar is read only for pixels.
+
+It stands next to the tar as `<shard>.index.safetensors` and is memory-mapped. Arrays of n samples and m captions:
+images (n, 2) int64 offset and size in bytes; keys and captions as UTF-8 bytes with their ends; caption_rows (n + 1),
+where each sample's captions begin; scalars (n, s) float32. The metadata holds the size of the tar, which tells a
+truncated or replaced tar, and the samples that cannot be used, with reasons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import struct
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import save
+
+from nar_t2i.data.files import whole_file
+from nar_t2i.data.source import Loss, scalar_columns
+from nar_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "1"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIXES = ("txt", "json")
+MAX_TEXT = 1 << 20  # bytes of a caption or a JSON member
+_DTYPES = {"I64": np.int64, "U8": np.uint8, "F32": np.float32}
+
+
+class Row(NamedTuple):
+    """One usable sample of a shard. offset, size: of the encoded image in the tar, in bytes."""
+
+    key: str
+    offset: int
+    size: int
+    captions: list[str]
+    scalars: dict[str, float]
+
+
+def split_name(member: str) -> tuple[str, str]:
+    """A member's name → its key and lower-case suffix, as webdataset splits them: at the first dot of the last part."""
+    folder, slash, name = member.rpartition("/")
+    stem, _, suffix = name.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def read_captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, float]]:
+    """The captions and the numeric JSON fields of one sample; members: suffix → bytes.
+
+    Captions are the list `captions` of the JSON if there is one, else the text file as one caption, else the JSON's
+    `caption`. White space is collapsed, empty captions are dropped. Raises ValueError, whose message is the reason.
+    """
+    for suffix in TEXT_SUFFIXES:
+        if len(members.get(suffix, b"")) > MAX_TEXT:
+            raise ValueError(f".{suffix} is larger than {MAX_TEXT} bytes")
+    try:
+        fields = json.loads(members["json"]) if members.get("json") else {}
+    except ValueError as error:
+        raise ValueError(f"broken .json: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError("the .json is not an object")
+    try:
+        text = members["txt"].decode("utf-8") if "txt" in members else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption is not UTF-8 ({error})") from error
+    found = fields.get("captions")
+    if not isinstance(found, list):
+        found = [text if text is not None else fields.get("caption")]
+    captions = [" ".join(c.split()) for c in found if isinstance(c, str) and c.strip()]
+    if not captions:
+        raise ValueError("no caption" if text is None else "empty caption")
+    numbers = {k: float(v) for k, v in fields.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return captions, numbers
+
+
+@dataclass
+class _Members:
+    """What a scan found under one key."""
+
+    image: tuple[int, int] | None = None
+    texts: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
+
+
+def scan_tar(path: Path) -> tuple[list[Row], list[Loss]]:
+    """The usable samples of a tar, and those that are not, with reasons. Reads headers and text, no images.
+
+    A tar that was cut off yields what came before the cut. Raises UserError when the file is no plain tar at all.
+    """
+    size = path.stat().st_size
+    samples: dict[str, _Members] = {}
+    damage = ""
+    with open(path, "rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")
+        except tarfile.TarError as error:
+            raise UserError(f"{path} is not an uncompressed tar file ({error}); make shards with data_prep/") from error
+        try:
+            for member in tar:
+                tar.members.clear()  # tarfile remembers every header otherwise
+                _take_member(file, member, size, samples)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            damage = str(error)
+        file.seek(tar.offset)
+        if not damage and file.read(512) != bytes(512):
+            damage = f"no end-of-archive mark at byte {tar.offset}"
+    rows, losses = _sort_out(samples, path.name)
+    if damage:
+        log.warning("%s is cut off or damaged (%s): %d samples before that are readable", path, damage, len(rows))
+        losses.append(Loss("(all that follow)", path.name, f"the tar is cut off or damaged: {damage}"))
+    return rows, losses
+
+
+def _take_member(file, member: tarfile.TarInfo, tar_size: int, samples: dict[str, _Members]) -> None:
+    key, suffix = split_name(member.name)
+    if not member.isreg() or member.issparse() or suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
+        return  # never opened, pickles among them
+    found = samples.setdefault(key, _Members())
+    if member.offset_data + member.size > tar_size:
+        found.problem = f".{suffix} is cut off by the end of the tar"
+    elif suffix in IMAGE_SUFFIXES:
+        if found.image is not None:
+            found.problem = "several images under one key"
+        found.image = (member.offset_data, member.size)
+    elif suffix in found.texts:
+        found.problem = f"several .{suffix} under one key"
+    else:
+        file.seek(member.offset_data)  # tarfile finds its own way back
+        found.texts[suffix] = file.read(min(member.size, MAX_TEXT + 1))
+
+
+def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list[Loss]]:
+    rows, losses = [], []
+    for key, found in samples.items():
+        problem = found.problem
+        if not problem and found.image is None:
+            problem = "no image (.jpg, .png or .webp)"
+        elif not problem and found.image[1] == 0:
+            problem = "empty image (0 bytes)"
+        if not problem:
+            try:
+                captions, numbers = read_captions(found.texts)
+            except ValueError as error:
+                problem = str(error)
+        if problem:
+            losses.append(Loss(key, shard, problem))
+        else:
+            rows.append(Row(key, *found.image, captions, numbers))
+    return rows, losses
+
+
+def encode_index(rows: list[Row], losses: Iterable[Loss], tar_size: int) -> bytes:
+    """The index as the bytes of a safetensors file."""
+    captions = [caption for row in rows for caption in row.captions]
+    columns = scalar_columns([row.scalars for row in rows])
+    arrays = {
+        "images": np.array([(row.offset, row.size) for row in rows], dtype=np.int64).reshape(-1, 2),
+        "caption_rows": np.cumsum([0, *(len(row.captions) for row in rows)], dtype=np.int64),
+        "scalars": np.stack(list(columns.values()), 1) if columns else np.zeros((len(rows), 0), np.float32),
+        **_strings("key", [row.key for row in rows]),
+        **_strings("caption", captions),
+    }
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    metadata = {
+        "format": FORMAT,
+        "tar_size": str(tar_size),
+        "identity": digest.hexdigest(),
+        "scalars": json.dumps(list(columns)),
+        "lost": json.dumps([list(loss) for loss in losses]),
+    }
+    return save(arrays, metadata)
+
+
+def _strings(name: str, strings: list[str]) -> dict[str, np.ndarray]:
+    # A member's name may hold bytes that are not UTF-8, which tarfile keeps as surrogates.
+    encoded = [s.encode("utf-8", "replace") for s in strings]
+    blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    return {f"{name}_bytes": blob, f"{name}_ends": np.cumsum([0, *map(len, encoded)], dtype=np.int64)}
+
+
+class ShardIndex:
+    """A decoded index; the arrays are views of `buffer`, which may be a memory map."""
+
+    def __init__(self, buffer: bytes | mmap.mmap):
+        (header_size,) = struct.unpack("<Q", buffer[:8])
+        header = json.loads(buffer[8 : 8 + header_size])
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']}")
+        arrays = {}
+        for name, entry in header.items():
+            count = int(np.prod(entry["shape"], dtype=np.int64))
+            start = 8 + header_size + entry["data_offsets"][0]
+            array = np.frombuffer(buffer, _DTYPES[entry["dtype"]], count, start) if count else np.empty(0)
+            arrays[name] = array.reshape(entry["shape"])
+        self.images: np.ndarray = arrays["images"]
+        self.scalars: np.ndarray = arrays["scalars"]
+        self.scalar_names: list[str] = json.loads(metadata["scalars"])
+        self.tar_size = int(metadata["tar_size"])
+        self.identity: str = metadata["identity"]
+        self.lost = [Loss(*loss) for loss in json.loads(metadata["lost"])]
+        self.in_memory = isinstance(buffer, bytes)
+        self._buffer = buffer
+        self._base = {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}
+        self._key_ends, self._caption_ends = arrays["key_ends"], arrays["caption_ends"]
+        self._caption_rows = arrays["caption_rows"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def keys(self, rows: np.ndarray) -> list[str]:
+        return self._decode("key_bytes", self._key_ends, rows)
+
+    def captions(self, row: int) -> list[str]:
+        first, last = self._caption_rows[row], self._caption_rows[row + 1]
+        return self._decode("caption_bytes", self._caption_ends, np.arange(first, last))
+
+    def picked_captions(self, rows: np.ndarray, pick: np.ndarray) -> list[str]:
+        """One caption a row; pick: (B,) in [0, 1), which of its captions each takes."""
+        first = self._caption_rows[rows]
+        count = self._caption_rows[rows + 1] - first
+        return self._decode("caption_bytes", self._caption_ends, first + (pick * count).astype(np.int64))
+
+    def _decode(self, name: str, ends: np.ndarray, which: np.ndarray) -> list[str]:
+        starts, stops = (ends[which] + self._base[name]).tolist(), (ends[which + 1] + self._base[name]).tolist()
+        buffer = self._buffer
+        return [buffer[a:b].decode("utf-8") for a, b in zip(starts, stops)]
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index.safetensors")
+
+
+def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:
+    """Write the index of a complete tar next to it."""
+    with whole_file(index_path(tar)) as file:
+        file.write(encode_index(rows, losses, tar.stat().st_size))
+
+
+def open_index(tar: Path) -> ShardIndex:
+    """The index of a tar; one is made where there is none (kept in memory where the folder is read-only).
+
+    Raises UserError when the tar is not the one that was indexed.
+    """
+    path = index_path(tar)
+    if not path.exists():
+        log.info("indexing %s", tar)
+        encoded = encode_index(*scan_tar(tar), tar.stat().st_size)
+        try:
+            with whole_file(path) as file:
+                file.write(encoded)
+        except OSError as error:
+            log.info("the index of %s stays in memory: %s", tar, error)
+            return ShardIndex(encoded)
+    try:
+        with open(path, "rb") as file:
+            index = ShardIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise UserError(f"{path} is not a readable shard index ({error}); delete it, and it is made anew") from error
+    size = tar.stat().st_size
+    if size != index.tar_size:
+        raise UserError(
+            f"{tar} has {size} bytes, its index was made for {index.tar_size}: the tar is truncated or was replaced. "
+            f"Restore it, or delete {path.name} to index what is there"
+        )
+    return index

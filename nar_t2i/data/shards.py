@@ -1,0 +1,137 @@
+"""Local shards: tar files of captioned images, read by random access."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from nar_t2i.data.images import MAX_PIXELS, ImageError, decode_image
+from nar_t2i.data.shard_index import ShardIndex, open_index
+from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts
+from nar_t2i.errors import UserError
+
+OPEN_SHARDS = 128  # file handles a process keeps; a window of the data order needs far fewer
+
+
+class ShardSource(Source):
+    """Tar shards in img2dataset's layout: `key.jpg|jpeg|png|webp`, `key.txt`, `key.json`.
+
+    path: a folder of tars, one tar, or a pattern such as `shards/{00000..00099}.tar` or `shards/*.tar`.
+    max_pixels: larger images are refused.
+    """
+
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS):
+        self.name = str(path)
+        self._tars = find_tars(path)
+        self._max_pixels = max_pixels
+        self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
+        self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
+        self._lengths, self._identities, self._lost = [], [], []
+        for shard in range(len(self._tars)):
+            index = self._shard(shard)[0]
+            self._lengths.append(len(index))
+            self._identities.append(index.identity)
+            self._lost += index.lost
+        self._starts = np.cumsum(self._lengths) - self._lengths
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return self._lengths
+
+    @property
+    def lost(self) -> list[Loss]:
+        return self._lost
+
+    def block_name(self, block: int) -> str:
+        return self._tars[block].stem
+
+    def identity(self, block: int) -> str:
+        return self._identities[block]
+
+    def read(self, index: int) -> Sample:
+        shard, row = self._locate(index)
+        entry, handle = self._shard(shard)
+        sample = self._text(entry, row)
+        offset, size = entry.images[row].tolist()
+        try:
+            sample.image = decode_image(os.pread(handle, size, offset), self._max_pixels)
+        except (ImageError, OSError) as error:
+            raise SampleError(Loss(sample.key, self._tars[shard].name, str(error))) from error
+        return sample
+
+    def read_bytes(self, index: int) -> bytes:
+        """The encoded image as it lies in the tar."""
+        shard, row = self._locate(index)
+        entry, handle = self._shard(shard)
+        offset, size = entry.images[row].tolist()
+        return os.pread(handle, size, offset)
+
+    def read_text(self, index: int) -> Sample:
+        shard, row = self._locate(index)
+        return self._text(self._shard(shard)[0], row)
+
+    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        keys = np.empty(len(indices), dtype=object)
+        captions = np.empty(len(indices), dtype=object)
+        scalars: dict[str, np.ndarray] = {}
+        for shard in np.unique(shards):
+            chosen = np.flatnonzero(shards == shard)
+            entry, rows = self._shard(int(shard))[0], indices[chosen] - self._starts[shard]
+            keys[chosen] = entry.keys(rows)
+            captions[chosen] = entry.picked_captions(rows, pick[chosen])
+            for column, name in enumerate(entry.scalar_names):
+                empty = np.full(len(indices), np.nan, dtype=np.float32)
+                scalars.setdefault(name, empty)[chosen] = entry.scalars[rows, column]
+        return Texts(keys.tolist(), captions.tolist(), scalars)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # handles do not travel to other processes
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    @staticmethod
+    def _text(entry: ShardIndex, row: int) -> Sample:
+        numbers = dict(zip(entry.scalar_names, entry.scalars[row].tolist()))
+        return Sample(entry.keys(np.array([row]))[0], None, entry.captions(row), numbers)
+
+    def _shard(self, shard: int) -> tuple[ShardIndex, int]:
+        """The index and the open file of a shard; the least recently used one makes room."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1][1])
+        path = self._tars[shard]
+        index = self._in_memory.get(shard) or open_index(path)
+        if index.in_memory:
+            self._in_memory[shard] = index
+        self._open[shard] = index, os.open(path, os.O_RDONLY)
+        return self._open[shard]
+
+
+def find_tars(path: str) -> list[Path]:
+    """The tars that a folder, a file or a pattern names, in order. Raises UserError when there are none."""
+    if Path(path).is_dir():
+        found = sorted(Path(path).glob("*.tar"))
+    else:
+        found = []
+        for name in braceexpand.braceexpand(str(path)):
+            here = Path(name)
+            found += sorted(here.parent.glob(here.name)) if any(c in here.name for c in "*?[") else [here]
+    missing = [str(tar) for tar in found if not tar.is_file()]
+    if missing:
+        raise UserError(f"shards do not exist: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}")
+    if not found:
+        raise UserError(f"no .tar shards in {path}; data_prep/ makes them from images and captions")
+    return found

@@ -1,0 +1,58 @@
+"""Writing shards: whole or not at all, and the same shards from the same input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+from nar_t2i.data.files import sync_folder
+from nar_t2i.data.shard_index import Row, index_path, write_index
+
+
+class ShardFile:
+    """One tar of captioned images with its index. Nothing bears its name before `finish`.
+
+    path: of the tar; keys must be unique within it and hold no dot.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._file = open(self._temporary, "wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._rows: list[Row] = []
+
+    def add(self, key: str, image: bytes, suffix: str, captions: list[str], scalars: dict[str, float]) -> None:
+        """Append a sample. image: encoded bytes; suffix: "jpg", "png" or "webp"."""
+        fields = {"key": key, "caption": captions[0], "captions": captions, **scalars}
+        offset = self._member(f"{key}.{suffix}", image)
+        self._member(f"{key}.txt", captions[0].encode())
+        self._member(f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
+        self._rows.append(Row(key, offset, len(image), captions, scalars))
+
+    def finish(self) -> None:
+        """Close the tar, bring it to disk and give it its name; then write the index."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index_path(self._path).unlink(missing_ok=True)  # of an older tar with this name
+        os.replace(self._temporary, self._path)
+        sync_folder(self._path.parent)
+        write_index(self._path, self._rows, [])
+
+    def abandon(self) -> None:
+        """Throw away what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Append a file; returns the offset of its bytes."""
+        member = tarfile.TarInfo(name)  # its time is 0, so that the same input gives the same bytes
+        member.size = len(data)
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(member, io.BytesIO(data))
+        return offset
