@@ -18,7 +18,7 @@ from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validatio
 from nar_t2i.data.reading import BatchReader, CountedLoader, View
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import Loss, Source
-from nar_t2i.data.stream import StreamReader, is_remote
+from nar_t2i.data.stream import StreamReader, StreamShare, is_remote
 from nar_t2i.errors import UserError
 from nar_t2i.types import TokenSpec
 
@@ -101,7 +101,9 @@ class CaptionedImages(lightning.LightningDataModule):
         self._sources: dict[str, Source] = {}
         self._ledgers: dict[str, LossLedger] = {}
         self._loader: CountedLoader | None = None
-        self._begun = (0, 0)  # samples consumed, and micro-batches processed, when the current pass began
+        # Samples consumed when the current pass began, and Lightning's count of micro-batches then; None before the
+        # pass begins, since Lightning restores its count after this module's.
+        self._begun: tuple[int, int | None] = (0, None)
 
     # What the run needs to know
 
@@ -138,8 +140,9 @@ class CaptionedImages(lightning.LightningDataModule):
     @property
     def samples(self) -> int:
         """Training samples consumed: whole global batches that the trainer has finished."""
-        begun, processed = self._begun
-        samples = begun + (self._processed() - processed) * self.micro_batch_size() * self.world
+        samples, processed = self._begun
+        if processed is not None:
+            samples += (self._processed() - processed) * self.micro_batch_size() * self.world
         return samples - samples % self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,7 +153,7 @@ class CaptionedImages(lightning.LightningDataModule):
 
     def resume_at(self, samples: int) -> None:
         """Begin the next pass after so many consumed samples."""
-        self._begun = (samples, self._processed())
+        self._begun = (samples, None)
 
     # Loaders
 
@@ -188,11 +191,12 @@ class CaptionedImages(lightning.LightningDataModule):
     test_dataloader = val_dataloader
 
     def _train_reads(self) -> DataLoader:
-        self.resume_at(self.samples)
-        start = self._begun[0]
+        start = self.samples
+        self._begun = (start, self._processed())
         micro, rank, world = self.micro_batch_size(), self.rank, self.world
         if self._streams():
-            reader = StreamReader(self._train, self._view, micro, rank, world, self._workers, start)
+            share = StreamShare(rank, world, max(1, self._workers), start)
+            reader = StreamReader(self._train, self._view, micro, share)
             return DataLoader(reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available())
         source = self.source("train")
         sampler = GlobalBatchSampler(self.global_batch_size, micro, rank, world, start)

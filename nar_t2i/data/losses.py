@@ -31,12 +31,12 @@ class LossLedger:
         if losses and len(losses) > self._max_share * total:
             self._refuse(len(losses), total)
 
-    def note(self, tried: int, losses: list[Loss]) -> None:
-        """Losses among `tried` samples. Raises UserError when too many were lost so far."""
+    def note(self, tried: int, failed: int, losses: list[Loss]) -> None:
+        """`failed` of `tried` samples were lost. Raises UserError when too many were lost so far."""
         self.tried += tried
-        self.failed += len(losses)
+        self.failed += failed
         self._record(losses)
-        if losses and self.tried >= self._minimum and self.failed > self._max_share * self.tried:
+        if failed and self.tried >= self._minimum and self.failed > self._max_share * self.tried:
             self._refuse(self.failed, self.tried)
 
     def refuse_empty(self) -> None:

@@ -21,10 +21,15 @@ MAX_REPLACEMENTS = 1000  # neighbours that are tried in place of a sample; a lon
 
 
 class Read(NamedTuple):
-    """What a worker hands over. batch: None when nothing was readable. tried: samples that were attempted."""
+    """What a worker hands over.
+
+    batch: None when nothing was readable. tried: samples that were attempted; failed: how many of them were lost.
+    losses: what is known about these, one entry for a whole shard that failed.
+    """
 
     batch: Batch | None
     tried: int
+    failed: int
     losses: list[Loss]
 
 
@@ -66,8 +71,8 @@ class BatchReader(Dataset):
             ids = ids[torch.tensor([s is not None for s in samples], dtype=torch.bool)]
             samples = [s for s in samples if s is not None]
         if not samples or None in samples:
-            return Read(None, tried, losses)
-        return Read(make_batch(samples, ids, self._view), tried, losses)
+            return Read(None, tried, len(losses), losses)
+        return Read(make_batch(samples, ids, self._view), tried, len(losses), losses)
 
     def _readable(self, index: int) -> tuple[Sample | None, list[Loss]]:
         """The sample, or in training the next one that can be read, and what failed on the way."""
@@ -85,7 +90,7 @@ class BatchReader(Dataset):
         pick = choices(ids, self._view).caption
         texts, tokens = self._source.read_tokens(indices, pick)
         scalars = {name: torch.from_numpy(_column(texts, name)) for name in self._view.scalars}
-        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars), len(indices), [])
+        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars), len(indices), 0, [])
 
 
 def _column(texts: Texts, name: str) -> np.ndarray:
@@ -152,7 +157,7 @@ class CountedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for read in self._make_loader():
-            self._ledger.note(read.tried, read.losses)
+            self._ledger.note(read.tried, read.failed, read.losses)
             if read.batch is None:
                 self._ledger.refuse_empty()
             self.yielded += 1
