@@ -107,7 +107,7 @@ ERRORS = {
     "interpolation in a list": ({"a.yaml": "m: [1, '${nothing}']"}, "a.yaml", [], "a.yaml: key m.1: .*nothing"),
     "environment": ({"a.yaml": "x: '${oc.env:NAR_T2I_UNSET}'"}, "a.yaml", [], "a.yaml: key x: .*NAR_T2I_UNSET"),
     "no such resolver": ({"a.yaml": "x: '${shell:ls}'"}, "a.yaml", [], "a.yaml: key x: .*shell"),
-    "no value": ({"a.yaml": "m: {x: ???}"}, "a.yaml", [], r"a.yaml: key m.x: has no value yet \(\?\?\?\)"),
+    "no value": ({"a.yaml": "m: {x: '???'}"}, "a.yaml", [], r"a.yaml: key m.x: has no value yet \(\?\?\?\)"),
     "override without value": ({"a.yaml": "x: 1"}, "a.yaml", ["x"], "command line: 'x' is not of the form"),
     "override without key": ({"a.yaml": "x: 1"}, "a.yaml", ["x..y=1"], "command line: 'x..y=1' is not of the form"),
     "override no YAML": ({"a.yaml": "x: 1"}, "a.yaml", ["x=[1"], "command line: key x: .* is not a YAML value"),

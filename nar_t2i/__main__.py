@@ -1,0 +1,7 @@
+"""`python -m nar_t2i` is `nar-t2i`."""
+
+import sys
+
+from nar_t2i.cli import main
+
+sys.exit(main())

@@ -1,0 +1,143 @@
+"""The `nar-t2i` command. It imports what a subcommand needs only when that subcommand runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nar_t2i import __version__
+from nar_t2i.errors import UserError
+
+LIGHTNING_VERBS = {
+    "fit": "train a model, or go on training it",
+    "validate": "run a model's validation",
+    "test": "run a model's test",
+    "predict": "run a model's prediction",
+}
+# What each of the other subcommands runs: a module with `main(namespace)`.
+MODULES = {
+    "generate": "nar_t2i.generate",
+    "evaluate": "nar_t2i.evaluation.command",
+    "report": "nar_t2i.evaluation.report",
+    "quickstart": "nar_t2i.quickstart",
+}
+INTERRUPTED = 130
+RECIPE_HELP = """\
+usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
+
+{what} with a recipe: a YAML file, or the name of a shipped one. Later recipes lie on top of earlier ones.
+
+  --KEY VALUE, --KEY=VALUE   override a key, anywhere in the line: --trainer.max_steps=100
+  --run_dir FOLDER           the run's folder (default: runs/<name of the recipe>); one that holds a checkpoint goes on
+  --ckpt_path FILE|fresh     the checkpoint to go on from; fresh: none
+  --init_from PATH           start from the weights of a checkpoint, a run or a model folder
+  --print_config             print the resolved configuration and stop
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C.
+
+    With NAR_T2I_TRACEBACK=1 in the environment, a mistake shows where it was noticed.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in LIGHTNING_VERBS:
+            return _lightning(arguments[0], arguments[1:])
+        namespace = _parser().parse_args(arguments)
+        return importlib.import_module(MODULES[namespace.command]).main(namespace) or 0
+    except UserError as error:
+        if os.environ.get("NAR_T2I_TRACEBACK") == "1":
+            raise
+        print(f"nar-t2i: error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nar-t2i: interrupted; the same command goes on where it can", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="nar-t2i", description="Train, compare and use non-autoregressive text-to-image models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for verb, what in LIGHTNING_VERBS.items():
+        commands.add_parser(verb, help=f"{what} (a recipe)")  # for --help; `main` has taken them already
+
+    generate = commands.add_parser("generate", help="draw pictures from prompts")
+    generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the small model in the package)")
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    generate.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line")
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    _add_decoding(generate)
+    generate.add_argument("--temperature", type=float, help="of the draws (default: the model's own)")
+    generate.add_argument("--out", default="generated", metavar="DIR", help="where the pictures go (default: generated)")
+    generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
+
+    evaluate = commands.add_parser("evaluate", help="measure a model on scene prompts")
+    evaluate.add_argument("--model", required=True, metavar="FOLDER")
+    evaluate.add_argument("--prompts", metavar="FILE", help="JSON lines of prompts (default: the committed ones)")
+    evaluate.add_argument("--out", required=True, metavar="FILE", help="where the metrics go, as JSON")
+    _add_decoding(evaluate)
+    evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+
+    report = commands.add_parser("report", help="write report.html and metrics.json of runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+
+    quickstart = commands.add_parser("quickstart", help="captions to pictures on the embedded data set, in minutes")
+    quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
+    quickstart.add_argument("--shortened", action="store_true", help="a few minutes, for continuous integration")
+    quickstart.add_argument("--shuffled-captions", action="store_true", help="a control: captions of other pictures")
+    return parser
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=16, help="decoding steps (default: 16)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 = no guidance (default: 3.0)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _lightning(verb: str, arguments: list[str]) -> int:
+    configs: list[str] = []
+    overrides: list[str] = []
+    print_config = False
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help"):
+            print(RECIPE_HELP.format(verb=verb, what=LIGHTNING_VERBS[verb].capitalize()), end="")
+            return 0
+        if argument == "--print_config":
+            print_config = True
+            continue
+        if not argument.startswith("--") and argument != "-c":
+            raise UserError(f"command line: unexpected argument {argument!r}; overrides are --KEY VALUE")
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(f"command line: {argument} needs a value")
+            value = arguments.pop(0)
+        if argument == "-c" or name == "config":
+            configs.append(value)
+        else:
+            overrides.append(f"{name}={value}")
+    if not configs:
+        raise UserError(f"command line: {verb} needs --config RECIPE; see nar-t2i {verb} --help")
+    return importlib.import_module("nar_t2i.training.command").run(verb, configs, overrides, print_config)
+
+
+def _message(error: UserError) -> str:
+    """One line. An error of a data loader's worker arrives with the worker's traceback around its message."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.rpartition("UserError: ")[2]
+    return " ".join(text.split())
+
+

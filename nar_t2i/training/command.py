@@ -1,0 +1,203 @@
+"""`nar-t2i fit | validate | test | predict`: a resolved recipe, through LightningCLI, in a run folder."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import nar_t2i
+from nar_t2i import recipe as recipes
+from nar_t2i.errors import UserError
+from nar_t2i.recipe import Recipe
+from nar_t2i.training.config_errors import explain
+from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.run_folder import (
+    CheckpointConfig,
+    Interrupt,
+    RunCheckpoint,
+    RunFolder,
+    RunLogger,
+    is_whole,
+    latest_checkpoint,
+)
+
+INTERRUPTED = 130
+FRESH = ("none", "fresh")
+# What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
+_WARNINGS = (
+    r".*does not have many workers.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*(all_gather_into_tensor|reduce_scatter_tensor).*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The number of training batches \(\d+\) is smaller than the logging interval.*",
+    r".*have no `val_dataloader`.*",
+    r".*Trying to infer the `batch_size`.*",
+)
+_INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt")
+
+
+def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print_config: bool = False) -> int:
+    """Run one of Lightning's four verbs on a recipe; the process's exit status.
+
+    configs: recipe files or names, later ones on top. overrides: "a.b.c=value". Raises UserError.
+    """
+    _quieten()
+    recipe = _load(configs, overrides)
+    cli = RecipeCLI(recipe)
+    if print_config:
+        print(cli.config_yaml, end="")
+        return 0
+    checkpoint = _checkpoint(subcommand, cli.config, recipe)
+    cli.build(subcommand)
+    # A run that goes on has weights of its own: those it once started from are not read again.
+    if cli.config.init_from and checkpoint is None:
+        print(load_weights(cli.model, cli.config.init_from), file=sys.stderr)
+    arguments: dict[str, Any] = {"datamodule": cli.datamodule, "ckpt_path": checkpoint, "weights_only": True}
+    if subcommand == "predict":
+        arguments["return_predictions"] = False
+    try:
+        getattr(cli.trainer, subcommand)(cli.model, **arguments)
+    except MisconfigurationException as error:
+        raise UserError(f"{recipe.name}: {_one_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{checkpoint}: holds more than tensors and plain values; it is not loaded") from error
+    except SystemExit:
+        if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        return _say_interrupted(cli.config.run_dir)
+    return 0
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI over one resolved configuration: parsed and checked when constructed, built by `build`.
+
+    A checkpoint's hyperparameters never reach the configuration: LightningCLI reads them for a subcommand's
+    `ckpt_path`, and this one has no subcommands.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            # The data module deals out samples to ranks itself; Lightning's sampler would deal them out again.
+            trainer_defaults={"use_distributed_sampler": False},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=recipe.config,
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, help="the run's folder")
+        parser.add_argument("--init_from", type=str | None, default=None, help="weights to start from")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--checkpoint", type=CheckpointConfig, default=CheckpointConfig())
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_object(args)
+        except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+            raise explain(self.recipe, error, parser) from error
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: `--print_config` only wants the parsed configuration."""
+
+    @property
+    def config_yaml(self) -> str:
+        """The configuration with every default, as YAML that `--config` accepts."""
+        return f"# nar-t2i {nar_t2i.__version__}\n" + self.parser.dump(self.config, skip_none=False, format="yaml")
+
+    def build(self, subcommand: str) -> None:
+        """Make the data module, the model and the trainer."""
+        self.verb = subcommand
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"{self.recipe.name}: cannot be built: {_one_line(error)}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run_dir = Path(self.config.run_dir)
+        settings = {**self._get(self.config_init, "trainer"), **kwargs, "default_root_dir": run_dir}
+        config_yaml = self.config_yaml
+        callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), Interrupt()]
+        if self.verb == "fit" and settings["enable_checkpointing"] is not False:
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", self._get(self.config_init, "checkpoint")))
+        if self.verb == "fit" and settings["logger"] is not False:
+            asked = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
+            settings["logger"] = [RunLogger(run_dir), *(logger for logger in asked if isinstance(logger, Logger))]
+        elif settings["logger"] is None:
+            settings["logger"] = False
+        return self._instantiate_trainer(settings, callbacks)
+
+
+def _load(configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """The resolved recipe, with a run folder, and without what would contradict one."""
+    recipe = recipes.load(configs, overrides)
+    trainer = recipe.config.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("default_root_dir") is not None:
+        raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")
+    if isinstance(trainer, dict) and trainer.get("use_distributed_sampler"):
+        raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
+    if recipe.config.get("run_dir") is None:
+        recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
+    return recipe
+
+
+def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
+    """Which checkpoint to load, and so to resume where `subcommand` is fit; None = none."""
+    asked = config.ckpt_path
+    if asked in FRESH:
+        return None
+    if asked is not None:
+        path = Path(asked)
+        if not path.exists():
+            raise recipe.error("ckpt_path", f"{asked!r} does not exist")
+        if not is_whole(path):
+            raise recipe.error("ckpt_path", f"{asked!r} is not a whole checkpoint")
+        return path.resolve()
+    path = latest_checkpoint(config.run_dir)
+    if path is not None:
+        print(f"nar-t2i: going on from {path}", file=sys.stderr)
+    elif subcommand != "fit" and config.init_from is None:
+        raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
+    return path
+
+
+def _say_interrupted(run_dir: str) -> int:
+    print(f"nar-t2i: interrupted; the same command goes on from the checkpoint in {run_dir}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _quieten() -> None:
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    quiet = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    quiet.addFilter(_is_useful)
+    logging.getLogger("lightning.fabric.utilities.seed").addFilter(_is_useful)
+    logging.getLogger("lightning.fabric.utilities.rank_zero").addFilter(_is_useful)
+
+
+def _is_useful(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _INFOS)

@@ -1,0 +1,125 @@
+"""What jsonargparse says about a wrong configuration, said as one line that names the file and the key.
+
+jsonargparse reports a mistake deep in a recipe as a nest of failed alternatives. So the class in which it lies is found
+first: each `class_path` node is checked by itself, the innermost first, and then the message is about one argument.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from nar_t2i.errors import UserError
+from nar_t2i.recipe import Recipe
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+MOST_HINTS = 12
+
+
+def explain(recipe: Recipe, error: Exception, parser: ArgumentParser) -> UserError:
+    """The error to show for `error`, which `parser` raised about `recipe.config`."""
+    for prefix, node in _class_nodes("", recipe.config):
+        found = _check(node)
+        if found is not None:
+            key, reason = found
+            return recipe.error(f"{prefix}.{key}", reason)
+    key, reason = _read(str(error), parser, recipe.config)
+    return recipe.error(key, reason) if key else UserError(f"{recipe.name}: {reason}")
+
+
+def _class_nodes(prefix: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with a `class_path`, with its dotted key, inner ones before those around them."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _class_nodes(f"{prefix}.{name}" if prefix else str(name), item)
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        yield prefix, value
+
+
+def _check(node: dict[str, Any]) -> tuple[str, str] | None:
+    """The first mistake in one node, as (key, reason)."""
+    for key in node:
+        if key not in CLASS_KEYS:
+            return key, _unknown(key, CLASS_KEYS)
+    module, _, name = node["class_path"].rpartition(".")
+    if not module:
+        return None  # a short name, which only the surrounding type can look up
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        return "class_path", f"class {node['class_path']!r} does not exist ({error})"
+    parser = ArgumentParser(exit_on_error=False)
+    arguments = node.get("init_args") or {}
+    if not isinstance(cls, type) or not isinstance(arguments, dict):
+        return None
+    try:
+        parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True)
+        parser.parse_object(arguments)
+    except Exception as error:  # whatever the class's signature makes jsonargparse raise, it is this class's mistake
+        key, reason = _read(str(error), parser, arguments)
+        return (f"init_args.{key}", reason) if key else ("init_args", reason)
+    return None
+
+
+def _read(message: str, parser: ArgumentParser, config: dict[str, Any]) -> tuple[str, str]:
+    """(key, reason) of one message; the key is empty where the message names none."""
+    names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    if match := re.match(r"Option '(.+?)' is not accepted", message):
+        return match[1], _unknown(match[1], sorted({name.split(".")[0] for name in names}))
+    if match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", message):
+        group, option = match[1], match[2]
+        inside = [name[len(group) + 1:] for name in names if name.startswith(f"{group}.")]
+        return f"{group}.{option}", _unknown(option, sorted(inside))
+    if match := re.match(r"the following arguments are required: ([^\s,]+)", message):
+        return match[1], "is required"
+    if match := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
+        key, reason = match[1], _reason(match[2])
+        is_class = isinstance(_at(config, key), dict) and "class_path" in _at(config, key)
+        return (f"{key}.class_path" if is_class and reason.startswith("class ") else key), reason
+    return "", message.strip().splitlines()[0] if message.strip() else "is not a valid configuration"
+
+
+def _unknown(key: str, accepted: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, accepted, n=1)
+    if close:
+        return f"unknown key; did you mean {close[0]!r}?"
+    if accepted and len(accepted) <= MOST_HINTS:
+        return f"unknown key; accepted: {', '.join(accepted)}"
+    return "unknown key"
+
+
+def _reason(text: str) -> str:
+    """Why a value was refused, from the lines that follow `Parser key "…":`."""
+    if match := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
+        return f"class {match[1]!r} is not a {match[2]}"
+    if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        return f"class {match[1]!r} does not exist; give its full path"
+    given = re.search(r"(?:Got value|Given value): (.*)", text)
+    value = f", got {_short(given[1])}" if given else ""
+    if match := re.search(r"Not a valid subclass of (\w+)", text):
+        return f"expected a class_path of a {match[1]}{value}"
+    expected = dict.fromkeys(_type_name(name) for name in re.findall(r"Expected a (.+?)(?:\. Got value.*)?$", text, re.M))
+    if expected:
+        return f"expected {' or '.join(expected)}{value}"
+    return text.strip().splitlines()[0]
+
+
+def _type_name(name: str) -> str:
+    name = re.sub(r"<class '(.+?)'>", r"\1", name)
+    name = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", name)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", name).replace("NoneType", "null")
+
+
+def _short(value: str, most: int = 80) -> str:
+    return value if len(value) <= most else value[: most - 1] + "…"
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

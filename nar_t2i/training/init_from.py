@@ -1,0 +1,173 @@
+"""`init_from`: start from the weights of a checkpoint, a run or a pipeline folder, as far as they fit.
+
+Distinct from resuming: the optimizer, the step count and the data order all start anew, and averaged weights are
+preferred to the ones training stood at.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.training.run_folder import latest_checkpoint
+
+MOST_NAMES = 5
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` did, by the names of the module's own state; `str` is the summary for a person.
+
+    loaded: taken over as they were. resized: position embeddings fitted to another length or grid.
+    missing: the module has them, the source does not. unexpected: the other way round.
+    wrong_shape: name → (the source's shape, the module's).
+    """
+
+    source: str
+    averaged: bool = False
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} {old} → {new}" for name, (old, new) in self.wrong_shape.items()]
+        kinds = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        averaged = " (averaged)" if self.averaged else ""
+        lines = [f"init_from {self.source}: {len(self.loaded)} tensors taken over{averaged}"]
+        return "\n".join(lines + [f"  {kind}: {_listed(names)}" for kind, names in kinds.items() if names])
+
+
+def load_weights(module: nn.Module, path: str | Path) -> LoadReport:
+    """Copy into `module`, in place, every tensor of `path` whose name and shape fit.
+
+    path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), or a pipeline folder (all its
+    .safetensors, each under its file's name). Position embeddings (named `position`, or with an attribute
+    `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may be missing, without mention.
+    Raises UserError where the source cannot be read or nothing fits.
+    """
+    source, averaged = _read(Path(path))
+    target = module.state_dict(keep_vars=True)
+    report = LoadReport(str(path), averaged)
+    used = set()
+    for name, value in target.items():
+        found = next((candidate for candidate in _spellings(name) if candidate in source), None)
+        if found is None:
+            if not isinstance(value, nn.Parameter) or value.requires_grad:
+                report.missing.append(name)
+            continue
+        used.add(found)
+        fitting = source[found]
+        if fitting.shape != value.shape:
+            fitting = _resize_position(fitting, value) if _is_position(name, value) else None
+        if fitting is None:
+            report.wrong_shape[name] = (tuple(source[found].shape), tuple(value.shape))
+            continue
+        with torch.no_grad():
+            value.copy_(fitting)
+        (report.loaded if fitting is source[found] else report.resized).append(name)
+    report.unexpected.extend(name for name in source if name not in used)
+    if not report.loaded and not report.resized:
+        raise UserError(
+            f"init_from: nothing in {path} fits this model; it holds {_listed(list(source))}, "
+            f"the model has {_listed(list(target))}"
+        )
+    return report
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """All tensors by name, and whether they are averaged ones."""
+    if not path.exists():
+        raise UserError(f"init_from: {path} does not exist")
+    if path.is_file():
+        return _read_file(path)
+    checkpoint = latest_checkpoint(path if (path / "checkpoints").is_dir() else path.parent)
+    if checkpoint is not None and (path / "checkpoints").is_dir():
+        return _read_file(checkpoint)
+    if checkpoint is not None and path.name == "checkpoints":
+        return _read_file(checkpoint)
+    files = sorted(path.rglob("*.safetensors"))
+    if not files:
+        raise UserError(f"init_from: {path} holds neither a whole checkpoint nor a .safetensors file")
+    if len(files) == 1:
+        return _read_file(files[0])
+    return {f"{file.stem}.{name}": value for file in files for name, value in _read_file(file)[0].items()}, False
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
+    if path.is_dir():
+        raise UserError(f"init_from: {path} is a sharded checkpoint; gather it into one file first")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), False
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"init_from: {path} holds more than tensors and plain values; it is not loaded") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"init_from: {path} is not a whole checkpoint") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"init_from: {path} holds no state dict")
+    tensors = {_plain(k): v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)}
+    averages = [
+        state["average"]
+        for name, state in content.get("callbacks", {}).items()
+        if name.startswith("EMA") and isinstance(state, Mapping) and state.get("average")
+    ]
+    for average in averages:
+        tensors.update({_plain(k): v for k, v in average.items()})
+    return tensors, bool(averages)
+
+
+def _plain(name: str) -> str:
+    """A name without what wrappers (torch.compile, DDP) put in front of and into it."""
+    return name.removeprefix("module.").replace("_orig_mod.", "")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Names under which a source may hold a tensor: the whole one, and the one inside its first submodule."""
+    name = _plain(name)
+    yield name
+    if "." in name:
+        yield name.split(".", 1)[1]
+
+
+def _is_position(name: str, value: Tensor) -> bool:
+    return hasattr(value, "position_grid") or "position" in name.split(".")[-2:]
+
+
+def _resize_position(source: Tensor, target: Tensor) -> Tensor | None:
+    """`source` (…, N, D) interpolated to the shape of `target`; None if they differ in more than N.
+
+    A target with `position_grid` (H, W) is a grid in row order: bicubic, smoothed where it shrinks (as ViT checkpoints
+    are resized, arXiv 2010.11929, section 3.2). Otherwise linear along the length.
+    """
+    if source.ndim != target.ndim or source.ndim < 2 or source.shape[-1] != target.shape[-1]:
+        return None
+    width = target.shape[-1]
+    length, new_length = source.numel() // width, target.numel() // width
+    flat = source.reshape(length, width).T.float()
+    grid = getattr(target, "position_grid", None)
+    if grid is None:
+        return F.interpolate(flat[None], size=new_length, mode="linear").squeeze(0).T.reshape(target.shape)
+    rows = round(math.sqrt(length * grid[0] / grid[1]))
+    if rows * (length // max(rows, 1)) != length or grid[0] * grid[1] != new_length:
+        return None
+    image = flat.reshape(1, width, rows, length // rows)
+    resized = F.interpolate(image, size=tuple(grid), mode="bicubic", antialias=True)
+    return resized.reshape(width, new_length).T.reshape(target.shape)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

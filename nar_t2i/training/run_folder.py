@@ -1,0 +1,278 @@
+"""A run's folder: the configuration and versions it ran with, its metrics, its checkpoints, and how to go on from them.
+
+    run_dir/
+      config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
+      versions.json    packages, Python, platform, git commit
+      metrics.csv      everything logged, continued across restarts
+      checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+import nar_t2i
+from nar_t2i.errors import UserError
+
+PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
+            "pillow", "safetensors", "sentencepiece", "torchmetrics", "wandb")
+
+
+@dataclass
+class CheckpointConfig:
+    """The `checkpoint` key of a recipe.
+
+    every_steps: optimizer steps, as `trainer.max_steps` counts them, between checkpoints; one more is saved at the end
+        and on an interruption.
+    keep: how many of the newest stay; 0 = all.
+    """
+
+    every_steps: int = 1000
+    keep: int = 1
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None. A file that was cut off is passed over, and said so."""
+    found = [path for path in Path(run_dir, "checkpoints").glob("*.ckpt") if not path.is_symlink()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if is_whole(path):
+            return path
+        print(f"nar-t2i: {path} is not a whole checkpoint; trying the one before", file=sys.stderr)
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: torch writes a zip archive, whose directory comes last."""
+    return path.is_dir() or zipfile.is_zipfile(path)
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides its configuration."""
+    packages = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "nar_t2i": nar_t2i.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+
+
+class RunFolder(Callback):
+    """Write config.yaml and versions.json when training starts; hand the configuration to loggers other than our own.
+
+    A restart with the same configuration changes nothing; with another one, the old file stays as config.1.yaml.
+    """
+
+    def __init__(self, folder: str | Path, config_yaml: str, config: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.config_yaml = config_yaml
+        self.config = config
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.yaml"
+        if path.is_file() and path.read_text(encoding="utf-8") != self.config_yaml:
+            number = 1 + len(list(self.folder.glob("config.*.yaml")))
+            path.rename(self.folder / f"config.{number}.yaml")
+        _write(path, self.config_yaml)
+        _write(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):
+                logger.log_hyperparams(self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                # The step that loggers are given; global_step counts every optimizer.
+                logger.forget_after(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+class RunCheckpoint(Checkpoint):
+    """Save the run every so many optimizer steps, at its end, and when it breaks off; keep the newest.
+
+    Lightning's ModelCheckpoint, once it has saved anything, does not save the last steps of a run.
+    """
+
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
+        if config.every_steps < 1 or config.keep < 0:
+            raise UserError(f"key checkpoint: every_steps must be at least 1 and keep at least 0, not {config}")
+        self.folder = Path(folder)
+        self.config = config
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Several optimizers may step in one batch, so that no count can be relied on to be a multiple.
+        if trainer.global_step // self.config.every_steps > self.saved_step // self.config.every_steps:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # After an error on one rank the others cannot be expected to join in a save.
+        if trainer.training or trainer.validating:
+            if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt):
+                self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save unless this step is saved already. All ranks must call it."""
+        if trainer.global_step == self.saved_step or trainer.fast_dev_run:
+            return
+        self.saved_step = trainer.global_step
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)  # with optimizer states
+        if trainer.is_global_zero:
+            self._link_and_prune(path)
+
+    def _link_and_prune(self, newest: Path) -> None:
+        link = self.folder / "last.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(newest.name)
+        link.replace(self.folder / "last.ckpt")
+        older = sorted((p for p in self.folder.glob("step-*.ckpt") if p != newest), key=lambda p: p.stat().st_mtime)
+        for path in older[: len(older) - self.config.keep + 1] if self.config.keep else ():
+            _remove(path)
+
+
+class Interrupt(Callback):
+    """The first Ctrl-C lets the present batch finish, so that the checkpoint saved next is whole; a second one does not."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._in_batch = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._in_batch = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_batch = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked or not self._in_batch:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class RunLogger(CSVLogger):
+    """metrics.csv in the run's folder, continued by a restart (Lightning's logger deletes what it finds)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(save_dir=folder, name=None, version="", flush_logs_every_n_steps=1)
+
+    @property
+    def experiment(self) -> Any:
+        if rank_zero_only.rank == 0 and self._experiment is None:
+            self._experiment = _ContinuedWriter(self.log_dir)
+        return super().experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """config.yaml says it already."""
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop the rows behind `step`: a run that went on from an earlier checkpoint will write them again."""
+        self.experiment.forget_after(step)
+
+
+class _ContinuedWriter(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        if os.path.isfile(self.metrics_file_path):
+            with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    def forget_after(self, step: int) -> None:
+        if not os.path.isfile(self.metrics_file_path):
+            return
+        with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+        if len(kept) == len(rows):
+            return
+        with open(self.metrics_file_path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def _check_log_dir_exists(self) -> None:
+        """An existing file is continued, not deleted."""
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with "+changes" where the working tree differs; None where the package is installed."""
+    root = Path(nar_t2i.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed.stdout.strip() else "")
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a run that is killed here leaves no half file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint: a file, or the folder that a sharded one is."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            _remove(inner)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
