@@ -7,6 +7,7 @@ tokens are, which codec made them, and of which data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from nar_t2i.data.source import Loss, Sample, Source, Texts
 from nar_t2i.errors import UserError
@@ -37,6 +39,16 @@ def unpack(stored: np.ndarray, spec: TokenSpec) -> torch.Tensor:
     if spec.kind == "binary":
         stored = np.unpackbits(stored, axis=1, count=spec.length * spec.size)
     return torch.from_numpy(stored).to(spec.dtype).view(len(stored), spec.length, *spec.value_shape)
+
+
+def codec_hash(codec: nn.Module) -> str:
+    """sha256 of a codec's weights and buffers: names, types, shapes and values. The same on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(codec.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TokenCache:

@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a few kilobytes can claim billions, which is how decompression bombs work
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -32,6 +32,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
             return np.asarray(to_rgb(upright(image)))
     except (ImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"does not decode: not a {', '.join(formats)} file") from error
     except Exception as error:  # Pillow's decoders raise a dozen types, and struct.error, SyntaxError and zlib.error
         raise ImageError(f"does not decode: {error}") from error
 

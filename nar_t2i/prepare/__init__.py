@@ -1,0 +1,1 @@
+"""Writing what training reads: shards, token caches, SentencePiece models."""

@@ -6,14 +6,16 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from nar_t2i.data.files import sync_folder
-from nar_t2i.data.shard_index import Row, index_path, write_index
+from nar_t2i.data.shard_index import Row, index_path, open_index, write_index
+from nar_t2i.errors import UserError
 
 
 class ShardFile:
-    """One tar of captioned images with its index. Nothing bears its name before `finish`.
+    """One tar of captioned images with its index. Nothing bears its name before `finish`, which leaving a `with` calls.
 
     path: of the tar; keys must be unique within it and hold no dot.
     """
@@ -25,9 +27,16 @@ class ShardFile:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[Row] = []
 
-    def add(self, key: str, image: bytes, suffix: str, captions: list[str], scalars: dict[str, float]) -> None:
-        """Append a sample. image: encoded bytes; suffix: "jpg", "png" or "webp"."""
-        fields = {"key": key, "caption": captions[0], "captions": captions, **scalars}
+    def add(
+        self, key: str, image: bytes, suffix: str, captions: Sequence[str], scalars: dict[str, float], name: str = ""
+    ) -> None:
+        """Append a sample.
+
+        image: encoded bytes; suffix: "jpg", "png" or "webp". scalars: numbers such as original_width.
+        name: what the sample was called where it came from, for people.
+        """
+        captions = [" ".join(caption.split()) for caption in captions]  # as reading does, so that both indices agree
+        fields = {"key": key, "name": name, "caption": captions[0], "captions": captions, **scalars}
         offset = self._member(f"{key}.{suffix}", image)
         self._member(f"{key}.txt", captions[0].encode())
         self._member(f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
@@ -44,6 +53,15 @@ class ShardFile:
         sync_folder(self._path.parent)
         write_index(self._path, self._rows, [])
 
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
     def abandon(self) -> None:
         """Throw away what was written."""
         self._file.close()
@@ -56,3 +74,11 @@ class ShardFile:
         offset = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(member, io.BytesIO(data))
         return offset
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a tar and its index are there and belong together."""
+    try:
+        return path.exists() and index_path(path).exists() and bool(open_index(path))
+    except UserError:
+        return False

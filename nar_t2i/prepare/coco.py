@@ -1,0 +1,62 @@
+"""COCO captions → shards.
+
+Reads `captions_*.json` (its lists `images` with id and file_name, and `annotations` with image_id and caption) beside a
+folder of images. All captions of an image are kept. Run the same command again after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.command import add_import_options, import_options, parser, run
+from nar_t2i.prepare.importing import Item, Options, Summary, import_items
+
+
+def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
+    """The images of a COCO file in the order of their ids, each with its captions in the order of the file."""
+    root = Path(images)
+    if not root.is_dir():
+        raise UserError(f"{images} is not a folder")
+    captions: dict[int, list[str]] = defaultdict(list)
+    names: dict[int, str] = {}
+    try:
+        content = json.loads(Path(annotations).read_bytes())
+        for entry in content["images"]:
+            names[entry["id"]] = str(entry["file_name"])
+        for entry in content["annotations"]:
+            captions[entry["image_id"]].append(str(entry["caption"]).strip())
+    except OSError as error:
+        raise UserError(f"{annotations} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{annotations} is not COCO captions JSON (images and annotations): {error!r}") from error
+    items = [_item(names[image], root, captions[image]) for image in sorted(names)]
+    unknown = [image for image in captions if image not in names]
+    return items + [Item(f"image id {image}", root / "?", (), "caption without an image") for image in unknown]
+
+
+def _item(name: str, root: Path, captions: list[str]) -> Item:
+    if not (root / name).resolve().is_relative_to(root.resolve()):
+        return Item(name, root / "?", tuple(captions), "file_name leads out of the image folder")
+    return Item(name, root / name, tuple(c for c in captions if c), "" if captions else "no caption")
+
+
+def import_coco(annotations: str | Path, images: str | Path, out: str | Path, options: Options = Options()) -> Summary:
+    """Shards of COCO captions; see `import_items`."""
+    return import_items(find_items(annotations, images), out, options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("annotations", help="captions_*.json")
+    arguments.add_argument("images", help="folder of the images")
+    add_import_options(arguments)
+    parsed = arguments.parse_args(argv)
+    return run(lambda: import_coco(parsed.annotations, parsed.images, parsed.out, import_options(parsed)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Captioned images of any origin → shards: the part that every importer shares.
+
+A list of items is cut into chunks of fixed length, and each chunk becomes one shard, whatever is dropped from it. So a
+run that was killed goes on with the first chunk that has no finished shard, and the same list gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from nar_t2i.data.files import whole_file
+from nar_t2i.data.images import ImageError, decode_image
+from nar_t2i.data.shard_index import IMAGE_SUFFIXES
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.shards import ShardFile, is_finished
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are stored as PNG
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
+
+
+class Item(NamedTuple):
+    """One image to import. name: how messages call it. problem: why it is dropped unread, or empty."""
+
+    name: str
+    path: Path
+    captions: tuple[str, ...]
+    problem: str = ""
+
+
+class Dropped(NamedTuple):
+    """An item that did not get into a shard."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """samples_per_shard: items of a chunk. max_size: larger images are shrunk to this shorter side, in pixels.
+
+    workers: threads that read and check images.
+    """
+
+    samples_per_shard: int = 1000
+    max_size: int | None = None
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an import did. kept: samples in shards. dropped: the rest, each with its reason."""
+
+    kept: int
+    dropped: list[Dropped]
+    shards: int
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many were dropped for each kind of reason, the most frequent first."""
+        return dict(Counter(d.reason.split(":")[0].split(" (")[0] for d in self.dropped).most_common())
+
+    def __str__(self) -> str:
+        lines = [f"kept {self.kept} samples in {self.shards} shards, dropped {len(self.dropped)}"]
+        lines += [f"  {count:>8}  {reason}" for reason, count in self.reasons.items()]
+        lines += [f"  e.g. {d.name}: {d.reason}" for d in self.dropped[:5]]
+        return "\n".join(lines)
+
+
+def text_problem(captions: Sequence[str]) -> str:
+    """Why these captions cannot be used, or empty."""
+    if not any(c.strip() for c in captions):
+        return "empty caption"
+    # Readers below let bytes that are not UTF-8 through as surrogates, to be found here, by item.
+    if any("\ud800" <= character <= "\udfff" for c in captions for character in c):
+        return "caption is not UTF-8"
+    return ""
+
+
+def import_items(items: Sequence[Item], folder: str | Path, options: Options = Options()) -> Summary:
+    """Write the items as shards into a folder, or go on where an interrupted run stopped.
+
+    Writes `summary.json` beside the shards. Raises UserError when the folder holds another import, or nothing is kept.
+    """
+    folder = Path(folder)
+    if not items:
+        raise UserError(f"nothing to import into {folder}: no images were found")
+    if options.samples_per_shard < 1:
+        raise UserError(f"samples_per_shard is {options.samples_per_shard}; it must be at least 1")
+    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, {"items": _fingerprint(items), "samples_per_shard": options.samples_per_shard, "max_size": options.max_size})
+    kept, dropped = 0, []
+    starts = range(0, len(items), options.samples_per_shard)
+    with tqdm(total=len(items), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar, ThreadPoolExecutor(options.workers) as pool:
+        for shard, start in enumerate(starts):
+            chunk = items[start : start + options.samples_per_shard]
+            lost = _import_chunk(chunk, folder, shard, options, pool, bar)
+            kept, dropped = kept + len(chunk) - len(lost), dropped + lost
+    summary = Summary(kept, dropped, len(starts))
+    write_json(folder / SUMMARY, {"kept": kept, "shards": len(starts), "reasons": summary.reasons, "dropped": dropped})
+    if not kept:
+        raise UserError(f"not one of {len(items)} images could be imported:\n{summary}")
+    return summary
+
+
+def claim_folder(folder: Path, wanted: dict) -> None:
+    """Note what the shards of a folder are made from. Raises UserError when they were made from something else."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if any(folder.glob("*.tar")):
+            raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
+        write_json(path, wanted)
+        return
+    found = json.loads(path.read_text())
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        raise UserError(
+            f"{folder} holds shards from another input or other options ({', '.join(differing)} differ); "
+            "choose another folder, or delete this one"
+        )
+
+
+def write_json(path: Path, value: object) -> None:
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def _fingerprint(items: Sequence[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        size = item.path.stat().st_size if item.path.is_file() else -1
+        digest.update(repr((item.name, item.captions, item.problem, size)).encode())
+    return digest.hexdigest()
+
+
+def _import_chunk(
+    chunk: Sequence[Item], folder: Path, shard: int, options: Options, pool: ThreadPoolExecutor, bar: tqdm
+) -> list[Dropped]:
+    """One shard; what was dropped is kept beside it, so that a later run can tell it again."""
+    tar, record = folder / f"{shard:05d}.tar", folder / f"{shard:05d}.dropped.json"
+    if is_finished(tar) and record.exists():
+        bar.update(len(chunk))
+        return [Dropped(*entry) for entry in json.loads(record.read_text())]
+    dropped = []
+    with ShardFile(tar) as file:
+        for row, (item, loaded) in enumerate(_load_all(chunk, options, pool)):
+            if isinstance(loaded, str):
+                dropped.append(Dropped(item.name, loaded))
+            else:
+                size = {"original_width": float(loaded.width), "original_height": float(loaded.height)}
+                file.add(f"{shard:05d}{row:06d}", loaded.data, loaded.suffix, item.captions, size, item.name)
+            bar.update()
+        write_json(record, dropped)  # before the tar appears: a finished shard always has its record
+    return dropped
+
+
+class _Loaded(NamedTuple):
+    """An image as it goes into the shard. width, height: of the original, upright, in pixels."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+
+
+def _load_all(
+    chunk: Sequence[Item], options: Options, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Item, _Loaded | str]]:
+    """Items in order with their images, or the reason why there is none; few at a time, to bound the memory."""
+    ahead = 4 * options.workers
+    for start in range(0, len(chunk), ahead):
+        part = chunk[start : start + ahead]
+        yield from zip(part, pool.map(lambda item: _load(item, options.max_size), part))
+
+
+def _load(item: Item, max_size: int | None) -> _Loaded | str:
+    problem = item.problem or text_problem(item.captions)
+    if problem:
+        return problem
+    try:
+        data = item.path.read_bytes()
+    except FileNotFoundError:
+        return "image file is missing"
+    except OSError as error:
+        return f"image file cannot be read: {error}"
+    try:
+        pixels = decode_image(data, formats=FORMATS)
+    except ImageError as error:
+        return f"image {error}"
+    height, width = pixels.shape[:2]
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        suffix = _STORED.get(image.format)
+    if max_size is not None and min(height, width) > max_size:
+        data, suffix = shrink(pixels, max_size, lossy=suffix in ("jpg", "webp"))
+    elif suffix not in IMAGE_SUFFIXES:
+        data, suffix = encode_png(pixels), "png"
+    return _Loaded(data, suffix, width, height)
+
+
+def shrink(pixels: np.ndarray, size: int, lossy: bool) -> tuple[bytes, str]:
+    """(H, W, 3) uint8 → encoded bytes with the shorter side `size`, and their suffix. lossy: JPEG instead of PNG."""
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    target = (max(size, round(width * scale)), max(size, round(height * scale)))
+    small = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    if not lossy:
+        return encode_png(small), "png"
+    buffer = io.BytesIO()
+    Image.fromarray(small).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue(), "jpg"
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,81 @@
+"""The captions of a source → a SentencePiece model for the text encoder that is trained from scratch.
+
+    train_sentencepiece.py SHARDS OUT.model --vocab-size 8000
+
+Unigram model with byte fallback: any Unicode text survives. The same captions always give the same model.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from nar_t2i.data.captioned import open_source
+from nar_t2i.data.files import whole_file
+from nar_t2i.data.source import SampleError, Source
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.command import parser, run
+
+SPECIAL = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
+MAX_CAPTIONS = 2_000_000  # more captions no longer change the vocabulary, only the time
+
+
+def captions_of(source: Source, limit: int = MAX_CAPTIONS) -> Iterator[str]:
+    """All captions of a source, or of an evenly spaced part of its samples where there are more than `limit` samples."""
+    stride = -(-len(source) // limit)
+    for index in range(0, len(source), stride):
+        try:
+            yield from source.read_text(index).captions
+        except SampleError:
+            continue  # reading for training counts and reports it
+
+
+def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: int = 8000) -> int:
+    """Train a model and write it to `path`; returns its vocabulary's size, smaller than asked where text is scarce.
+
+    Raises UserError when there is no text, or the vocabulary cannot hold the bytes and characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            character_coverage=0.9999,
+            hard_vocab_limit=False,
+            num_threads=4,  # fixed: sums are grouped by thread
+            max_sentence_length=1 << 14,
+            minloglevel=2,
+            **SPECIAL,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"no SentencePiece model of {vocab_size} pieces can be trained on these captions: {error}") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    arguments.add_argument("out", help="the model file to write")
+    arguments.add_argument("--vocab-size", type=int, default=8000, help="at most; default: 8000")
+    parsed = arguments.parse_args(argv)
+
+    def work() -> str:
+        size = train_sentencepiece(captions_of(open_source(parsed.shards)), parsed.out, parsed.vocab_size)
+        return f"{parsed.out}: {size} pieces"
+
+    return run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

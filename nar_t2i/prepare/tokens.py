@@ -1,0 +1,125 @@
+"""Any source + any tokenizer → a token cache, which `nar_t2i.data.cache` reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nar_t2i.data.cache import FORMAT, MANIFEST, codec_hash, pack
+from nar_t2i.data.files import whole_file
+from nar_t2i.data.reading import BatchReader, View
+from nar_t2i.data.source import Source
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.importing import write_json
+from nar_t2i.types import TokenCodec, TokenSpec
+
+PREPROCESSING = "shorter side to {size} px (Lanczos), centre crop, [-1, 1]"
+
+
+@torch.inference_mode()
+def encode_tokens(
+    codec: TokenCodec,
+    source: Source,
+    folder: str | Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    float_dtype: str = "float16",
+) -> dict[str, Any]:
+    """Encode every image of a source, block by block; blocks that are finished are kept, so it can be interrupted.
+
+    batch_size: images a pass. workers: processes that read. float_dtype: "float16" or "float32", of continuous tokens.
+    Returns the manifest. Raises UserError when the folder holds the tokens of another codec or of other data.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    codec = codec.to(device).eval()
+    made_by = {
+        "format": FORMAT,
+        "spec": json.loads(json.dumps(asdict(codec.spec))),  # as JSON gives it back: lists for tuples
+        "codec": codec_hash(codec),
+        "preprocessing": PREPROCESSING.format(size=codec.image_size),
+        "float_dtype": float_dtype if codec.spec.kind == "continuous" else None,
+    }
+    blocks, start = [], 0
+    with tqdm(total=len(source), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
+        for number, length in enumerate(source.blocks):
+            name = source.block_name(number)
+            block = {"name": name, "length": length, "identity": source.identity(number)}
+            finished = _finished(folder, {**made_by, **block})
+            if finished is None:
+                indices = np.arange(start, start + length)
+                tokens, lost = _encode_block(codec, source, indices, batch_size, workers, device, bar)
+                with whole_file(folder / f"{name}.tokens.npy") as file:
+                    np.save(file, pack(tokens, codec.spec, float_dtype), allow_pickle=False)
+                finished = {**made_by, **block, "lost": lost}
+                write_json(folder / f"{name}.tokens.json", finished)  # last: it says that the block is whole
+            else:
+                bar.update(length)
+            blocks.append({key: finished[key] for key in ("name", "length", "identity", "lost")})
+            start += length
+    manifest = {**made_by, "source": source.name, "blocks": blocks}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a block that an earlier run finished. Raises UserError when it is of something else."""
+    record = folder / f"{wanted['name']}.tokens.json"
+    if not record.exists():
+        return None
+    found = json.loads(record.read_text())
+    differing = [key for key, value in wanted.items() if found.get(key) != value]
+    if differing:
+        raise UserError(
+            f"{folder} holds tokens that differ in {', '.join(differing)} (block {wanted['name']}); "
+            "choose another folder, or delete this one"
+        )
+    return found
+
+
+def _encode_block(
+    codec: TokenCodec,
+    source: Source,
+    indices: np.ndarray,
+    batch_size: int,
+    workers: int,
+    device: str | torch.device,
+    bar: tqdm,
+) -> tuple[np.ndarray, dict[str, tuple[str, str]]]:
+    """(rows, N, *value_shape) tokens of a block, and the rows that could not be read, with key and reason."""
+    spec = codec.spec
+    tokens = np.zeros((len(indices), spec.length, *spec.value_shape), dtype=spec.blank(0).numpy().dtype)
+    lost: dict[str, tuple[str, str]] = {}
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    reader = BatchReader(source, View(codec.image_size), order=None)
+    loader = DataLoader(reader, batch_sampler=batches, collate_fn=lambda read: read, num_workers=workers)
+    for batch, read in zip(batches, loader):
+        present = np.array([], dtype=np.int64) if read.batch is None else read.batch.ids.numpy()
+        missing = np.setdiff1d(batch, present)  # sorted, like the losses, which come in the order of the batch
+        for index, loss in zip(missing, read.losses):
+            lost[str(index - indices[0])] = (loss.key, loss.reason)
+        if read.batch is not None:
+            images = read.batch.images.to(device).float() / 127.5 - 1
+            tokens[present - indices[0]] = _checked(codec.encode(images).tokens, spec)
+        bar.update(len(batch))
+    return tokens, lost
+
+
+def _checked(tokens: torch.Tensor, spec: TokenSpec) -> np.ndarray:
+    """The tokens as an array. Raises UserError when they are not what the codec's spec says."""
+    tokens = tokens.cpu()
+    if spec.kind == "continuous":
+        right = bool(torch.isfinite(tokens).all())
+    else:
+        right = bool(((tokens >= 0) & (tokens < (spec.size if spec.kind == "categorical" else 2))).all())
+    if tokens.shape[1:] != (spec.length, *spec.value_shape) or not right:
+        raise UserError(f"the codec's tokens, {tuple(tokens.shape)} {tokens.dtype}, do not agree with its {spec}")
+    return tokens.to(spec.dtype).numpy()
