@@ -28,7 +28,7 @@ from nar_t2i.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 MAX_TEXT = 1 << 20  # bytes of a caption or a JSON member
@@ -173,12 +173,12 @@ def encode_index(rows: list[Row], losses: Iterable[Loss], tar_size: int) -> byte
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     metadata = {
         "format": FORMAT,
-        "tar_size": str(tar_size),
+        "tar_size": tar_size,
         "identity": digest.hexdigest(),
-        "scalars": json.dumps(list(columns)),
-        "lost": json.dumps([list(loss) for loss in losses]),
+        "scalars": list(columns),
+        "lost": [list(loss) for loss in losses],
     }
-    return save(arrays, metadata)
+    return save(arrays, {"index": json.dumps(metadata)})  # one entry: safetensors keeps no order among several
 
 
 def _strings(name: str, strings: list[str]) -> dict[str, np.ndarray]:
@@ -194,7 +194,7 @@ class ShardIndex:
     def __init__(self, buffer: bytes | mmap.mmap):
         (header_size,) = struct.unpack("<Q", buffer[:8])
         header = json.loads(buffer[8 : 8 + header_size])
-        metadata = header.pop("__metadata__")
+        metadata = json.loads(header.pop("__metadata__")["index"])
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}")
         arrays = {}
@@ -205,10 +205,10 @@ class ShardIndex:
             arrays[name] = array.reshape(entry["shape"])
         self.images: np.ndarray = arrays["images"]
         self.scalars: np.ndarray = arrays["scalars"]
-        self.scalar_names: list[str] = json.loads(metadata["scalars"])
-        self.tar_size = int(metadata["tar_size"])
+        self.scalar_names: list[str] = metadata["scalars"]
+        self.tar_size: int = metadata["tar_size"]
         self.identity: str = metadata["identity"]
-        self.lost = [Loss(*loss) for loss in json.loads(metadata["lost"])]
+        self.lost = [Loss(*loss) for loss in metadata["lost"]]
         self.in_memory = isinstance(buffer, bytes)
         self._buffer = buffer
         self._base = {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}

@@ -1,0 +1,206 @@
+"""Local shards: nothing is lost silently, nothing is executed, nothing is written where a name says."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
+
+from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_tar
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.data.source import SampleError
+from nar_t2i.errors import UserError
+
+
+def test_written_shards_read_back(tmp_path):
+    source = ShardSource(str(write_shards(tmp_path / "s", [3, 4], captions=2)))
+    assert len(source) == 7 and list(source.blocks) == [3, 4] and not source.lost
+    for index in (0, 2, 3, 6):
+        sample = source.read(index)
+        assert sample.key == f"s{index:06d}" and sample.captions == [f"caption {index}.0", f"caption {index}.1"]
+        assert np.array_equal(sample.image, pixels(index))
+        assert sample.scalars["score"] == index
+
+
+def test_the_index_of_the_writer_is_that_of_a_scan(tmp_path):
+    folder = write_shards(tmp_path, [5], captions=2)
+    written = index_path(folder / "00000.tar").read_bytes()
+    rows, losses = scan_tar(folder / "00000.tar")
+    assert encode_index(rows, losses, (folder / "00000.tar").stat().st_size) == written
+
+
+def test_many_texts_at_once_equal_one_by_one(tmp_path):
+    source = ShardSource(str(write_shards(tmp_path, [3, 4, 2], captions=3)))
+    indices, pick = np.array([8, 0, 3, 3, 5]), np.array([0.0, 0.5, 0.99, 0.34, 0.2])
+    texts = source.read_texts(indices, pick)
+    assert texts.keys == [source.read_text(i).key for i in indices]
+    assert texts.captions == [source.read_text(i).captions[int(p * 3)] for i, p in zip(indices, pick)]
+    assert texts.scalars["score"].tolist() == indices.tolist()
+
+
+def test_caption_forms(tmp_path):
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            *members("list", 0, "first", captions=["one", " two\nlines ", "", 3]),
+            *members("text", 1, "from the text", caption="from the json"),
+            ("json.png", encoded(pixels(2))),
+            ("json.json", b'{"caption": "\\u65e5\\u672c \\ud83d\\ude00"}'),
+        ],
+    )
+    source = ShardSource(str(tmp_path))
+    captions = {(s := source.read_text(i)).key: s.captions for i in range(3)}
+    assert captions == {"list": ["one", "two lines"], "text": ["from the text"], "json": ["日本 😀"]}
+
+
+def test_hurt_samples_are_named_with_reasons(tmp_path):
+    write_tar(tmp_path / "0.tar", hurt_members())
+    source = ShardSource(str(tmp_path))
+    found = {source.read_text(i).key for i in range(len(source))}
+    lost = {loss.key: loss.reason for loss in source.lost}
+    for index in range(len(source)):
+        try:
+            source.read(index)
+        except SampleError as error:
+            lost[error.loss.key] = error.loss.reason
+            found.remove(error.loss.key)
+    assert found == {"g0", "g1", "g2", "g3"} and set(lost) == HURT
+    assert "0 bytes" in lost["empty"] and "UTF-8" in lost["latin"] and "decode" in lost["broken"]
+
+
+@pytest.mark.parametrize("where", ["in an image", "in a header", "between members"])
+def test_a_truncated_tar_is_accounted_for(tmp_path, where):
+    whole = write_tar(tmp_path / "whole.tar", [m for i in range(6) for m in members(f"k{i}", i)])
+    rows, _ = scan_tar(whole)
+    cut = {"in an image": rows[3].offset + 20, "in a header": rows[3].offset - 100, "between members": rows[3].offset - 512}
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "0.tar").write_bytes(whole.read_bytes()[: cut[where]])
+    source = ShardSource(str(tmp_path / "cut"))
+    assert [source.read(i).key for i in range(len(source))] == ["k0", "k1", "k2"]
+    assert any("cut off" in loss.reason for loss in source.lost)
+    assert not scan_tar(whole)[1]
+
+
+def test_damage_in_the_middle_is_accounted_for(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", [m for i in range(6) for m in members(f"k{i}", i)])
+    rows, _ = scan_tar(tar)
+    data = bytearray(tar.read_bytes())
+    data[rows[3].offset - 512 : rows[3].offset] = b"\x07" * 512  # the header of k3's image
+    tar.write_bytes(data)
+    rows, losses = scan_tar(tar)
+    assert [row.key for row in rows] == ["k0", "k1", "k2"] and "damaged" in losses[-1].reason
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-700], lambda d: d + bytes(512)])
+def test_a_tar_that_is_not_the_indexed_one_is_refused(tmp_path, change):
+    folder = write_shards(tmp_path, [4])
+    tar = folder / "00000.tar"
+    tar.write_bytes(change(tar.read_bytes()))
+    with pytest.raises(UserError, match="truncated or was replaced"):
+        ShardSource(str(folder))
+    index_path(tar).unlink()
+    ShardSource(str(folder))
+
+
+def test_a_broken_index_is_refused(tmp_path):
+    folder = write_shards(tmp_path, [4])
+    path = index_path(folder / "00000.tar")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="not a readable shard index"):
+        ShardSource(str(folder))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/nar_t2i_pickle_was_loaded",)
+
+
+def test_pickles_and_unknown_members_are_never_opened(tmp_path):
+    evil = [(f"k0.{suffix}", pickle.dumps(Bomb())) for suffix in ("pyd", "pkl", "pth", "pickle", "cls", "npy")]
+    write_tar(tmp_path / "0.tar", [*evil, *members("k0", 0)])
+    source = ShardSource(str(tmp_path))
+    assert source.read(0).captions == ["caption 0"]
+    assert not os.path.exists("/tmp/nar_t2i_pickle_was_loaded")
+
+
+def test_member_names_never_become_paths(tmp_path):
+    inner = tmp_path / "deep" / "shards"
+    names = ["../../evil", "/tmp/nar_t2i_evil", "..", "a/../../b", "C:\\evil"]
+    write_tar(inner / "0.tar", [m for i, name in enumerate(names) for m in members(name, i)])
+    source = ShardSource(str(inner))
+    assert len(source) == 4  # ".." has no stem before its first dot and shares the key "" with its text
+    for index in range(len(source)):
+        source.read(index)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0.index.safetensors", "0.tar"]
+    assert not os.path.exists("/tmp/nar_t2i_evil.png")
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path):
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        link = tarfile.TarInfo("k0.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+        image = encoded(pixels(0))
+        info = tarfile.TarInfo("k0.png")
+        info.size = len(image)
+        tar.addfile(info, io.BytesIO(image))
+    source = ShardSource(str(tmp_path))
+    assert len(source) == 0 and source.lost[0].reason == "no caption"
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_index_in_memory(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", members("k0", 0))
+
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("nar_t2i.data.shard_index.whole_file", refuse)
+    source = ShardSource(str(tmp_path))
+    assert source.read(0).key == "k0" and not index_path(tmp_path / "0.tar").exists()
+    assert pickle.loads(pickle.dumps(source)).read(0).key == "k0"
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("nar_t2i.data.shards.OPEN_SHARDS", 2)
+    source = ShardSource(str(write_shards(tmp_path, [2] * 6)))
+    for index in [*range(12), 0, 11, 5]:
+        assert np.array_equal(source.read(index).image, pixels(index))
+    assert len(source._open) == 2
+
+
+def test_a_source_travels_to_a_spawned_process(tmp_path):
+    source = ShardSource(str(write_shards(tmp_path, [3])))
+    source.read(0)
+    (tmp_path / "source.pickle").write_bytes(pickle.dumps(source))
+    code = f"import pickle; print(pickle.load(open({str(tmp_path / 'source.pickle')!r}, 'rb')).read(2).key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.stdout.strip() == "s000002", done.stderr
+
+
+def test_patterns(tmp_path):
+    folder = write_shards(tmp_path, [1, 2, 3])
+    assert list(ShardSource(f"{folder}/0000{{0,2}}.tar").blocks) == [1, 3]
+    assert list(ShardSource(f"{folder}/0000[12].tar").blocks) == [2, 3]
+    assert list(ShardSource(f"{folder}/00001.tar").blocks) == [2]
+    for wrong in (f"{folder}/{{00000..00005}}.tar", f"{folder}/none", f"{folder}/*.tgz"):
+        with pytest.raises(UserError):
+            ShardSource(wrong)
+
+
+def test_a_file_that_is_no_tar_is_one_clear_error(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"hello" * 1000)
+    with pytest.raises(UserError, match="not an uncompressed tar"):
+        ShardSource(str(tmp_path))
+
+
+def test_identity_follows_content(tmp_path):
+    a = open_index(write_shards(tmp_path / "a", [3]) / "00000.tar").identity
+    b = open_index(write_shards(tmp_path / "b", [3]) / "00000.tar").identity
+    c = open_index(write_shards(tmp_path / "c", [3], first=1) / "00000.tar").identity
+    assert a == b != c
