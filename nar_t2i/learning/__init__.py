@@ -1,0 +1,6 @@
+"""How a network learns to fill tokens. One file a strategy."""
+
+from nar_t2i.learning.causal import Causal
+from nar_t2i.learning.masked import Masked
+
+__all__ = ["Causal", "Masked"]

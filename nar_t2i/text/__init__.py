@@ -1,0 +1,6 @@
+"""Caption → text states. One file an encoder."""
+
+from nar_t2i.text.null import NullCaption
+from nar_t2i.text.scratch import ScratchTextEncoder
+
+__all__ = ["NullCaption", "ScratchTextEncoder"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,11 +89,14 @@ def _factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
     return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int) -> tuple[AdamW, LambdaLR]:
+def build(
+    config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int | Callable[[], int]
+) -> tuple[AdamW, LambdaLR]:
     """AdamW over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
 
-    total_steps: optimizer steps of the whole run. The scheduler follows `learning_rate_at`, scaled by the group.
+    total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. The scheduler follows `learning_rate_at`, scaled by the group.
     """
+    total = total_steps if callable(total_steps) else lambda: total_steps
     groups = [
         {**group, "lr": config.learning_rate * group.get("learning_rate_scale", 1.0)} for group in groups
     ]
@@ -103,4 +106,4 @@ def build(config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: in
     # A fused AdamW offers to unscale fp16 gradients itself, and Lightning then refuses to clip them, in bf16 too.
     # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
     optimizer._step_supports_amp_scaling = False
-    return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total_steps, config))
+    return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total(), config))

@@ -1,0 +1,137 @@
+"""A small grammar that says what a rendered scene shows, in varied words, and the scenes as a data source.
+
+One caption in eight, chosen by a hash of its text, is *reserved*: training never sees that sentence, so that evaluation
+prompts are sentences that no model has read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from nar_t2i.data.scenes import Group, Scene, Split, compose, generator, render
+from nar_t2i.data.source import Sample, Source
+from nar_t2i.parts import part
+
+OPENINGS = ("", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {verb} ", "this shows ")
+ONE = ("a", "a", "a", "one", "a single")
+MANY = {2: ("two", "two", "2"), 3: ("three", "three", "3")}
+RELATION_WORDS = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
+BACKGROUND_WORDS = ("on {} {} background", "against {} {} background", "with {} {} background")
+ATTRIBUTE_WORDS = ("{shape} that {verb} {color}", "{color} colored {shape}", "{shape} colored {color}")
+PLACES = {
+    (0, 0): "in the top left corner",
+    (1, 0): "at the top",
+    (2, 0): "in the top right corner",
+    (0, 1): "on the left side",
+    (1, 1): "in the middle",
+    (2, 1): "on the right side",
+    (0, 2): "in the bottom left corner",
+    (1, 2): "at the bottom",
+    (2, 2): "in the bottom right corner",
+}
+
+
+def reserved(caption: str) -> bool:
+    """Whether the sentence is kept out of training: one in eight, by its hash, letter case and spaces aside."""
+    text = " ".join(caption.lower().split())
+    return hashlib.blake2b(text.encode(), digest_size=4).digest()[0] % 8 == 0
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def noun_phrase(group: Group, rng: np.random.Generator, say_size: bool = False, attribute: bool = False) -> str:
+    """ "two small red stars", or with `attribute` "two small stars that are red"."""
+    number = _pick(rng, ONE if group.count == 1 else MANY[group.count])
+    shape = group.shape + ("s" if group.count > 1 else "")
+    words = ATTRIBUTE_WORDS if attribute else ("{color} {shape}",)
+    phrase = _pick(rng, words).format(color=group.color, shape=shape, verb="is" if group.count == 1 else "are")
+    size = f"{group.size} " if say_size else ""
+    if number == "a" and (size or phrase)[0] in "aeiou":
+        number = "an"
+    return f"{number} {size}{phrase}"
+
+
+def sentence(
+    groups: tuple[Group, ...],
+    relation: str | None,
+    rng: np.random.Generator,
+    background: str = "",
+    place: str = "",
+    say_size: bool = False,
+    attribute: bool = False,
+) -> str:
+    """One wording of a scene. `background` and `place` are said where they are given."""
+    phrases = [noun_phrase(group, rng, say_size, attribute) for group in groups]
+    if relation:
+        subject = f"{phrases[0]} {_pick(rng, RELATION_WORDS[relation])} {phrases[1]}"
+    else:
+        order = rng.permutation(len(phrases))
+        phrases = [phrases[i] for i in order]
+        subject = " and ".join(p for p in (", ".join(phrases[:-1]), phrases[-1]) if p)
+    opening = _pick(rng, OPENINGS).format(verb="is" if groups[0].count == 1 else "are")
+    tail = f" {place}" if place else ""
+    if background:
+        article = "an" if background[0] in "aeiou" else "a"
+        tail += " " + _pick(rng, BACKGROUND_WORDS).format(article, background)
+    return opening + subject + tail
+
+
+def _place_word(scene: Scene) -> str:
+    """Where a lone object is: nine places."""
+    (placed,) = scene.objects
+    return PLACES[tuple(int(np.digitize(v, (0.39, 0.61))) for v in (placed.x, placed.y))]
+
+
+def describe_scene(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption of the scene that training may see."""
+    tone, style = scene.background
+    background = f"{tone} gradient" if style == "gradient" else tone
+    while True:
+        caption = sentence(
+            scene.groups,
+            scene.relation if rng.random() < 0.9 else None,
+            rng,
+            background=background if rng.random() < 0.3 else "",
+            place=_place_word(scene) if len(scene.objects) == 1 and rng.random() < 0.2 else "",
+            say_size=rng.random() < 0.25,
+            attribute=rng.random() < 0.2,
+        )
+        if not reserved(caption):
+            return caption
+
+
+@part
+class RenderedScenes(Source):
+    """`count` scenes, drawn when they are read.
+
+    split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
+    image_size: pixels a side. captions: wordings of each scene.
+    """
+
+    def __init__(self, split: Split = "train", count: int = 100_000, seed: int = 0, image_size: int = 64, captions: int = 2):
+        self.split, self.count, self.seed, self.image_size, self.captions = split, count, seed, image_size, captions
+
+    @property
+    def name(self) -> str:
+        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px)"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def scene(self, index: int) -> Scene:
+        return compose(generator(self.split, self.seed, index), self.split)
+
+    def read(self, index: int) -> Sample:
+        rng = generator(self.split, self.seed, index)
+        scene = compose(rng, self.split)
+        captions = [describe_scene(scene, rng) for _ in range(self.captions)]
+        return Sample(f"{index:08d}", render(scene, self.image_size), captions)

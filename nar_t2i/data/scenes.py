@@ -1,0 +1,270 @@
+"""Rendered scenes: an endless captioned data set that needs no download.
+
+One to three anti-aliased shapes on one of 24 backgrounds. A scene is a few *groups* ("two red stars", "a blue square"),
+perhaps with a relation between two of them. Everything is a pure function of (split, seed, index) and is drawn at any
+resolution. The wording is in `nar_t2i.data.captions`.
+
+Held out of training: 4 of the 32 colour × shape pairs, and one in eight of the relation triples (object, relation,
+object), whether the caption mentions the relation or not. All of it is our choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLORS = {
+    "red": (222, 30, 38),
+    "orange": (255, 140, 0),
+    "yellow": (255, 226, 20),
+    "green": (28, 158, 52),
+    "cyan": (40, 210, 230),
+    "blue": (32, 70, 222),
+    "purple": (132, 32, 172),
+    "pink": (255, 112, 186),
+}
+TONES = {
+    "white": (246, 246, 246),
+    "light grey": (200, 202, 204),
+    "grey": (132, 134, 136),
+    "dark grey": (72, 74, 76),
+    "black": (18, 18, 20),
+    "beige": (226, 214, 188),
+    "tan": (184, 158, 124),
+    "brown": (92, 66, 48),
+    "navy": (24, 30, 66),
+    "olive": (98, 104, 66),
+    "maroon": (78, 26, 40),
+    "lavender": (206, 200, 228),
+}
+BACKGROUNDS = tuple((tone, style) for tone in TONES for style in ("plain", "gradient"))
+GRADIENT = 14  # grey levels by which a gradient is lighter at the top and darker at the bottom
+SIZES = {"small": (0.115, 0.13), "medium": (0.15, 0.17), "large": (0.20, 0.23)}  # radius, as a share of the image's side
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+HELD_OUT_PAIRS = frozenset({("orange", "circle"), ("cyan", "square"), ("pink", "triangle"), ("green", "star")})
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+EXTENT = 1.3  # how far the widest shape (triangle, star) reaches, in radii
+RELATION_MARGIN = 0.1  # a relation holds from this distance of centres on, as a share of the image's side
+
+Split = Literal["train", "validation", "all"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Identical objects: "two small red stars"."""
+
+    count: int
+    color: str
+    shape: str
+    size: str = "medium"
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.color, self.shape
+
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """One object. x, y: centre; radius; all as shares of the image's side, y pointing down."""
+
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """groups: what is there. relation: between groups 0 and 1, or None. objects: in the order of the groups."""
+
+    groups: tuple[Group, ...]
+    relation: str | None
+    background: tuple[str, str]
+    objects: tuple[PlacedObject, ...]
+
+
+def relation_between(a: tuple[float, float], b: tuple[float, float]) -> str | None:
+    """How the centre `a` lies to the centre `b`, along the axis where they differ most; None when they are too near."""
+    dx, dy = a[0] - b[0], a[1] - b[1]
+    if max(abs(dx), abs(dy)) < RELATION_MARGIN:
+        return None
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+@lru_cache(maxsize=None)
+def triple_held_out(a: tuple[str, str], relation: str, b: tuple[str, str]) -> bool:
+    """Whether (a, relation, b), which is the same as (b, opposite, a), is kept out of training: one triple in eight."""
+    if relation in ("right of", "below"):
+        a, relation, b = b, OPPOSITE[relation], a
+    digest = hashlib.blake2b("|".join((*a, relation, *b)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % 8 == 0
+
+
+def held_out_triples(objects: tuple[PlacedObject, ...]) -> bool:
+    """Whether any two of the objects stand in a relation that is held out."""
+    for i, a in enumerate(objects):
+        for b in objects[i + 1 :]:
+            relation = relation_between((a.x, a.y), (b.x, b.y))
+            if relation and triple_held_out((a.color, a.shape), relation, (b.color, b.shape)):
+                return True
+    return False
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def outline(shape: str) -> np.ndarray:
+    """(K, 2) corners of a polygon of radius 1 around its centre, y pointing down; the circle has none."""
+    if shape == "square":
+        return 0.9 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=np.float64)
+    corners, inner = (3, None) if shape == "triangle" else (10, 0.5)
+    angles = -np.pi / 2 + np.arange(corners) * 2 * np.pi / corners
+    radii = np.full(corners, EXTENT)
+    if inner:
+        radii[1::2] *= inner
+    points = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+    if shape == "triangle":
+        points[:, 1] += 0.25  # the middle of its height, not its centroid, stands at the centre
+    return points
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance to the outline of a shape of radius 1 at the origin, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    corners = outline(shape)
+    distance = np.full(x.shape, np.inf)
+    sign = np.ones(x.shape)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, 1, axis=0)):
+        ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
+        t = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
+        distance = np.minimum(distance, (wx - ex * t) ** 2 + (wy - ey * t) ** 2)
+        above_a, below_b, left = y >= ay, y < by, ex * wy > ey * wx
+        crossing = (above_a & below_b & left) | (~above_a & ~below_b & ~left)
+        sign = np.where(crossing, -sign, sign)
+    return sign * np.sqrt(distance)
+
+
+def coverage(placed: PlacedObject, size: int) -> tuple[slice, slice, np.ndarray]:
+    """Rows, columns and the share of each of these pixels that the object covers, in an image of `size` pixels a side."""
+    reach = EXTENT * placed.radius * size + 1.5
+    cx, cy, r = placed.x * size, placed.y * size, placed.radius * size
+    x0, x1 = max(math.floor(cx - reach), 0), min(math.ceil(cx + reach), size)
+    y0, y1 = max(math.floor(cy - reach), 0), min(math.ceil(cy + reach), size)
+    x = (np.arange(x0, x1) + 0.5 - cx) / r
+    y = (np.arange(y0, y1) + 0.5 - cy) / r
+    grid_x, grid_y = np.broadcast_arrays(x[None, :], y[:, None])
+    alpha = np.clip(0.5 - signed_distance(placed.shape, grid_x, grid_y) * r, 0, 1)
+    return slice(y0, y1), slice(x0, x1), alpha
+
+
+@lru_cache(maxsize=256)
+def backdrop(background: tuple[str, str], size: int) -> np.ndarray:
+    """(size, size, 3) float64, 0 to 255."""
+    tone, style = background
+    canvas = np.empty((size, size, 3))
+    canvas[:] = TONES[tone]
+    if style == "gradient":
+        canvas += np.linspace(GRADIENT, -GRADIENT, size)[:, None, None]
+    return canvas.clip(0, 255)
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """(size, size, 3) uint8."""
+    canvas = backdrop(scene.background, size).copy()
+    for placed in scene.objects:
+        rows, columns, alpha = coverage(placed, size)
+        patch = canvas[rows, columns]
+        patch += alpha[:, :, None] * (np.array(COLORS[placed.color], dtype=np.float64) - patch)
+    return np.rint(canvas).astype(np.uint8)
+
+
+# ---- composing -----------------------------------------------------------------------------------------------------
+
+
+def compose(rng: np.random.Generator, split: Split = "train") -> Scene:
+    """Draw a scene. "train" and "validation" never hold a held-out pair or triple; "all" may."""
+    allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
+    while True:
+        groups, relation = _draw_groups(rng, allowed)
+        objects = place(rng, groups, relation, allow_held_out=split == "all")
+        if objects is not None:
+            break
+    return Scene(groups, relation, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], objects)
+
+
+def _draw_groups(rng: np.random.Generator, allowed: tuple[tuple[str, str], ...]) -> tuple[tuple[Group, ...], str | None]:
+    layouts = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))
+    shares = (0.30, 0.08, 0.09, 0.33, 0.05, 0.05, 0.10)
+    layout = layouts[rng.choice(len(layouts), p=shares)]
+    kinds = [allowed[i] for i in rng.choice(len(allowed), size=len(layout), replace=False)]
+    sizes = tuple(SIZES) if sum(layout) < 3 else ("small", "medium")
+    groups = tuple(
+        Group(count, *kind, sizes[rng.integers(len(sizes))]) for count, kind in zip(layout, kinds, strict=True)
+    )
+    related = len(layout) == 2 and rng.random() < 0.6
+    return groups, RELATIONS[rng.integers(4)] if related else None
+
+
+def place(
+    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, allow_held_out: bool = False
+) -> tuple[PlacedObject, ...] | None:
+    """Positions without overlap in which `relation` holds clearly, or None where a few hundred draws find none."""
+    members = [group for group in groups for _ in range(group.count)]
+    owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
+    for _ in range(4):
+        tries = 64
+        radius = np.array([rng.uniform(*SIZES[group.size]) for group in members])
+        margin = EXTENT * radius + 0.01
+        xy = margin[:, None] + rng.random((tries, len(members), 2)) * (1 - 2 * margin[:, None])
+        good = _apart(xy, radius)
+        if relation:
+            good &= _related(xy, owner, relation)
+        for index in np.flatnonzero(good):
+            objects = tuple(
+                PlacedObject(g.color, g.shape, float(x), float(y), float(r))
+                for g, (x, y), r in zip(members, xy[index], radius, strict=True)
+            )
+            if allow_held_out or not held_out_triples(objects):
+                return objects
+    return None
+
+
+def _apart(xy: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    good = np.ones(len(xy), dtype=bool)
+    for i in range(len(radius)):
+        for j in range(i):
+            gap = 1.2 * (radius[i] + radius[j]) + 0.03
+            good &= ((xy[:, i] - xy[:, j]) ** 2).sum(-1) > gap * gap
+    return good
+
+
+def _related(xy: np.ndarray, owner: np.ndarray, relation: str) -> np.ndarray:
+    """Every object of group 0 stands in `relation` to every one of group 1, nearer to the axis than 35 degrees."""
+    axis, sign = (0, 1) if relation in ("left of", "right of") else (1, 1)
+    if relation in ("right of", "below"):
+        sign = -1
+    good = np.ones(len(xy), dtype=bool)
+    for i in np.flatnonzero(owner == 0):
+        for j in np.flatnonzero(owner == 1):
+            difference = sign * (xy[:, j] - xy[:, i])
+            along, across = difference[:, axis], np.abs(difference[:, 1 - axis])
+            good &= (along > 1.5 * RELATION_MARGIN) & (across < 0.7 * along)
+    return good
+
+
+def generator(split: Split, seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one scene; splits never share any."""
+    stream = {"train": 0, "validation": 1, "all": 2}[split]
+    return np.random.Generator(np.random.Philox(key=[seed * 4 + stream, index]))

@@ -1,0 +1,82 @@
+"""One part, one folder: `config.json` (see `nar_t2i.parts`), `weights.safetensors`, and the files it names.
+
+A part lists the arguments that name files in its class attribute `assets`; the files are copied into the folder and
+their names in the configuration become relative, so that a folder can be moved. Loading runs no code of the folder's
+and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.parts import build, describe, resolve
+
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside, then renamed, so that a reader never sees half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a part into `folder`. dtype: of the stored floating-point weights; None keeps theirs."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(describe(part))
+    for name in getattr(part, "assets", ()):
+        source = Path(config["init_args"][name])
+        if not (target := folder / source.name).exists() or not source.samefile(target):
+            shutil.copyfile(source, target)
+        config["init_args"][name] = source.name
+    state = {
+        name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in part.state_dict().items()
+    }
+    beside = folder / (WEIGHTS + ".tmp")
+    save_file(state, beside)
+    os.replace(beside, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
+
+
+def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
+    """Read a part back, in float32 and evaluation mode. UserError where the folder is not a saved part."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or set(config) != {"class_path", "init_args"}:
+        raise UserError(f"{folder / CONFIG}: needs exactly the keys class_path and init_args")
+    for name in getattr(resolve(config["class_path"], trusted), "assets", ()):
+        inside = folder / config["init_args"][name]
+        if inside.resolve().parent != folder.resolve():
+            raise UserError(f"{folder / CONFIG}: {name} must be a file of this folder")
+        config["init_args"][name] = str(inside)
+    try:
+        part = build(config, trusted)
+        part.load_state_dict(load_file(folder / WEIGHTS))
+    except FileNotFoundError:
+        raise UserError(f"{folder / WEIGHTS}: no such file") from None
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder}: {error}".splitlines()[0]) from error
+    return part.eval()

@@ -1,0 +1,49 @@
+"""One token a pass, in raster order, with a key-value cache; conditional and unconditional rows in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nar_t2i.inference.guided import GuidedNetwork, start_state
+from nar_t2i.networks.attention import GrowingCache
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+from nar_t2i.schedules import Guidance
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState
+
+
+@part
+class Autoregressive(InferenceStrategy):
+    """N passes for N tokens. temperature: of the draws, 0 = greedy. Known tokens are kept and read as context."""
+
+    def __init__(self, temperature: float = 1.0):
+        self.temperature = temperature
+
+    @torch.no_grad()
+    def decode(
+        self,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Decoded:
+        guided = GuidedNetwork(network, condition, null, guidance)
+        tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
+        cache = GrowingCache()
+        last = network.spec.length - 1
+        for slot in range(network.spec.length):
+            here = torch.full((len(tokens), 1), slot, device=tokens.device)
+            previous = slice(max(slot - 1, 0), max(slot, 1))
+            state = TokenState(tokens[:, previous], masked[:, previous], positions=here)
+            sampled = guided(state, slot / max(last, 1), cache=cache).sample(noise.at(slot, here), self.temperature)
+            drawn = torch.where(masked[:, slot].view(-1, *[1] * (tokens.ndim - 2)), sampled.values[:, 0], tokens[:, slot])
+            tokens, masked = tokens.clone(), masked.clone()
+            tokens[:, slot], masked[:, slot] = drawn, False
+            if on_step:
+                on_step(Step(slot, tokens, masked))
+        return Decoded(tokens, guided.passes, guided.rows)

@@ -1,0 +1,66 @@
+"""A network under guidance, which counts its passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nar_t2i.schedules import Guidance
+from nar_t2i.types import Condition, KVCache, Known, Prediction, TokenNetwork, TokenSpec, TokenState
+
+
+def start_state(spec: TokenSpec, batch: int, device: torch.device, known: Known | None) -> tuple[Tensor, Tensor]:
+    """(tokens, masked): all unknown, or what is known filled in."""
+    tokens = spec.blank(batch, device)
+    masked = torch.ones(batch, spec.length, dtype=torch.bool, device=device)
+    if known is None:
+        return tokens, masked
+    given = known.mask.view(*known.mask.shape, *[1] * len(spec.value_shape))
+    return torch.where(given, known.tokens, tokens), ~known.mask
+
+
+def paired(condition: Condition, null: Condition) -> Condition:
+    """The rows of `condition`, then those of `null`, whose text may have another length."""
+
+    def stack(a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_zeros(len(a) + len(b), max(a.shape[1], b.shape[1]), *a.shape[2:])
+        out[: len(a), : a.shape[1]] = a
+        out[len(a) :, : b.shape[1]] = b
+        return out
+
+    return Condition(
+        tuple(map(stack, condition.states, null.states)),
+        tuple(map(stack, condition.masks, null.masks)),
+        None if condition.pooled is None else torch.cat([condition.pooled, null.pooled]),
+        {name: torch.cat([value, null.scalars[name]]) for name, value in condition.scalars.items()},
+    )
+
+
+class GuidedNetwork:
+    """Calls a network on conditional and unconditional rows at once and combines them: `u + s·(c − u)`.
+
+    The text is prepared once, for all steps. `caches`: (conditional-only, paired) for causal networks is not needed:
+    one cache holds the rows of a generation whose guidance is on throughout.
+    """
+
+    def __init__(self, network: TokenNetwork, condition: Condition, null: Condition, guidance: Guidance):
+        self.network, self.guidance = network, guidance
+        self.batch = len(condition.states[0]) if condition.states else len(condition.pooled)
+        self.passes = self.rows = 0
+        self._plain = network.prepare(condition)
+        self._paired = None if guidance.scale == 1 else network.prepare(paired(condition, null))
+
+    def __call__(
+        self, state: TokenState, progress: float, read: Tensor | None = None, cache: KVCache | None = None
+    ) -> Prediction:
+        """The guided prediction at `read`; progress, 0 to 1, says where guidance stands."""
+        scale = self.guidance.at(progress)
+        self.passes += 1
+        if scale == 1 and cache is None or self._paired is None:
+            self.rows += 1
+            return self.network(state, self._plain, read, cache)
+        self.rows += 2
+        twice = TokenState(*(None if x is None else torch.cat([x, x]) for x in state))
+        both = self.network(twice, self._paired, None if read is None else torch.cat([read, read]), cache)
+        conditional, unconditional = both[: self.batch], both[self.batch :]
+        return conditional.guide(unconditional, scale)

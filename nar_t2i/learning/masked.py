@@ -1,0 +1,42 @@
+"""Masked token modelling (MaskGIT, arXiv 2202.04200; Emage's first pass): hide some tokens, predict them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+from nar_t2i.schedules import MaskSchedule, mask_ratio
+from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
+
+
+def draw_masks(noise: Noise, schedule: MaskSchedule, length: int) -> Tensor:
+    """(B, N), True = masked. The masked count is the schedule's ratio at a uniform time, at least one token."""
+    count = (mask_ratio(schedule, noise.uniform("mask ratio")) * length).round().clamp(min=1)
+    rank = noise.uniform("mask positions", shape=(length,)).argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None]
+
+
+def image_means(values: Tensor, masked: Tensor) -> Tensor:
+    """(B,) means over each image's masked slots. values: (R,), those of the True slots of `masked`, in row order."""
+    rows = masked.nonzero()[:, 0]
+    sums = torch.zeros(len(masked), dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    return sums / masked.sum(1)
+
+
+@part
+class Masked(LearningStrategy):
+    """Cross-entropy at masked slots. schedule: of the mask ratio. The head is evaluated at masked slots alone."""
+
+    def __init__(self, schedule: MaskSchedule = "cosine"):
+        super().__init__()
+        self.schedule = schedule
+
+    def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        masked = draw_masks(noise, self.schedule, network.spec.length)
+        state = TokenState(batch.tokens, masked)
+        prediction = network(state, network.prepare(batch.condition), read=masked)
+        nll = prediction.nll(batch.tokens[masked], noise.at(0, masked))
+        per_image = image_means(nll, masked)
+        return {"loss": Term(per_image.sum(), torch.tensor(len(per_image), device=nll.device))}

@@ -1,0 +1,94 @@
+"""Attention, shared by networks and text encoders."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen.
+
+    On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
+    sequences are written out there.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) → (B, heads, L, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, L, d) → (B, L, heads · d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on (B, L, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
+        return self.out(merge_heads(attend(q, k, v, mask)))
+
+
+class CrossAttention(nn.Module):
+    """Queries from tokens, keys and values from text; these are made once by `keys_and_values`."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (split_heads(y, self.heads) for y in self.kv(text).chunk(2, dim=-1))
+        return k, v
+
+    def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        q = split_heads(self.q(x), self.heads)
+        return self.out(merge_heads(attend(q, *keys_and_values, mask)))
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, Linear."""
+
+    def __init__(self, width: int, ratio: float = 4.0, activation: str = "gelu"):
+        hidden = int(width * ratio)
+        act = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}[activation]()
+        super().__init__(nn.Linear(width, hidden), act, nn.Linear(hidden, width))
+
+
+class GrowingCache:
+    """A KVCache that grows by concatenation: the plain reference."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self._layers[0][0].shape[-2] if self._layers else 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat([old_k, k], dim=-2), torch.cat([old_v, v], dim=-2)
+        self._layers[layer] = (k, v)
+        return k, v
+
+    def crop(self, length: int) -> None:
+        self._layers = {i: (k[..., :length, :], v[..., :length, :]) for i, (k, v) in self._layers.items()}

@@ -1,0 +1,96 @@
+"""Emage's network (arXiv 2312.14988): a bidirectional image-token decoder that reads the text by cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention
+from nar_t2i.networks.tokens import TokenEmbedding, TokenHead, select
+from nar_t2i.parts import part
+from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
+
+
+class PreparedText(NamedTuple):
+    """keys_and_values: a pair (B, heads, L, d) a layer. mask: (B, 1, 1, L)."""
+
+    keys_and_values: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm: self-attention, cross-attention, MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str):
+        super().__init__()
+        self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_attention = CrossAttention(width, heads)
+        self.mlp = MLP(width, mlp_ratio, activation)
+
+    def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        x = x + self.self_attention(self.norm_self(x))
+        x = x + self.cross_attention(self.norm_cross(x), keys_and_values, mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+@part
+class EncoderDecoder(TokenNetwork):
+    """Tokens + text states → logits at the slots that are read.
+
+    spec: the tokens. text_widths: one a text stream; the streams are projected and concatenated along the length.
+    width, depth, heads, mlp_ratio: of the decoder; pre-norm, learned positions (our choice: the paper gives no widths).
+    activation_checkpointing: recompute each block in the backward pass, for memory.
+    """
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        text_widths: Sequence[int],
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        activation: Literal["gelu", "silu", "relu"] = "gelu",
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = TokenEmbedding(spec, width)
+        self.text = nn.ModuleList(nn.Linear(w, width) for w in text_widths)
+        self.text_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation) for _ in range(depth))
+        self.head = TokenHead(spec, width)
+        self._initialise(depth)
+
+    def _initialise(self, depth: int) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for last in (block.self_attention.out, block.cross_attention.out, block.mlp[-1]):
+                nn.init.normal_(last.weight, std=(last.in_features * 3 * depth) ** -0.5)
+        nn.init.zeros_(self.head.logits.weight)
+
+    def prepare(self, condition: Condition) -> PreparedText:
+        text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)
+        text = self.text_norm(text)
+        mask = torch.cat(condition.masks, dim=1)[:, None, None, :]
+        return PreparedText([block.cross_attention.keys_and_values(text) for block in self.blocks], mask)
+
+    def forward(
+        self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
+    ) -> Prediction:
+        x = self.embedding(state)
+        for block, keys_and_values in zip(self.blocks, prepared.keys_and_values, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, keys_and_values, prepared.mask, use_reentrant=False)
+            else:
+                x = block(x, keys_and_values, prepared.mask)
+        return self.head(select(x, read))

@@ -1,0 +1,61 @@
+"""What networks say: categorical and Bernoulli predictions. Both compute in fp32 or better."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nar_t2i.noise import SlotNoise
+from nar_t2i.types import Sampled
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Categorical:
+    """logits: (*slots, V)."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = _at_least_fp32(logits)
+
+    def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
+        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+    def guide(self, unconditional: Categorical, scale: float | Tensor) -> Categorical:
+        return Categorical(unconditional.logits + scale * (self.logits - unconditional.logits))
+
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
+        """Inverse distribution function: one uniform number a slot, whatever V."""
+        log_probs = self.logits.log_softmax(dim=-1)
+        if isinstance(temperature, (int, float)) and temperature == 0:
+            values = log_probs.argmax(dim=-1)
+        else:
+            mass = (self.logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+            drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
+            values = (mass < drawn).sum(dim=-1)
+        return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))
+
+
+class Bernoulli:
+    """logits: (*slots, bits), of independent bits."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = _at_least_fp32(logits)
+
+    def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.logits, target.to(self.logits.dtype), reduction="none").sum(-1)
+
+    def guide(self, unconditional: Bernoulli, scale: float | Tensor) -> Bernoulli:
+        return Bernoulli(unconditional.logits + scale * (self.logits - unconditional.logits))
+
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
+        """One uniform number a bit."""
+        if isinstance(temperature, (int, float)) and temperature == 0:
+            bits = self.logits > 0
+        else:
+            uniform = noise.uniform("value", self.logits.shape[-1:]).to(self.logits.dtype)
+            bits = uniform < (self.logits / temperature).sigmoid()
+        values = bits.to(torch.uint8)
+        return Sampled(values, -self.nll(values))

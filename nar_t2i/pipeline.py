@@ -1,0 +1,172 @@
+"""TextToImage: prompts in, images out; saved to and loaded from one folder.
+
+    model/
+      config.json   format version, inference strategy, guidance
+      tokenizer/ text/ null/ network/   a part folder each (nar_t2i.folders)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part, read_json, save_part, write_json
+from nar_t2i.noise import Noise
+from nar_t2i.parts import build, describe
+from nar_t2i.pixels import to_uint8
+from nar_t2i.schedules import Guidance
+from nar_t2i.text.null import NullCaption
+from nar_t2i.types import Condition, InferenceStrategy, Known, Step, TextEncoder, TokenCodec, TokenNetwork
+
+FORMAT = 1
+PARTS = ("tokenizer", "text", "null", "network")
+
+
+class Samples(NamedTuple):
+    """images: (n, 3, H, W) uint8. tokens: (n, N, …). passes: network calls an image. rows: row evaluations an image."""
+
+    images: Tensor
+    tokens: Tensor
+    passes: int
+    rows: int
+
+
+class TextToImage:
+    """A tokenizer, a text encoder, the null caption, a network, and how to decode by default.
+
+    `t2i(prompts, steps=16, guidance_scale=3.0, seed=0)` gives PIL images; `sample` gives tensors and counts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenCodec,
+        text: TextEncoder,
+        null: NullCaption,
+        network: TokenNetwork,
+        inference: InferenceStrategy,
+        guidance: Guidance,
+    ):
+        self.tokenizer, self.text, self.null, self.network = tokenizer, text, null, network
+        self.inference, self.guidance = inference, guidance
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], trusted: tuple[str, ...] = ()) -> TextToImage:
+        """Load a saved pipeline. Runs no code of the folder's and downloads nothing; UserError where it is not whole.
+
+        trusted: further packages whose classes the folder may name.
+        """
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")
+        parts = {name: load_part(folder / name, trusted) for name in PARTS}
+        return cls(**parts, inference=build(config["inference"], trusted), guidance=build(config["guidance"], trusted))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write a self-contained folder. dtype: of the stored weights; loading always gives float32."""
+        folder = Path(folder)
+        for name in PARTS:
+            save_part(getattr(self, name), folder / name, dtype)
+        config = {"format": FORMAT, "inference": describe(self.inference), "guidance": describe(self.guidance)}
+        write_json(folder / "config.json", config)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
+        """Move or cast all parts."""
+        for name in PARTS:
+            getattr(self, name).to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompts: str | Sequence[str] | None = None,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        batch_size: int = 64,
+    ) -> list[Image.Image]:
+        """PIL images, one a prompt. See `sample` for the arguments."""
+        samples = self.sample(
+            prompts, steps, guidance_scale, temperature, seed, negative_prompts, known, on_step, batch_size
+        )
+        return [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompts: str | Sequence[str] | None = None,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        batch_size: int = 64,
+    ) -> Samples:
+        """Generate.
+
+        steps, guidance_scale, temperature: None keeps the pipeline's. seed: image i of an integer seed s is the image of
+        seed s + i alone; a sequence gives each image its own. negative_prompts: take the null caption's place in
+        guidance. known: tokens to keep, a row a prompt. on_step: called after every step of every batch.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        if not prompts:
+            raise UserError("no prompt was given")
+        if isinstance(negative_prompts, str):
+            negative_prompts = [negative_prompts] * len(prompts)
+        inference = self._decoder(steps, temperature)
+        guidance = self.guidance if guidance_scale is None else _rescaled(self.guidance, guidance_scale)
+        for part in (self.tokenizer, self.text, self.null, self.network):
+            part.eval()
+        images, tokens = [], []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            condition = self.text(prompts[rows])
+            null = self._null(condition, negative_prompts and negative_prompts[rows])
+            noise = Noise(0, torch.tensor(list(seeds[rows]), device=self.device), _precision(self.network))
+            given = known and Known(known.mask[rows], known.tokens[rows])
+            decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
+            tokens.append(decoded.tokens)
+            images.append(to_uint8(self.tokenizer.decode(decoded.tokens, condition=condition)))
+        return Samples(torch.cat(images), torch.cat(tokens), decoded.passes, decoded.rows)
+
+    def _null(self, condition: Condition, negative_prompts: list[str] | None) -> Condition:
+        return self.text(negative_prompts) if negative_prompts else self.null(condition)
+
+    def _decoder(self, steps: int | None, temperature: float | None) -> InferenceStrategy:
+        """The default strategy, or one of its kind with other `steps` or `temperature`."""
+        changes = {k: v for k, v in (("steps", steps), ("temperature", temperature)) if v is not None}
+        if not changes:
+            return self.inference
+        description = describe(self.inference)
+        accepted = description["init_args"]
+        if unknown := set(changes) - set(accepted):
+            raise UserError(f"{type(self.inference).__name__} has no {', '.join(sorted(unknown))}")
+        return build({**description, "init_args": {**accepted, **changes}})
+
+
+def _rescaled(guidance: Guidance, scale: float) -> Guidance:
+    return Guidance(scale, guidance.start, guidance.stop, guidance.ramp)
+
+
+def _precision(network: torch.nn.Module) -> torch.dtype:
+    """Noise in float64 for a float64 network, else float32."""
+    return torch.float64 if next(network.parameters()).dtype == torch.float64 else torch.float32

@@ -1,0 +1,73 @@
+"""A transformer encoder over SentencePiece tokens, trained from scratch together with the generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor, nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.networks.attention import MLP, SelfAttention
+from nar_t2i.parts import part
+from nar_t2i.types import Condition, TextEncoder
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm: self-attention, MLP."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm_self, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, heads)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attention(self.norm_self(x), mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+@part
+class ScratchTextEncoder(TextEncoder):
+    """Captions → states (B, L, width); pooled is the mean of the states over real tokens.
+
+    vocabulary: a SentencePiece model file (data_prep/train_sentencepiece.py makes one). max_length: tokens kept a
+    caption, the end mark included; `truncated` counts the captions that were longer.
+    """
+
+    assets = ("vocabulary",)  # arguments that name files, which travel with a saved pipeline
+
+    def __init__(self, vocabulary: str, width: int = 192, depth: int = 2, heads: int = 4, max_length: int = 40):
+        super().__init__()
+        if not Path(vocabulary).is_file():
+            raise UserError(f"text encoder: vocabulary: there is no file {vocabulary}")
+        self._pieces = sentencepiece.SentencePieceProcessor(model_file=vocabulary)
+        self.widths, self.pooled_width, self.max_length = (width,), width, max_length
+        self.truncated = 0
+        self.embedding = nn.Embedding(self._pieces.get_piece_size(), width)
+        self.position = nn.Parameter(0.02 * torch.randn(max_length, width))
+        self.position.no_decay = True
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """(B, L) codes and the mask of real ones; L is the longest caption's length."""
+        rows = self._pieces.encode([c.lower() for c in captions], add_eos=True)
+        self.truncated += sum(len(row) > self.max_length for row in rows)
+        rows = [row[: self.max_length] for row in rows]
+        length = max(map(len, rows))
+        codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return codes, torch.arange(length) < lengths[:, None]
+
+    def forward(self, captions: list[str]) -> Condition:
+        device = self.position.device
+        codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
+        x = self.embedding(codes) + self.position[: codes.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])
+        x = self.norm(x)
+        pooled = (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        return Condition((x,), (mask,), pooled)

@@ -1,0 +1,110 @@
+"""The convolutional encoder and decoder of a VQGAN (Esser et al., arXiv 2012.09841), with a space-to-depth stem.
+
+The stem folds `patch` × `patch` pixels into channels before the first convolution and unfolds them after the last:
+full-resolution feature maps cost most of the time and memory of the original and add little. That is our choice;
+`patch=1` is the original's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+import os
+def norm(channels: int) -> nn.Module:
+    if os.environ.get('NONORM') and channels<150: return nn.Identity()
+    return nn.GroupNorm(min(16, channels), channels)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3×3, SiLU, 3×3 (starts at zero), plus the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_out(F.silu(self.conv_in(F.silu(self.norm(x)))))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over all positions of a feature map, at the coarsest resolution."""
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        y = torch.matmul((q*(c//self.heads)**-.5) @ k.transpose(-1,-2), v) if 0 else ((q*(c//self.heads)**-.5) @ k.transpose(-1,-2)).softmax(-1).to(v.dtype) @ v
+        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+
+
+def _coarse_blocks(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
+    middle = [SpatialAttention(channels)] if attention else []
+    return [ResidualBlock(channels), *middle, *(ResidualBlock(channels) for _ in range(blocks - 1))]
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) → latents (B, width, H/f, W/f) with f = patch · 2^(stages − 1).
+
+    channels: of each stage, from fine to coarse. blocks: residual blocks a stage.
+    """
+
+    def __init__(self, channels: Sequence[int], blocks: int, patch: int, width: int, attention: bool):
+        super().__init__()
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, channels[0], 3, padding=1)]
+        for fine, coarse in zip(channels[:-1], channels[1:], strict=True):
+            layers += [ResidualBlock(fine) for _ in range(blocks)]
+            layers += [nn.Conv2d(fine, coarse, 4, stride=2, padding=1)]
+        layers += _coarse_blocks(channels[-1], blocks, attention)
+        layers += [norm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], width, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.contiguous(memory_format=torch.channels_last))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: a 1×1 convolution to four times the channels, unfolded, so no pixel is computed twice."""
+
+    def __init__(self, coarse: int, fine: int):
+        super().__init__()
+        self.expand = nn.Conv2d(coarse, 4 * fine, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.expand(x), 2)
+
+
+class Decoder(nn.Module):
+    """Latents (B, width, H/f, W/f) → images (B, 3, H, W), the encoder's mirror image."""
+
+    def __init__(self, channels: Sequence[int], blocks: int, patch: int, width: int, attention: bool):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(width, channels[-1], 3, padding=1)]
+        layers += _coarse_blocks(channels[-1], blocks, attention)
+        for coarse, fine in zip(channels[:0:-1], channels[-2::-1], strict=True):
+            layers += [Upsample(coarse, fine)]
+            layers += [ResidualBlock(fine) for _ in range(blocks)]
+        self.layers = nn.Sequential(*layers, norm(channels[0]), nn.SiLU())
+        self.to_pixels = nn.Sequential(nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.to_pixels(self.layers(latents.contiguous(memory_format=torch.channels_last)))
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The last layer's weight, at which the adaptive discriminator weight compares gradients."""
+        return self.to_pixels[0].weight

@@ -1,0 +1,119 @@
+"""Quantizers: latent vectors ↔ codes. Always in fp32, since a nearest neighbour in bf16 is often another one."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+
+
+class Quantized(NamedTuple):
+    """latents: like the input, straight-through. codes: int64. error: squared distance. loss: scalar, to be minimised."""
+
+    latents: Tensor
+    codes: Tensor
+    error: Tensor
+    loss: Tensor
+
+
+@part
+class VectorQuantizer(nn.Module):
+    """VQ with an L2-normalised codebook (ViT-VQGAN, arXiv 2110.04627), updated by moving averages or by its loss.
+
+    codes: K. width: D. update: "ema" (van den Oord et al., arXiv 1711.00937, appendix A) or "loss" (‖sg(z) − e‖²).
+    commitment: β. decay: of the moving averages. revive_below: a code whose moving count of uses falls under this share
+    of the mean count is dead and takes the place of a latent of the current batch (our choice); 0 switches it off.
+
+    Statistics are summed over ranks and revived codes are drawn from the latents of all ranks, so that one and two
+    ranks give the same codebook. `step()` must be called once after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        codes: int = 512,
+        width: int = 8,
+        update: Literal["ema", "loss"] = "ema",
+        commitment: float = 0.25,
+        decay: float = 0.97,
+        revive_below: float = 0.03,
+    ):
+        super().__init__()
+        self.codes, self.width, self.update = codes, width, update
+        self.commitment, self.decay, self.revive_below = commitment, decay, revive_below
+        start = F.normalize(torch.randn(codes, width), dim=1)
+        if update == "loss":
+            self.codebook = nn.Parameter(start)
+            self.codebook.no_decay = True
+        else:
+            self.register_buffer("codebook", start)
+            self.register_buffer("sums", start.clone())
+        self.register_buffer("counts", torch.ones(codes))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, latents: Tensor) -> Quantized:
+        """latents: (…, D), any float type; they are normalised here."""
+        z = F.normalize(latents.float(), dim=-1)
+        flat = z.reshape(-1, self.width)
+        book = F.normalize(self.codebook, dim=-1)
+        with torch.no_grad():
+            codes = (flat @ book.T).argmax(dim=1)
+        chosen = F.embedding(codes, book).view_as(z)
+        error = (z - chosen).square().sum(-1)
+        loss = self.commitment * (z - chosen.detach()).square().sum(-1).mean()
+        if self.update == "loss":
+            loss = loss + (z.detach() - chosen).square().sum(-1).mean()
+        if self.training and torch.is_grad_enabled():
+            self._seen.append((flat.detach(), codes))
+        return Quantized(z + (chosen - z).detach(), codes.view(z.shape[:-1]), error.detach(), loss)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(…) int64 → (…, D) unit vectors."""
+        return F.embedding(codes, F.normalize(self.codebook, dim=-1))
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Take in what the forward passes since the last step saw, on all ranks. Returns (K,), how often each code was used."""
+        latents = _gather(torch.cat([z for z, _ in self._seen]))
+        codes = _gather(torch.cat([c for _, c in self._seen]))
+        self._seen.clear()
+        used = torch.bincount(codes, minlength=self.codes).float()
+        self.counts.lerp_(used, 1 - self.decay)
+        if self.update == "ema":
+            sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
+            self.sums.lerp_(sums, 1 - self.decay)
+            alive = self.counts > 1e-6
+            self.codebook[alive] = F.normalize(self.sums[alive], dim=1)
+        self._revive(latents)
+        self.updates += 1
+        return used
+
+    def _revive(self, latents: Tensor) -> None:
+        mean = self.counts.mean()
+        dead = (self.counts < self.revive_below * mean).nonzero().flatten()
+        if not len(dead):
+            return
+        chance = Noise(0, self.updates.view(1)).uniform("revive", shape=(len(latents),))[0]
+        chosen = latents[chance.argsort()[: len(dead)]]
+        dead = dead[: len(chosen)]
+        self.codebook.data[dead] = chosen
+        self.counts[dead] = mean
+        if self.update == "ema":
+            self.sums[dead] = chosen * mean
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)

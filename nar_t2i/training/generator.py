@@ -1,0 +1,149 @@
+"""Generator training: text encoder, null caption and network under one learning strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part
+from nar_t2i.inference.confidence import Confidence
+from nar_t2i.noise import Noise
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.pixels import to_float
+from nar_t2i.schedules import Guidance
+from nar_t2i.text.null import NullCaption
+from nar_t2i.training import optim
+from nar_t2i.training.base import TrainedModule
+from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.training.pictures import log_picture, rows_of
+from nar_t2i.types import (
+    Batch,
+    InferenceStrategy,
+    LearningStrategy,
+    TextEncoder,
+    TokenBatch,
+    TokenCodec,
+    TokenNetwork,
+    TokenSpec,
+)
+
+VALIDATION_SEED = 1  # apart from training's, so that validation draws masks of its own
+
+
+class GeneratorModule(TrainedModule):
+    """Trains a generator.
+
+    tokenizer: the folder of a trained codec, or a codec; frozen, never stored in checkpoints. text: the text encoder,
+    trained along. network: made from the tokens' spec and the text's widths. learning, inference, guidance: strategies;
+    inference and guidance only draw the sample grids and become the exported pipeline's defaults.
+    caption_dropout: the probability that an image's caption is replaced by the null caption, for guidance.
+    seed: of masks and caption dropout. sample_prompts: drawn at every validation.
+    optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
+    """
+
+    ema_submodules = ("text", "null", "network", "learning")
+
+    def __init__(
+        self,
+        tokenizer: str | TokenCodec,
+        text: TextEncoder,
+        network: Callable[[TokenSpec, Sequence[int]], TokenNetwork],
+        learning: LearningStrategy,
+        inference: InferenceStrategy = Confidence(),
+        guidance: Guidance = Guidance(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        caption_dropout: float = 0.1,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+        sample_prompts: list[str] | None = None,
+        budget_minutes: float | None = None,
+    ):
+        super().__init__(optimizer, ema_decay, budget_minutes)
+        codec = load_part(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self._codec = [codec.eval().requires_grad_(False)]  # in a list: frozen, so no part of the checkpoint
+        self.text = text
+        self.null = NullCaption(text.widths, text.pooled_width)
+        self.network = network(codec.spec, text.widths)
+        self.learning = learning
+        self.inference, self.guidance = inference, guidance
+        self.caption_dropout, self.seed = caption_dropout, seed
+        self.sample_prompts = sample_prompts or []
+
+    @property
+    def codec(self) -> TokenCodec:
+        return self._codec[0]
+
+    def setup(self, stage: str) -> None:
+        datamodule = self.trainer.datamodule
+        cached = getattr(datamodule, "token_spec", None)
+        if cached is not None and cached != self.codec.spec:
+            raise UserError(f"data.cache: holds tokens {cached}, but the tokenizer makes {self.codec.spec}")
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
+        self.codec.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        modules = [self.text, self.null, self.network, self.learning]
+        optimizer, scheduler = optim.build(config, optim.parameter_groups(modules, config.weight_decay), self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.optimizer_config.clip_norm:
+            self.clip_gradients(optimizer, self.optimizer_config.clip_norm, "norm")
+
+    def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(tokens, quantisation error or None), from the cache or from the images."""
+        if batch.tokens is not None:
+            return batch.tokens, None
+        return self.codec.encode(to_float(batch.images))
+
+    def dropped(self, noise: Noise) -> Tensor:
+        """(B,), True where the caption is dropped."""
+        return noise.uniform("caption dropout") < self.caption_dropout
+
+    def _terms(self, batch: Batch, seed: int, dropout: bool) -> dict[str, Any]:
+        noise = Noise(seed, batch.ids)
+        tokens, error = self.tokens_of(batch)
+        condition = self.text(batch.captions)._replace(scalars=batch.scalars)
+        nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
+        condition = self.null(condition, self.dropped(noise) if dropout else nothing)
+        return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, self.progress)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        terms = self._terms(batch, self.seed, dropout=True)
+        means = {name: total / weight for name, (total, weight) in terms.items()}
+        for name, mean in means.items():
+            self.log(name, mean.detach(), prog_bar=name == "loss")
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return means["loss"]
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        for name, (total, weight) in self._terms(batch, VALIDATION_SEED, dropout=False).items():
+            self.log(f"validation_{name}", total / weight, batch_size=int(weight), sync_dist=True, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.sample_prompts and not self.trainer.sanity_checking:
+            images = self.pipeline().sample(self.sample_prompts).images
+            log_picture(self, "samples", rows_of(images.cpu(), columns=8))
+
+    def pipeline(self) -> TextToImage:
+        """The generator as it stands, as a pipeline that shares its weights."""
+        return TextToImage(self.codec, self.text, self.null, self.network, self.inference, self.guidance)
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.export(Path(self.trainer.default_root_dir) / "model")
+
+    def export(self, folder: Path) -> None:
+        """Write the pipeline folder, with averaged weights if there are any."""
+        if self.ema is None:
+            self.pipeline().save_pretrained(folder)
+        else:
+            with self.ema.applied(self):
+                self.pipeline().save_pretrained(folder)

@@ -1,0 +1,181 @@
+"""Tokenizer training: a VQGAN under DDP, with manual optimisation, since it has two optimizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import save_part
+from nar_t2i.pixels import to_float, to_uint8
+from nar_t2i.tokenizers.losses import (
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_loss,
+    edge_loss,
+)
+from nar_t2i.tokenizers.vqgan import VQGAN
+from nar_t2i.training import optim
+from nar_t2i.training.base import TrainedModule
+from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.training.pictures import log_picture, rows_of
+from nar_t2i.types import Batch
+
+
+class TokenizerModule(TrainedModule):
+    """Trains a VQGAN (Esser et al., arXiv 2012.09841).
+
+    codec: the model. optimizer: of the codec; the discriminator's is the same with `discriminator_learning_rate`.
+    l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no perceptual loss.
+    discriminator: None trains without. discriminator_start: the share of training after which it takes part.
+    discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see TrainedModule.
+    """
+
+    ema_submodules = ("codec",)
+
+    def __init__(
+        self,
+        codec: VQGAN,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        l1: float = 1.0,
+        l2: float = 2.0,
+        edge: float = 1.0,
+        perceptual: float = 1.0,
+        perceptual_weights: str | None = None,
+        discriminator: PatchDiscriminator | None = None,
+        discriminator_start: float = 0.5,
+        discriminator_weight: float = 0.1,
+        discriminator_learning_rate: float = 5e-4,
+        ema_decay: float = 0.995,
+        budget_minutes: float | None = None,
+    ):
+        super().__init__(optimizer, ema_decay, budget_minutes)
+        self.automatic_optimization = False
+        self.codec = codec
+        self.discriminator = discriminator
+        self.l1, self.l2, self.edge, self.perceptual = l1, l2, edge, perceptual
+        # In a list: a frozen network has no place in the checkpoint.
+        self._perceptual = [PerceptualLoss(perceptual_weights)] if perceptual_weights else []
+        self.discriminator_start, self.discriminator_weight = discriminator_start, discriminator_weight
+        self.discriminator_learning_rate = discriminator_learning_rate
+        self._accumulated = 0
+
+    def setup(self, stage: str) -> None:
+        if "deepspeed" in type(self.trainer.strategy).__name__.lower():
+            raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
+        if not self._perceptual:
+            self.print("perceptual loss: off (no perceptual_weights given)")
+        for network in self._perceptual:
+            network.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        optimizer, scheduler = optim.build(
+            config, optim.parameter_groups([self.codec], config.weight_decay), self.total_steps
+        )
+        if self.discriminator is None:
+            return [optimizer], [scheduler]
+        other = torch.optim.AdamW(self.discriminator.parameters(), self.discriminator_learning_rate, (0.5, 0.9))
+        return [optimizer, other], [scheduler]
+
+    @property
+    def discriminating(self) -> bool:
+        return self.discriminator is not None and self.progress >= self.discriminator_start
+
+    def reconstruction_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        loss = self.l1 * F.l1_loss(images, targets) + self.l2 * F.mse_loss(images, targets)
+        if self.edge:
+            loss = loss + self.edge * edge_loss(images, targets)
+        for network in self._perceptual:
+            loss = loss + self.perceptual * network(images, targets)
+        return loss
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        images = to_float(batch.images)
+        accumulation = self.trainer.datamodule.accumulation()
+        self._accumulated = (self._accumulated + 1) % accumulation
+        last = self._accumulated == 0
+
+        reconstruction, quantized = self.codec(images)
+        reconstruction = reconstruction.float()
+        loss = self.reconstruction_loss(reconstruction, images)
+        self.log("reconstruction_loss", loss.detach(), prog_bar=True)
+        self.log("quantizer_loss", quantized.loss.detach())
+        total = loss + quantized.loss
+        if self.discriminating:
+            self.discriminator.requires_grad_(False)
+            adversarial = -self.discriminator(reconstruction).mean()
+            self.discriminator.requires_grad_(True)
+            weight = self.discriminator_weight * adaptive_weight(loss, adversarial, self.codec.decoder.last_weight)
+            total = total + weight * adversarial
+            self.log("adversarial_weight", weight)
+        self._backward_and_step(0, total / accumulation, last)
+        if last:
+            used = self.codec.quantizer.step()
+            self.log("batch_codebook_use", (used > 0).float().mean(), prog_bar=True)
+        if self.discriminating:
+            self._train_discriminator(images, reconstruction.detach(), accumulation, last)
+
+    def _train_discriminator(self, images: Tensor, reconstruction: Tensor, accumulation: int, last: bool) -> None:
+        real, fake = self.discriminator(images), self.discriminator(reconstruction)
+        loss = discriminator_loss(real, fake)
+        self.log_dict({"discriminator_loss": loss.detach(), "discriminator_real": real.detach().mean(),
+                       "discriminator_fake": fake.detach().mean()})  # fmt: skip
+        self._backward_and_step(1, loss / accumulation, last)
+
+    def _backward_and_step(self, index: int, loss: Tensor, last: bool) -> None:
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        self.manual_backward(loss)
+        if not last:
+            return
+        if self.optimizer_config.clip_norm:
+            self.clip_gradients(optimizer, self.optimizer_config.clip_norm, "norm")
+        if index == 0:
+            optimizer.step()
+            self.lr_schedulers().step()
+        else:
+            # Past Lightning's wrapper, which would count this step, too, as one of `trainer.max_steps`.
+            optimizer.optimizer.step()
+        optimizer.optimizer.zero_grad(set_to_none=True)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        images = to_float(batch.images)
+        encoded = self.codec.encode(images)
+        decoded = self.codec.decode(encoded.tokens).float().clamp(-1, 1)
+        mse = (decoded - images).square().mean((1, 2, 3))
+        self.log("psnr", (10 * torch.log10(4 / mse)).mean(), batch_size=len(images), sync_dist=True, prog_bar=True)
+        ssim = structural_similarity_index_measure(decoded, images, data_range=2.0)
+        self.log("ssim", ssim, batch_size=len(images), sync_dist=True)
+        self._used += torch.bincount(encoded.tokens.flatten(), minlength=self.codec.spec.size)
+        if batch_index == 0:
+            pairs = torch.stack([to_uint8(images[:16]), to_uint8(decoded[:16])], dim=1).flatten(0, 1)
+            log_picture(self, "reconstructions", rows_of(pairs.cpu(), columns=16))
+
+    def on_validation_epoch_start(self) -> None:
+        self._used = torch.zeros(self.codec.spec.size, dtype=torch.int64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        used = self.trainer.strategy.reduce(self._used, reduce_op="sum").double()
+        share = used / used.sum()
+        perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
+        self.log("codebook_use", (used > 0).double().mean().float())
+        self.log("codebook_perplexity", perplexity.float())
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.export(Path(self.trainer.default_root_dir) / "model")
+
+    def export(self, folder: Path) -> None:
+        """Write the codec, averaged weights if there are any, as a part folder."""
+        if self.ema is None:
+            save_part(self.codec, folder)
+        else:
+            with self.ema.applied(self):
+                save_part(self.codec, folder)
