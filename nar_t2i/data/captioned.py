@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,33 +9,16 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from nar_t2i.data.cache import CachedSource, TokenCache
 from nar_t2i.data.losses import LossLedger
-from nar_t2i.data.mixture import Mixture
+from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
 from nar_t2i.data.reading import BatchReader, CountedLoader, View
-from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import Loss, Source
-from nar_t2i.data.stream import StreamReader, StreamShare, is_remote
+from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
 from nar_t2i.types import TokenSpec
 
 MINIMUM_TRIED = 1000  # samples to read before the share of lost ones means anything
-
-
-@dataclass
-class Weighted:
-    """One part of a mixture.
-
-    Args:
-        source: a folder or pattern of shards, or a source.
-        weight: how often it is drawn, relative to the others.
-        cache: folder of the tokens of this part, or none.
-    """
-
-    source: str | Source
-    weight: float = 1.0
-    cache: str | None = None
 
 
 class CaptionedImages(lightning.LightningDataModule):
@@ -227,17 +208,3 @@ class CaptionedImages(lightning.LightningDataModule):
 
 def _as_read(read: Any) -> Any:
     return read  # the reader returns whole batches
-
-
-def open_source(given: str | list[Weighted] | Source, cache: str | None = None) -> Source:
-    """A source from what a recipe says; with `cache`, its images come as tokens. Raises UserError for bad data."""
-    if isinstance(given, list):
-        if cache is not None:
-            raise UserError("a mixture has one cache a part: name it beside each source, not for the whole")
-        parts = [Weighted(**part) if isinstance(part, Mapping) else part for part in given]
-        return Mixture([open_source(p.source, p.cache) for p in parts], [p.weight for p in parts])
-    if isinstance(given, str):
-        if is_remote(given):
-            raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated on")
-        given = ShardSource(given)
-    return given if cache is None else CachedSource(given, TokenCache(cache))

@@ -29,11 +29,6 @@ SHUFFLE_BUFFER = 1000  # encoded samples that a worker holds and draws from
 _BLOCK = 512  # bytes; a tar ends in at least two blocks of zeros
 
 
-def is_remote(path: str) -> bool:
-    """Whether a recipe's source is a URL or a command rather than a path."""
-    return path.startswith("pipe:") or "://" in path
-
-
 def expand(urls: str) -> list[str]:
     """A URL with braces → its shards. Raises UserError for what cannot be streamed."""
     if not urls.startswith(("http://", "https://", "pipe:")):

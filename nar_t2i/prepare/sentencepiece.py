@@ -14,8 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from nar_t2i.data.captioned import open_source
 from nar_t2i.data.files import whole_file
+from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
 from nar_t2i.errors import UserError
 from nar_t2i.prepare.command import parser, run
