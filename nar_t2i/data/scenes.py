@@ -45,7 +45,7 @@ TONES = {
 }
 BACKGROUNDS = tuple((tone, style) for tone in TONES for style in ("plain", "gradient"))
 GRADIENT = 14  # grey levels by which a gradient is lighter at the top and darker at the bottom
-SIZES = {"small": (0.115, 0.13), "medium": (0.15, 0.17), "large": (0.20, 0.23)}  # radius, as a share of the image's side
+SIZES = {"small": (0.14, 0.155), "medium": (0.175, 0.195), "large": (0.22, 0.245)}  # radius, as a share of the image's side
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_PAIRS = frozenset({("orange", "circle"), ("cyan", "square"), ("pink", "triangle"), ("green", "star")})
@@ -193,38 +193,40 @@ def render(scene: Scene, size: int) -> np.ndarray:
 # ---- composing -----------------------------------------------------------------------------------------------------
 
 
+LAYOUTS = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))  # members of each group
+LAYOUT_SHARES = (0.27, 0.09, 0.11, 0.29, 0.07, 0.07, 0.10)
+
+
 def compose(rng: np.random.Generator, split: Split = "train") -> Scene:
     """Draw a scene. "train" and "validation" never hold a held-out pair or triple; "all" may."""
     allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
-    while True:
-        groups, relation = _draw_groups(rng, allowed)
+    layout = LAYOUTS[rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
+    relation = RELATIONS[rng.integers(4)] if len(layout) == 2 and rng.random() < 0.6 else None
+    while True:  # other kinds and sizes until they fit; the shares of layouts and relations stay as they are
+        groups = _draw_groups(rng, layout, allowed)
         objects = place(rng, groups, relation, allow_held_out=split == "all")
         if objects is not None:
-            break
-    return Scene(groups, relation, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], objects)
+            return Scene(groups, relation, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], objects)
 
 
-def _draw_groups(rng: np.random.Generator, allowed: tuple[tuple[str, str], ...]) -> tuple[tuple[Group, ...], str | None]:
-    layouts = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))
-    shares = (0.30, 0.08, 0.09, 0.33, 0.05, 0.05, 0.10)
-    layout = layouts[rng.choice(len(layouts), p=shares)]
+def _draw_groups(
+    rng: np.random.Generator, layout: tuple[int, ...], allowed: tuple[tuple[str, str], ...]
+) -> tuple[Group, ...]:
     kinds = [allowed[i] for i in rng.choice(len(allowed), size=len(layout), replace=False)]
     sizes = tuple(SIZES) if sum(layout) < 3 else ("small", "medium")
-    groups = tuple(
+    return tuple(
         Group(count, *kind, sizes[rng.integers(len(sizes))]) for count, kind in zip(layout, kinds, strict=True)
     )
-    related = len(layout) == 2 and rng.random() < 0.6
-    return groups, RELATIONS[rng.integers(4)] if related else None
 
 
 def place(
     rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, allow_held_out: bool = False
 ) -> tuple[PlacedObject, ...] | None:
-    """Positions without overlap in which `relation` holds clearly, or None where a few hundred draws find none."""
+    """Positions without overlap in which `relation` holds clearly, or None where some hundred draws find none."""
     members = [group for group in groups for _ in range(group.count)]
     owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
-    for _ in range(4):
-        tries = 64
+    for _ in range(2):
+        tries = 128
         radius = np.array([rng.uniform(*SIZES[group.size]) for group in members])
         margin = EXTENT * radius + 0.01
         xy = margin[:, None] + rng.random((tries, len(members), 2)) * (1 - 2 * margin[:, None])
@@ -245,7 +247,7 @@ def _apart(xy: np.ndarray, radius: np.ndarray) -> np.ndarray:
     good = np.ones(len(xy), dtype=bool)
     for i in range(len(radius)):
         for j in range(i):
-            gap = 1.2 * (radius[i] + radius[j]) + 0.03
+            gap = 1.15 * (radius[i] + radius[j]) + 0.03
             good &= ((xy[:, i] - xy[:, j]) ** 2).sum(-1) > gap * gap
     return good
 
