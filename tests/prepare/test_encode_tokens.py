@@ -1,0 +1,183 @@
+"""Token caches: the round trip of the three kinds of tokens, and refusal of whatever does not belong together."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tests.data.making_shards import hurt_members, write_shards, write_tar
+from torch import nn
+
+from nar_t2i.data import CaptionedImages
+from nar_t2i.data.cache import CachedSource, TokenCache, codec_hash, pack, unpack
+from nar_t2i.data.reading import View, make_batch
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.tokens import encode_tokens
+from nar_t2i.types import Encoded, TokenCodec, TokenSpec
+
+KINDS = [
+    TokenSpec((2, 2), "categorical", 300),
+    TokenSpec((4,), "categorical", 7),
+    TokenSpec((2, 2), "binary", 5),
+    TokenSpec((4,), "continuous", 3),
+]
+
+
+class PooledCodec(TokenCodec):
+    """Four tokens an image, from the mean of each quarter times a weight."""
+
+    def __init__(self, spec: TokenSpec, weight: float = 1.0):
+        super().__init__()
+        self.spec, self.image_size = spec, 8
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def encode(self, images):
+        assert images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+        means = nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mean(1) * self.weight  # (B, 4)
+        if self.spec.kind == "categorical":
+            return Encoded(((means + 1) / 2 * self.spec.size).long().clamp(0, self.spec.size - 1), None)
+        values = means[..., None] * torch.linspace(-2, 2, self.spec.size)
+        return Encoded((values > 0).to(torch.uint8) if self.spec.kind == "binary" else values, None)
+
+
+def direct(codec: PooledCodec, source: ShardSource, index: int) -> torch.Tensor:
+    batch = make_batch([source.read(index)], torch.tensor([0]), View(8))
+    with torch.no_grad():
+        return codec.encode(batch.images.float() / 127.5 - 1).tokens[0]
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=lambda s: f"{s.kind}{s.size}")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_round_trip(tmp_path, spec, workers):
+    folder = str(write_shards(tmp_path / "shards", [5, 3, 4], captions=2))
+    codec = PooledCodec(spec)
+    encode_tokens(codec, ShardSource(folder), tmp_path / "cache", batch_size=3, workers=workers, float_dtype="float32")
+    data = CaptionedImages(folder, 8, 4, cache=str(tmp_path / "cache"), scalars=["score"], workers=workers)
+    assert data.token_spec == spec
+    batches = iter(data.train_dataloader())
+    source, plain = ShardSource(folder), iter(CaptionedImages(folder, 8, 4).train_dataloader())
+    for _ in range(6):
+        batch, same = next(batches), next(plain)
+        assert batch.images is None and batch.tokens.dtype == spec.dtype
+        assert batch.keys == same.keys and batch.captions == same.captions and torch.equal(batch.ids, same.ids)
+        for row, key in enumerate(batch.keys):
+            assert torch.equal(batch.tokens[row], direct(codec, source, int(key[1:])))
+            assert batch.scalars["score"][row] == int(key[1:])
+
+
+def test_stored_types_are_the_smallest(tmp_path):
+    def stored(spec: TokenSpec) -> np.ndarray:
+        return pack(np.zeros((3, spec.length, *spec.value_shape), np.int64), spec)
+
+    assert stored(TokenSpec((4,), "categorical", 256)).dtype == np.uint8
+    assert stored(TokenSpec((4,), "categorical", 257)).dtype == np.uint16
+    assert stored(TokenSpec((4,), "categorical", 1 << 17)).dtype == np.uint32
+    assert stored(TokenSpec((3,), "binary", 5)).shape == (3, 2)
+    assert stored(TokenSpec((4,), "continuous", 2)).dtype == np.float16
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=lambda s: f"{s.kind}{s.size}")
+def test_pack_and_unpack_are_inverse(spec):
+    high = {"categorical": spec.size, "binary": 2, "continuous": 100}[spec.kind]
+    values = np.random.default_rng(0).integers(0, high, (6, spec.length, *spec.value_shape))
+    assert np.array_equal(unpack(pack(values, spec), spec).numpy(), values)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A folder of shards and its cache."""
+    folder = write_shards(tmp_path / "shards", [5, 3])
+    encode_tokens(PooledCodec(KINDS[0]), ShardSource(str(folder)), tmp_path / "cache")
+    return folder, tmp_path / "cache"
+
+
+def test_mismatches_are_refused_by_name(cached, tmp_path):
+    folder, cache = cached
+    opened = TokenCache(str(cache))
+    opened.check(ShardSource(str(folder)), KINDS[0], codec_hash(PooledCodec(KINDS[0])))
+    with pytest.raises(UserError, match="hash"):
+        opened.check(codec_hash=codec_hash(PooledCodec(KINDS[0], 1.5)))
+    with pytest.raises(UserError, match="300.* size=7"):
+        opened.check(spec=KINDS[1])
+    other = write_shards(tmp_path / "other", [5, 3], first=1)
+    with pytest.raises(UserError, match="another shard 00000"):
+        CaptionedImages(str(other), 8, 4, cache=str(cache)).train_dataloader()
+    longer = write_shards(tmp_path / "longer", [5, 3, 1])
+    with pytest.raises(UserError, match="covers 2 shards, .* has 3"):
+        CaptionedImages(str(longer), 8, 4, cache=str(cache)).train_dataloader()
+
+
+def test_damaged_caches_are_refused(cached):
+    folder, cache = cached
+    path = cache / "00001.tokens.npy"
+    np.save(path, np.load(path)[:2])
+    with pytest.raises(UserError, match="2 rows instead of 3"):
+        list(zip(range(3), CaptionedImages(str(folder), 8, 4, cache=str(cache)).train_dataloader()))
+    (cache / "cache.json").unlink()
+    with pytest.raises(UserError, match="cache.json is missing"):
+        TokenCache(str(cache))
+
+
+def test_encoding_resumes_by_shard_and_refuses_another_codec(cached):
+    folder, cache = cached
+    (cache / "cache.json").unlink()
+    (cache / "00001.tokens.json").unlink()  # as if it was killed before the second shard was whole
+    kept = (cache / "00000.tokens.npy").stat().st_mtime_ns
+    (cache / "00001.tokens.npy").write_bytes(b"half")
+    with pytest.raises(UserError, match="differ in codec"):
+        encode_tokens(PooledCodec(KINDS[0], 2.0), ShardSource(str(folder)), cache)
+    encode_tokens(PooledCodec(KINDS[0]), ShardSource(str(folder)), cache)
+    assert (cache / "00000.tokens.npy").stat().st_mtime_ns == kept
+    assert len(np.load(cache / "00001.tokens.npy")) == 3
+
+
+def test_images_that_do_not_decode_have_no_tokens_and_are_reported(tmp_path, caplog):
+    write_tar(tmp_path / "s" / "0.tar", hurt_members())
+    source = ShardSource(str(tmp_path / "s"))
+    encode_tokens(PooledCodec(KINDS[0]), source, tmp_path / "cache", batch_size=2)
+    cached = CachedSource(source, TokenCache(str(tmp_path / "cache")))
+    assert [cached.read(i).key for i in range(len(cached))] == ["g0", "g1", "g2", "g3"]
+    for index, original in enumerate(i for i in range(5) if source.read_text(i).key != "broken"):
+        found = torch.from_numpy(cached.read(index).tokens)
+        assert torch.equal(found, direct(PooledCodec(KINDS[0]), source, original))
+    data = CaptionedImages(str(tmp_path / "s"), 8, 4, cache=str(tmp_path / "cache"), max_lost_share=0.9)
+    with caplog.at_level(logging.WARNING):
+        keys = next(iter(data.train_dataloader())).keys
+    assert sorted(keys) == ["g0", "g1", "g2", "g3"] and "broken" in {loss.key for loss in data.losses}
+
+
+def test_a_codec_that_breaks_its_spec_is_refused(tmp_path):
+    folder = str(write_shards(tmp_path / "shards", [3]))
+    codec = PooledCodec(KINDS[0])
+    codec.spec = TokenSpec((2, 2), "categorical", 2)
+    codec.encode = lambda images: Encoded(torch.full((len(images), 4), 2), None)
+    with pytest.raises(UserError, match="do not agree"):
+        encode_tokens(codec, ShardSource(folder), tmp_path / "cache")
+
+
+def test_a_mixture_of_cached_parts(tmp_path):
+    parts = []
+    for name, first in (("a", 0), ("b", 50)):
+        folder = str(write_shards(tmp_path / name, [4, 2], first=first))
+        encode_tokens(PooledCodec(KINDS[0]), ShardSource(folder), tmp_path / f"{name}.cache")
+        parts.append({"source": folder, "cache": str(tmp_path / f"{name}.cache"), "weight": 1.0 + first})
+    data = CaptionedImages(parts, 8, 8)
+    batches = [b for b, _ in zip(data.train_dataloader(), range(20))]
+    assert data.token_spec == KINDS[0]
+    sources = {0: ShardSource(parts[0]["source"]), 50: ShardSource(parts[1]["source"])}
+    for batch in batches:
+        for key, tokens in zip(batch.keys, batch.tokens):
+            first = 0 if int(key[1:]) < 50 else 50
+            assert torch.equal(tokens, direct(PooledCodec(KINDS[0]), sources[first], int(key[1:]) - first))
+    with pytest.raises(UserError, match="differ in what their images are"):
+        CaptionedImages([parts[0], {"source": parts[1]["source"]}], 8, 8).train_dataloader()
+    with pytest.raises(UserError, match="one cache a part"):
+        CaptionedImages(parts, 8, 8, cache=parts[0]["cache"]).train_dataloader()
+
+
+def test_the_manifest_says_what_made_it(cached):
+    manifest = json.loads((cached[1] / "cache.json").read_text())
+    assert manifest["codec"] == codec_hash(PooledCodec(KINDS[0])) and "8 px" in manifest["preprocessing"]
+    assert [(b["name"], b["length"], b["lost"]) for b in manifest["blocks"]] == [("00000", 5, {}), ("00001", 3, {})]

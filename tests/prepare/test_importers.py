@@ -1,0 +1,259 @@
+"""Importers: what is kept, what is dropped and why, and what a kill leaves behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from tests.data.making_shards import encoded, pixels
+
+from nar_t2i.data.images import decode_image
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.errors import UserError
+from nar_t2i.prepare import coco, folder, table
+from nar_t2i.prepare.folder import import_folder
+from nar_t2i.prepare.importing import Options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def images(root: Path, count: int = 7) -> Path:
+    """`im0.png` … with captions, in two folders."""
+    (root / "inner").mkdir(parents=True)
+    for n in range(count):
+        path = root / ("inner" if n % 2 else "") / f"im{n}.png"
+        path.write_bytes(encoded(pixels(n)))
+        path.with_suffix(".txt").write_text(f"caption {n}\n\nanother {n}\n")
+    return root
+
+
+def stored(out: Path) -> dict[str, list[str]]:
+    """Captions by the number of the image that they lie beside."""
+    source = ShardSource(str(out))
+    numbers = {pixels(n).tobytes(): n for n in range(50)}
+    samples = [source.read(i) for i in range(len(source))]
+    return {numbers[s.image.tobytes()]: s.captions for s in samples}
+
+
+def test_a_folder(tmp_path):
+    summary = import_folder(images(tmp_path / "in"), tmp_path / "out", Options(samples_per_shard=3))
+    assert stored(tmp_path / "out") == {n: [f"caption {n}", f"another {n}"] for n in range(7)}
+    assert (summary.kept, summary.dropped, summary.shards) == (7, [], 3)
+    assert ShardSource(str(tmp_path / "out")).read_bytes(0) == encoded(pixels(0))
+    assert ShardSource(str(tmp_path / "out")).read_text(0).scalars["original_width"] == 16
+
+
+def test_what_is_dropped_is_told(tmp_path, capsys):
+    root = images(tmp_path / "in", 3)
+    bad = {
+        "zero": (b"", b"text", "image empty file (0 bytes)"),
+        "cut": (encoded(pixels(0, 64, 64), "JPEG")[:400], b"text", "image does not decode"),
+        "silent": (encoded(pixels(0)), None, "no caption file"),
+        "blank": (encoded(pixels(0)), b" \n\n", "empty caption"),
+        "latin": (encoded(pixels(0)), "Café".encode("latin-1"), "caption is not UTF-8"),
+        "lonely": (None, b"text", "caption without an image"),
+    }
+    for name, (image, text, _) in bad.items():
+        if image is not None:
+            (root / f"{name}.jpg").write_bytes(image)
+        if text is not None:
+            (root / f"{name}.txt").write_bytes(text)
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.png").write_bytes(b"")
+    assert folder.main([str(root), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["kept"] == 3 and "kept 3 samples" in printed and "dropped 6" in printed
+    reasons = {Path(name).stem: reason for name, reason in summary["dropped"]}
+    assert set(reasons) == set(bad)
+    for name, (*_, reason) in bad.items():
+        assert reasons[name].startswith(reason)
+    assert not ShardSource(str(tmp_path / "out")).lost
+
+
+def test_nothing_to_keep_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="nothing to import"):
+        import_folder(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "a.png").write_bytes(b"junk")
+    (tmp_path / "in" / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="not one of 1"):
+        import_folder(tmp_path / "in", tmp_path / "out")
+
+
+def test_other_formats_become_png_and_large_images_shrink(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for name, form, size in (("a.bmp", "BMP", (12, 16)), ("b.jpg", "JPEG", (64, 96)), ("c.png", "PNG", (200, 40))):
+        (root / name).write_bytes(encoded(pixels(1, *size), form))
+        (root / name).with_suffix(".txt").write_text(name)
+    import_folder(root, tmp_path / "out", Options(max_size=32))
+    source = ShardSource(str(tmp_path / "out"))
+    assert [source.read(i).image.shape for i in range(3)] == [(12, 16, 3), (32, 48, 3), (160, 32, 3)]
+    assert np.array_equal(source.read(0).image, pixels(1))
+    assert source.read_bytes(1)[:2] == b"\xff\xd8"
+    assert source.read(2).scalars["original_height"] == 200
+
+
+def test_the_name_does_not_decide_the_format(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(encoded(pixels(4), "PNG"))
+    (tmp_path / "in" / "a.txt").write_text("a")
+    import_folder(tmp_path / "in", tmp_path / "out")
+    assert list(stored(tmp_path / "out")) == [4]
+
+
+def test_the_same_input_gives_the_same_bytes_and_another_is_refused(tmp_path):
+    root = images(tmp_path / "in")
+    for out in ("a", "b"):
+        import_folder(root, tmp_path / out, Options(3, workers=1 if out == "a" else 4))
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    with pytest.raises(UserError, match="samples_per_shard differ"):
+        import_folder(root, tmp_path / "a", Options(4))
+    (root / "im0.txt").write_text("changed")
+    with pytest.raises(UserError, match="items differ"):
+        import_folder(root, tmp_path / "a", Options(3))
+
+
+def test_a_folder_of_strange_shards_is_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
+    with pytest.raises(UserError, match="unknown origin"):
+        import_folder(images(tmp_path / "in"), tmp_path / "out")
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == b"mine"
+
+
+def test_a_damaged_shard_is_written_again(tmp_path):
+    root = images(tmp_path / "in")
+    import_folder(root, tmp_path / "out", Options(3))
+    whole = (tmp_path / "out" / "00001.tar").read_bytes()
+    (tmp_path / "out" / "00001.tar").write_bytes(whole[:2000])
+    kept = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
+    import_folder(root, tmp_path / "out", Options(3))
+    assert (tmp_path / "out" / "00001.tar").read_bytes() == whole
+    assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_killed_import_leaves_no_half_shard_and_goes_on(tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    root.mkdir()
+    large = encoded(pixels(0, 250, 250))
+    for n in range(60):
+        (root / f"im{n:03d}.png").write_bytes(large)
+        (root / f"im{n:03d}.txt").write_text(f"caption {n}")
+    command = [sys.executable, str(ROOT / "data_prep" / "from_folder.py"), str(root), str(out), "--samples-per-shard", "12"]
+    command += ["--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / ".00001.tar.tmp").exists() or (out / ".00001.tar.tmp").stat().st_size == 0:
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    finished = sorted(out.glob("*.tar"))
+    assert 1 <= len(finished) < 5
+    assert all(not ShardSource(str(tar)).lost and len(ShardSource(str(tar))) == 12 for tar in finished)
+    kept = finished[0].stat().st_mtime_ns
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "kept 60 samples in 5 shards" in done.stdout
+    assert finished[0].stat().st_mtime_ns == kept and not list(out.glob(".*tmp"))
+    source = ShardSource(str(out))
+    assert [source.read_text(i).captions for i in range(60)] == [[f"caption {n}"] for n in range(60)]
+
+
+def coco_file(path: Path, root: Path) -> Path:
+    names = {30: "im0.png", 10: "inner/im1.png", 20: "gone.png", 40: "../secret.png", 50: "im2.png"}
+    captions = [(30, "zero a"), (10, "one"), (30, "zero b"), (20, "gone"), (40, "secret"), (99, "nobody's")]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in names.items()],
+        "annotations": [{"image_id": i, "caption": c, "id": n} for n, (i, c) in enumerate(captions)],
+    }
+    (root.parent / "secret.png").write_bytes(encoded(pixels(9)))
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_coco(tmp_path):
+    root = images(tmp_path / "in", 3)
+    summary = coco.import_coco(coco_file(tmp_path / "c.json", root), root, tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["zero a", "zero b"], 1: ["one"]}
+    assert {d.name: d.reason for d in summary.dropped} == {
+        "gone.png": "image file is missing",
+        "../secret.png": "file_name leads out of the image folder",
+        "im2.png": "no caption",
+        "image id 99": "caption without an image",
+    }
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": [{}], "annotations": []}', '{"images": []}'])
+def test_broken_coco_files_are_one_clear_error(tmp_path, content, capsys):
+    (tmp_path / "c.json").write_text(content)
+    assert coco.main([str(tmp_path / "c.json"), str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "not COCO captions" in capsys.readouterr().err
+
+
+ROWS = [("im0.png", "zero, with comma"), ("inner/im1.png", "one"), ("im0.png", "zero\tagain"), ("none.png", "x"), ("im2.png", "")]
+
+
+def write_table(path: Path) -> Path:
+    if path.suffix == ".parquet":
+        columns = {"file": [r[0] for r in ROWS], "text": [r[1] for r in ROWS], "more": list(range(len(ROWS)))}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            writer.writerows([("more", "file", "text"), *((1, *row) for row in ROWS)])
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_tables(tmp_path, suffix, capsys):
+    root = images(tmp_path / "in", 3)
+    path = write_table(tmp_path / f"t.{suffix}")
+    options = ["--root", str(root), "--path-column", "file", "--caption-column", "text"]
+    assert table.main([str(path), str(tmp_path / "out"), *options]) == 0
+    assert stored(tmp_path / "out") == {0: ["zero, with comma", "zero again"], 1: ["one"]}
+    dropped = json.loads((tmp_path / "out" / "summary.json").read_text())["dropped"]
+    assert dropped == [["none.png", "image file is missing"], ["im2.png", "empty caption"]]
+    assert table.main([str(path), str(tmp_path / "other"), *options[:2]]) == 2
+    assert "no column path, caption; it has" in capsys.readouterr().err
+
+
+def test_a_row_that_is_not_utf8_costs_a_row(tmp_path):
+    root = images(tmp_path / "in", 2)
+    (root / "t.csv").write_bytes(b"path,caption\nim0.png,Caf\xe9\ninner/im1.png,good\n")
+    summary = table.import_table(root / "t.csv", tmp_path / "out")
+    assert stored(tmp_path / "out") == {1: ["good"]} and summary.dropped == [("im0.png", "caption is not UTF-8")]
+
+
+@pytest.mark.parametrize("name,content", [("t.xlsx", b"x"), ("t.parquet", b"x"), ("none.csv", None)])
+def test_other_tables_are_one_clear_error(tmp_path, name, content, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert table.main([str(tmp_path / name), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_rotated_images_keep_their_bytes_and_read_upright(tmp_path):
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(pixels(3), "PNG", exif=exif.tobytes())
+    (tmp_path / "in" / "a.png").write_bytes(data)
+    (tmp_path / "in" / "a.txt").write_text("a")
+    import_folder(tmp_path / "in", tmp_path / "out")
+    source = ShardSource(str(tmp_path / "out"))
+    assert source.read_bytes(0) == data and np.array_equal(source.read(0).image, decode_image(data))
+    assert source.read(0).scalars["original_width"] == 12

@@ -1,0 +1,53 @@
+"""SentencePiece models: deterministic, any text survives, scarce text gives a smaller vocabulary."""
+
+import pytest
+import sentencepiece
+from tests.data.making_shards import write_shards
+
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.errors import UserError
+from nar_t2i.prepare.sentencepiece import captions_of, main, train_sentencepiece
+
+CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "green") for s in ("circle", "star") for p in ("on grey", "above it")] * 5
+
+
+def test_any_text_survives(tmp_path):
+    size = train_sentencepiece(CAPTIONS, tmp_path / "m" / "a.model", 8000)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m" / "a.model"))
+    assert size == model.vocab_size() < 8000
+    for text in ("a red star", "日本 😀 žluťoučký", "ALL CAPS"):
+        assert model.decode(model.encode(text)) == text
+        assert model.unk_id() not in model.encode(text)
+    assert (model.pad_id(), model.unk_id(), model.bos_id(), model.eos_id()) == (0, 1, 2, 3)
+    assert len(model.encode("a red star")) < len(model.encode("b ыed ştaя"))
+
+
+def test_deterministic(tmp_path):
+    for name in "ab":
+        train_sentencepiece(CAPTIONS, tmp_path / name, 279)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_size_is_a_limit(tmp_path):
+    assert train_sentencepiece(CAPTIONS, tmp_path / "a", 278) == 278
+
+
+@pytest.mark.parametrize("captions,size", [([], 300), (CAPTIONS, 100)])
+def test_what_cannot_be_trained_leaves_nothing(tmp_path, captions, size):
+    with pytest.raises(UserError, match="no SentencePiece model"):
+        train_sentencepiece(captions, tmp_path / "a", size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_captions_of_a_source_are_used_up_to_the_limit(tmp_path):
+    source = ShardSource(str(write_shards(tmp_path, [6, 4], captions=2)))
+    assert list(captions_of(source)) == [f"caption {n}.{c}" for n in range(10) for c in range(2)]
+    assert list(captions_of(source, 4)) == [f"caption {n}.{c}" for n in (0, 3, 6, 9) for c in range(2)]
+
+
+def test_the_command(tmp_path, capsys):
+    folder = write_shards(tmp_path / "s", [6])
+    assert main([str(folder), str(tmp_path / "out.model"), "--vocab-size", "280"]) == 0
+    assert "pieces" in capsys.readouterr().out and (tmp_path / "out.model").exists()
+    assert main([str(tmp_path / "none"), str(tmp_path / "out.model")]) == 2
+    assert "error: " in capsys.readouterr().err
