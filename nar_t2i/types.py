@@ -110,6 +110,10 @@ class Prediction(Protocol):
 
     logits: Tensor | None
 
+    def __getitem__(self, rows: slice) -> Prediction:
+        """The prediction of some rows of the batch."""
+        ...
+
     def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
         """(*slots) negative log-likelihood of `target` in nats, or the loss that bounds it (`noise` feeds a diffusion head)."""
         ...
@@ -151,8 +155,10 @@ class TokenNetwork(nn.Module):
         """Predict the slots in `read`.
 
         read: None = all slots, (B, N); integers (B, M) = those slots; booleans (B, N) = the True ones, flattened
-        in row order to (R,). The head is evaluated for these alone. With `cache` (causal networks), `state` holds
-        only the slots behind `cache.length`.
+        in row order to (R,). The head is evaluated for these alone.
+
+        A causal network shifts by itself: slot i is predicted from the values before it. With `cache`, `state` holds
+        only new slots: `positions` says which are predicted, `values` what stands before each (slot 0: anything).
         """
         raise NotImplementedError
 

@@ -39,8 +39,8 @@ def paired(condition: Condition, null: Condition) -> Condition:
 class GuidedNetwork:
     """Calls a network on conditional and unconditional rows at once and combines them: `u + s·(c − u)`.
 
-    The text is prepared once, for all steps. `caches`: (conditional-only, paired) for causal networks is not needed:
-    one cache holds the rows of a generation whose guidance is on throughout.
+    The text is prepared once, for all steps. `passes` counts network calls, `rows` row evaluations an image. With a
+    cache, the unconditional rows are evaluated throughout, since the cache must hold them when guidance begins.
     """
 
     def __init__(self, network: TokenNetwork, condition: Condition, null: Condition, guidance: Guidance):

@@ -20,6 +20,9 @@ class Categorical:
     def __init__(self, logits: Tensor):
         self.logits = _at_least_fp32(logits)
 
+    def __getitem__(self, rows: slice) -> Categorical:
+        return Categorical(self.logits[rows])
+
     def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
         return F.cross_entropy(self.logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
 
@@ -43,6 +46,9 @@ class Bernoulli:
 
     def __init__(self, logits: Tensor):
         self.logits = _at_least_fp32(logits)
+
+    def __getitem__(self, rows: slice) -> Bernoulli:
+        return Bernoulli(self.logits[rows])
 
     def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
         return F.binary_cross_entropy_with_logits(self.logits, target.to(self.logits.dtype), reduction="none").sum(-1)

@@ -1,0 +1,89 @@
+"""`nar-t2i evaluate`: scene accuracy of any model folder on any file of scene prompts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nar_t2i.evaluation import scene_accuracy
+from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load
+from nar_t2i.folders import write_json
+from nar_t2i.pipeline import TextToImage
+
+
+def evaluate_prompts(
+    t2i: TextToImage,
+    prompts: Sequence[ScenePrompt],
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    bf16: bool = False,
+    workers: int = 1,
+    name: str = "prompts",
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Draw one picture a prompt, of seed `seed` + the prompt's index, and score them.
+
+    bf16: generate under autocast. workers: processes of the detector. Returns (accuracy, shuffled, chance, decoder
+    passes, …) and the pictures, (n, S, S, 3) uint8.
+    """
+    pictures, start = [], time.perf_counter()
+    with torch.autocast(t2i.device.type, torch.bfloat16, enabled=bf16):
+        for first in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch", mininterval=0.5):
+            texts = [p.prompt for p in prompts[first : first + batch_size]]
+            sampled = t2i.sample(texts, steps, guidance_scale, seed=seed + first, batch_size=batch_size)
+            pictures.append(sampled.images.permute(0, 2, 3, 1).cpu().numpy())
+    images = np.concatenate(pictures)
+    seconds = time.perf_counter() - start
+    found = scene_accuracy.detect_all(images, workers)
+    result = {
+        "accuracy": scene_accuracy.score(found, prompts),
+        "shuffled": {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)},
+        "decoder_passes": sampled.passes,
+        "decoder_rows": sampled.rows,
+        "images_per_second": len(images) / seconds,
+        "precision": "bf16" if bf16 else "fp32",
+        "steps": steps,
+        "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
+        "seed": seed,
+    }
+    return result, images
+
+
+def generator_metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The `generator` part of metrics.json. results: of `evaluate_prompts`, by the name of their prompts.
+
+    "shuffled" is that of the first.
+    """
+    first = next(iter(results.values()))
+    accuracy = {name: result["accuracy"] for name, result in results.items()}
+    rest = {key: value for key, value in first.items() if key not in ("accuracy", "shuffled")}
+    return {"scene_accuracy": {**accuracy, "shuffled": first["shuffled"]}, **rest}
+
+
+def main(arguments: argparse.Namespace) -> int:
+    t2i = TextToImage.from_pretrained(arguments.model)
+    if arguments.prompts:
+        sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
+    else:
+        sets = {"seen": committed("seen"), "held_out": committed("held_out")}
+    results = {}
+    for name, prompts in sets.items():
+        results[name], _ = evaluate_prompts(
+            t2i, prompts, arguments.steps, arguments.guidance_scale, arguments.seed, arguments.batch_size, name=name
+        )
+    metrics = {"generator": generator_metrics(results)}
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, metrics)
+    for name in sets:
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in results[name]["accuracy"].items() if isinstance(v, float)))
+    print(f"written to {out}")
+    return 0

@@ -1,0 +1,130 @@
+"""`nar-t2i generate`: pictures from prompts, a contact sheet, and films of tokens being filled."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from nar_t2i.errors import UserError
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.pixels import to_uint8
+from nar_t2i.types import Step, TokenCodec
+
+UNKNOWN_GREY = 150
+FRAME_MILLISECONDS = 180
+
+
+def shipped_model() -> Path:
+    """The small model in the package."""
+    folder = Path(str(resources.files("nar_t2i"))) / "assets" / "model"
+    if not folder.is_dir():
+        raise UserError("this installation has no shipped model; name one with --model FOLDER")
+    return folder
+
+
+def main(arguments: argparse.Namespace) -> int:
+    prompts = [*arguments.prompt, *(_read_prompts(arguments.prompts) if arguments.prompts else [])]
+    if not prompts:
+        raise UserError("generate: give --prompt TEXT or --prompts FILE")
+    t2i = TextToImage.from_pretrained(arguments.model or shipped_model())
+    films = Films(t2i.tokenizer) if arguments.film != "none" else None
+    samples = t2i.sample(
+        prompts,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        negative_prompts=arguments.negative_prompt,
+        on_step=films,
+    )
+    images = [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)]
+    for name, image in zip(names, images, strict=True):
+        image.save(out / f"{name}.png")
+    contact_sheet(images, prompts).save(out / "sheet.png")
+    if films:
+        films.save([out / name for name in names], arguments.film)
+    print(f"{len(images)} pictures in {out}, all of them on {out / 'sheet.png'}")
+    return 0
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def _slug(prompt: str) -> str:
+    """A short file name: letters and digits of the prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+
+
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, side: int = 160) -> Image.Image:
+    """All pictures in rows, each with its caption below. side: pixels a picture on the sheet."""
+    columns = min(columns, len(images))
+    font = ImageFont.load_default(size=11)
+    text_height, gap = 44, 8
+    cell_width, cell_height = side + gap, side + text_height + gap
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = gap + index % columns * cell_width, gap + index // columns * cell_height
+        resample = Image.Resampling.NEAREST if side % image.width == 0 else Image.Resampling.BICUBIC
+        sheet.paste(image.resize((side, side), resample), (x, y))
+        lines = textwrap.wrap(caption, width=side // 6)[:3]
+        draw.multiline_text((x, y + side + 3), "\n".join(lines), fill="black", font=font, spacing=2)
+    return sheet
+
+
+class Films:
+    """Collects the pictures of every step; tokens that are not known yet are shown as grey patches."""
+
+    def __init__(self, tokenizer: TokenCodec):
+        if len(tokenizer.spec.shape) != 2:
+            raise UserError("--film: this model's tokens are no grid, so there are no places to show")
+        self.tokenizer = tokenizer
+        self._batches: list[list[torch.Tensor]] = []
+
+    def __call__(self, step: Step) -> None:
+        if step.step == 0:
+            self._batches.append([])
+        images = to_uint8(self.tokenizer.decode(step.tokens))
+        scale = images.shape[-1] // self.tokenizer.spec.shape[-1]
+        unknown = step.masked.view(-1, 1, *self.tokenizer.spec.shape)
+        unknown = unknown.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        self._batches[-1].append(torch.where(unknown, UNKNOWN_GREY, images).byte().cpu())
+
+    def save(self, paths: Sequence[Path], kind: str) -> None:
+        """Write `<path>-film.png` (a strip) or `<path>-film.gif` for every picture."""
+        films = [film for batch in self._batches for film in zip(*batch, strict=True)]
+        for path, film in zip(paths, films, strict=True):
+            frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in film]
+            if kind == "strip":
+                strip = Image.new("RGB", (len(frames) * (frames[0].width + 2), frames[0].height), "white")
+                for index, frame in enumerate(frames):
+                    strip.paste(frame, (index * (frame.width + 2), 0))
+                strip.save(path.with_name(path.name + "-film.png"))
+            else:
+                large = [f.resize((4 * f.width, 4 * f.height), Image.Resampling.NEAREST) for f in frames]
+                large[0].save(
+                    path.with_name(path.name + "-film.gif"),
+                    save_all=True,
+                    append_images=large[1:] + [large[-1]] * 6,
+                    duration=FRAME_MILLISECONDS,
+                    loop=0,
+                )
