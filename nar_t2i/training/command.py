@@ -62,6 +62,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         return 0
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
+    if checkpoint is not None:
+        print(f"nar-t2i: going on from {checkpoint}", file=sys.stderr)
     # A run that goes on has weights of its own: those it once started from are not read again.
     if cli.config.init_from and checkpoint is None:
         print(load_weights(cli.model, cli.config.init_from), file=sys.stderr)
@@ -131,6 +133,10 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
+            # jsonargparse tells of an error in a list's item as one of several refused alternatives.
+            own = _user_error(error)
+            if own is not None:
+                raise UserError(str(own)) from error
             raise UserError(f"{self.recipe.name}: cannot be built: {_one_line(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -174,9 +180,7 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
             raise recipe.error("ckpt_path", f"{asked!r} is not a whole checkpoint")
         return path.resolve()
     path = latest_checkpoint(config.run_dir)
-    if path is not None:
-        print(f"nar-t2i: going on from {path}", file=sys.stderr)
-    elif subcommand != "fit" and config.init_from is None:
+    if path is None and subcommand != "fit" and config.init_from is None:
         raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
     return path
 
@@ -184,6 +188,13 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
 def _say_interrupted(run_dir: str) -> int:
     print(f"nar-t2i: interrupted; the same command goes on from the checkpoint in {run_dir}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception was raised from, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _one_line(error: BaseException) -> str:

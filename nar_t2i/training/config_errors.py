@@ -68,7 +68,7 @@ def _check(node: dict[str, Any]) -> tuple[str, str] | None:
 
 def _read(message: str, parser: ArgumentParser, config: dict[str, Any]) -> tuple[str, str]:
     """(key, reason) of one message; the key is empty where the message names none."""
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    names = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
     if match := re.match(r"Option '(.+?)' is not accepted", message):
         return match[1], _unknown(match[1], sorted({name.split(".")[0] for name in names}))
     if match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", message):

@@ -1,0 +1,33 @@
+# make quickstart   captions to pictures, on two cores in minutes
+# make test         the tests
+# Both set up .venv by themselves, once, and again when what is installed changes.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart quickstart-short test clean
+
+quickstart: $(STAMP)
+	$(VENV)/bin/nar-t2i quickstart
+
+# Fails where the pictures do not beat chance, or where a run on shuffled captions does.
+quickstart-short: $(STAMP)
+	$(VENV)/bin/nar-t2i quickstart --shortened --out runs/quickstart-short
+	$(VENV)/bin/nar-t2i quickstart --shortened --shuffled-captions --out runs/quickstart-shuffled
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -x -q tests
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache
+
+# install_seconds: how long the first, whole installation took; quickstart reports it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "nar_t2i needs Python 3.11 or newer, and $(PYTHON) is not; name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@set -e; start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV); \
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'; \
+	[ -f $(VENV)/install_seconds ] || echo $$(( $$(date +%s) - start )) > $(VENV)/install_seconds
+	@touch $@
