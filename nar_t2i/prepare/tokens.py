@@ -1,8 +1,14 @@
-"""Any source + any tokenizer → a token cache, which `nar_t2i.data.cache` reads."""
+"""Shards + a trained tokenizer → a token cache, from which the generator trains without opening images.
+
+    encode_tokens.py SHARDS MODEL OUT
+
+Any source and any tokenizer will do; `nar_t2i.data.cache` reads it. Run the same command again after an interruption.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +20,13 @@ from tqdm import tqdm
 
 from nar_t2i.data.cache import FORMAT, MANIFEST, codec_hash, pack
 from nar_t2i.data.files import whole_file
+from nar_t2i.data.opening import open_source
 from nar_t2i.data.reading import BatchReader, View
 from nar_t2i.data.source import Source
 from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part
+from nar_t2i.pixels import to_float
+from nar_t2i.prepare.command import parser, run
 from nar_t2i.prepare.importing import write_json
 from nar_t2i.types import TokenCodec, TokenSpec
 
@@ -107,7 +117,7 @@ def _encode_block(
         for index, loss in zip(missing, read.losses):
             lost[str(index - indices[0])] = (loss.key, loss.reason)
         if read.batch is not None:
-            images = read.batch.images.to(device).float() / 127.5 - 1
+            images = to_float(read.batch.images.to(device))
             tokens[present - indices[0]] = _checked(codec.encode(images).tokens, spec)
         bar.update(len(batch))
     return tokens, lost
@@ -123,3 +133,35 @@ def _checked(tokens: torch.Tensor, spec: TokenSpec) -> np.ndarray:
     if tokens.shape[1:] != (spec.length, *spec.value_shape) or not right:
         raise UserError(f"the codec's tokens, {tuple(tokens.shape)} {tokens.dtype}, do not agree with its {spec}")
     return tokens.to(spec.dtype).numpy()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    arguments.add_argument("tokenizer", help="folder of a saved tokenizer, or of a model that has one")
+    arguments.add_argument("out", help="folder for the tokens")
+    arguments.add_argument("--batch-size", type=int, default=64, help="images a pass; default: 64")
+    arguments.add_argument("--workers", type=int, default=0, help="processes that read; default: 0")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens")
+    parsed = arguments.parse_args(argv)
+
+    def work() -> str:
+        codec = load_part(find_tokenizer(parsed.tokenizer))
+        source = open_source(parsed.shards)
+        options = parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype
+        manifest = encode_tokens(codec, source, parsed.out, *options)
+        lost = sum(len(block["lost"]) for block in manifest["blocks"])
+        return f"{parsed.out}: tokens of {len(source) - lost} images; {lost + len(source.lost)} could not be read"
+
+    return run(work)
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """The folder itself, or the tokenizer's within a model folder."""
+    inner = Path(folder) / "tokenizer"
+    return inner if inner.is_dir() else Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Every data command from end to end: shards, vocabulary, tokens."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nar_t2i.data import CaptionedImages
+from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.errors import UserError
+from nar_t2i.folders import save_part
+from nar_t2i.prepare import scenes, tokens
+from nar_t2i.prepare.rendering import write_source
+from nar_t2i.tokenizers import VQGAN, VectorQuantizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rendered_scenes_become_shards(tmp_path, workers):
+    source = RenderedScenes("train", 7, 3, 16, 2)
+    summary = write_source(source, tmp_path, 3, workers)
+    shards = ShardSource(str(tmp_path))
+    assert summary.kept == 7 and list(shards.blocks) == [3, 3, 1]
+    for index in range(7):
+        assert np.array_equal(shards.read(index).image, source.read(index).image)
+        assert shards.read(index).captions == source.read(index).captions
+
+
+def test_an_interrupted_copy_goes_on_and_another_is_refused(tmp_path):
+    source = RenderedScenes("train", 7, 3, 16)
+    write_source(source, tmp_path, 3)
+    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "00001.tar").unlink()
+    stamp = (tmp_path / "00000.tar").stat().st_mtime_ns
+    write_source(source, tmp_path, 3)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == kept
+    assert (tmp_path / "00000.tar").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="source differ"):
+        write_source(RenderedScenes("train", 7, 4, 16), tmp_path, 3)
+
+
+def test_from_scenes_to_tokens(tmp_path, capsys):
+    assert scenes.main([str(tmp_path / "shards"), "--count", "12", "--image-size", "16", "--samples-per-shard", "5"]) == 0
+    codec = VQGAN(16, channels=[32], blocks=1, patch=4, quantizer=VectorQuantizer(codes=32, width=4))
+    save_part(codec, tmp_path / "model" / "tokenizer")
+    assert tokens.main([str(tmp_path / "shards"), str(tmp_path / "model"), str(tmp_path / "tokens")]) == 0
+    assert "tokens of 12 images; 0 could not be read" in capsys.readouterr().out
+    batch = next(iter(CaptionedImages(str(tmp_path / "shards"), 16, 4, cache=str(tmp_path / "tokens")).train_dataloader()))
+    assert batch.tokens.shape == (4, codec.spec.length)
+    assert tokens.main([str(tmp_path / "shards"), str(tmp_path / "none"), str(tmp_path / "tokens")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "data_prep").glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_starts(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0 and f"usage: {script.name}" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "data_prep" / "from_folder.py"), str(tmp_path / "none"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path / 'none'} is not a folder\n"
