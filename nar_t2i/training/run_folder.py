@@ -161,7 +161,7 @@ class RunCheckpoint(Checkpoint):
 
 
 class Interrupt(Callback):
-    """The first Ctrl-C lets the present batch finish, so that the checkpoint saved next is whole; a second one does not."""
+    """The first Ctrl-C lets the present batch finish and be logged, so that nothing is lost; a second one does not."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -173,19 +173,25 @@ class Interrupt(Callback):
             self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_if_asked()
         self._in_batch = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = False
-        if self.asked:
-            raise KeyboardInterrupt
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+    def _stop_if_asked(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked or not self._in_batch:

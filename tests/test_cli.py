@@ -1,0 +1,326 @@
+"""The command: what a recipe resolves to, what a run leaves behind, how it goes on, and what each mistake prints."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nar_t2i.cli import main
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+seed_everything: 1
+model:
+  class_path: tests.cli_toys.Model
+  init_args:
+    network: {class_path: tests.cli_toys.Network, init_args: {width: 3}}
+    optimizer: {learning_rate: 0.01, warmup_steps: 2}
+data: {class_path: tests.cli_toys.Data}
+trainer:
+  max_steps: 6
+  accelerator: cpu
+  log_every_n_steps: 1
+  limit_val_batches: 1
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(RECIPE)
+    (tmp_path / "toy.yaml").write_text("extends: base.yaml\nrun_dir: run\n")
+    return tmp_path
+
+
+def fit(*arguments, verb="fit", recipe="toy.yaml"):
+    return main([verb, "--config", recipe, *arguments])
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def metrics(folder):
+    with open(folder / "run/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys\nfrom nar_t2i.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
+           "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("fit", "validate", "test", "predict", "generate", "evaluate", "report", "quickstart"):
+        assert re.search(rf"^\s+{command}\b", result.stdout, re.M)
+
+
+def test_help_of_a_verb(capsys):
+    assert main(["fit", "--help"]) == 0
+    assert "--ckpt_path" in capsys.readouterr().out
+
+
+def test_python_m_is_the_same_command(folder):
+    result = subprocess.run(
+        [sys.executable, "-m", "nar_t2i", "fit", "--config", "toy.yaml", "--trainer.max_stepz", "3"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2
+    assert result.stderr == "nar-t2i: error: command line: key trainer.max_stepz: unknown key; did you mean 'max_steps'?\n"
+
+
+def test_fit_fills_the_run_folder(folder):
+    assert fit() == 0
+    run = folder / "run"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["beta1"] == 0.9  # with defaults
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert json.loads((run / "versions.json").read_text())["packages"]["torch"]
+    assert [int(row["step"]) for row in metrics(folder)] == [0, 1, 2, 3, 4, 5]
+    assert (run / "checkpoints/last.ckpt").resolve().name == "step-00000006.ckpt"
+
+
+def test_printed_configuration_is_a_recipe_that_resolves_to_itself(folder, capsys):
+    assert fit("--print_config", "--trainer.max_steps=3") == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["trainer"]["max_steps"] == 3
+    (folder / "again.yaml").write_text(printed)
+    assert fit("--print_config", recipe="again.yaml") == 0
+    assert capsys.readouterr().out == printed
+    assert not (folder / "run").exists()
+
+
+def test_overrides_may_stand_anywhere_and_sweeps_write_none(folder, capsys):
+    line = ["fit", "--trainer.max_steps", "4", "--config=toy.yaml", "--print_config", "--trainer.max_time=None",
+            "--model.init_args.optimizer.learning_rate=1e-3"]
+    assert main(line) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["trainer"]["max_steps"], config["trainer"]["max_time"]) == (4, None)
+    assert config["model"]["init_args"]["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_run_folder_is_named_after_the_recipe_by_default(folder, capsys):
+    assert fit("--print_config", recipe="base.yaml") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["run_dir"] == "runs/base"
+
+
+def test_fit_again_goes_on_and_equals_one_uninterrupted_run(folder, capsys):
+    assert fit("--trainer.max_steps=10", "--run_dir=whole", "--model.init_args.optimizer.schedule=constant") == 0
+    assert fit("--trainer.max_steps=5", "--model.init_args.optimizer.schedule=constant") == 0
+    assert fit("--trainer.max_steps=10", "--model.init_args.optimizer.schedule=constant") == 0
+    assert "going on from run/checkpoints/step-00000005.ckpt" in capsys.readouterr().err
+    assert [int(row["step"]) for row in metrics(folder)] == list(range(10))
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 10
+    assert (folder / "run/config.1.yaml").is_file()  # the first start's
+    assert not (folder / "run/checkpoints/step-00000005.ckpt").exists()
+
+
+def test_rows_behind_the_checkpoint_are_written_again_and_stand_once(folder):
+    assert fit("--trainer.max_steps=4", "--checkpoint.keep=0", "--checkpoint.every_steps=2") == 0
+    (folder / "run/checkpoints/step-00000004.ckpt").unlink()
+    assert fit("--trainer.max_steps=4") == 0
+    assert [int(row["step"]) for row in metrics(folder)][-1] == 3
+    assert len({row["step"] for row in metrics(folder)}) == 4
+
+
+def test_fresh_refuses_to_go_on(folder, capsys):
+    assert fit() == 0
+    assert fit("--ckpt_path=fresh", "--trainer.max_steps=2") == 0
+    assert "going on" not in capsys.readouterr().err
+    assert [int(row["step"]) for row in metrics(folder) if row["step"]][-1] <= 6
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(folder, capsys):
+    assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
+    path = folder / "run/checkpoints/step-00000006.ckpt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert fit() == 0
+    error = capsys.readouterr().err
+    assert "step-00000006.ckpt is not a whole checkpoint" in error and "going on from run/checkpoints/step-00000003" in error
+
+
+def test_keep_limits_the_checkpoints(folder):
+    assert fit("--checkpoint.every_steps=1", "--checkpoint.keep=2") == 0
+    names = sorted(p.name for p in (folder / "run/checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000005.ckpt", "step-00000006.ckpt"]
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt_path=run/checkpoints/last.ckpt"]])
+def test_a_checkpoints_hyperparameters_never_override_the_recipe(folder, capsys, given):
+    assert fit("--model.init_args.secret=trained") == 0
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["secret"] == "trained"  # the trap is set
+    capsys.readouterr()
+    assert fit("--model.init_args.secret=mine", *given, verb="validate") == 0
+    assert "secret=mine" in capsys.readouterr().out
+
+
+def test_validate_leaves_the_runs_configuration_alone(folder):
+    assert fit() == 0
+    before = (folder / "run/config.yaml").read_text()
+    assert fit("--model.init_args.secret=other", verb="validate") == 0
+    assert (folder / "run/config.yaml").read_text() == before
+
+
+def test_init_from_starts_anew_with_the_weights(folder, capsys):
+    assert fit("--run_dir=first") == 0
+    assert fit("--init_from=first", "--trainer.max_steps=1", "--model.init_args.optimizer.learning_rate=0") == 0
+    assert "4 tensors taken over" in capsys.readouterr().err
+    first, second = weights("first/checkpoints/last.ckpt"), weights("run/checkpoints/last.ckpt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert fit("--init_from=first", "--trainer.max_steps=2") == 0  # goes on with its own weights
+    assert "taken over" not in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_after_the_batch_and_the_same_command_goes_on(folder, capsys):
+    assert fit("--model.init_args.interrupt_at=3") == 130
+    error = capsys.readouterr().err
+    assert "interrupted; the same command goes on from the checkpoint in run" in error and "Traceback" not in error
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert fit("--model.init_args.interrupt_at=3") == 0
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert [int(row["step"]) for row in metrics(folder)] == list(range(6))
+
+
+def test_lightning_does_not_advertise(folder, capfd):
+    subprocess.run(
+        [sys.executable, "-m", "nar_t2i", "fit", "--config", "toy.yaml"], check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    text = "".join(capfd.readouterr())
+    assert not re.search(r"💡|litlogger|litmodels|num_workers|LeafSpec|TPU|weights_only", text)
+
+
+MISTAKES = {
+    "unknown key": (["--modl.x=1"], "command line: key modl.x: unknown key; did you mean 'model'?"),
+    "unknown trainer key": (["--trainer.max_step=1"], "key trainer.max_step: unknown key; did you mean 'max_steps'?"),
+    "unknown nested key": (
+        ["--model.init_args.network.init_args.widht=1"],
+        "command line: key model.init_args.network.init_args.widht: unknown key; did you mean 'width'?",
+    ),
+    "unknown dataclass key": (
+        ["--model.init_args.optimizer.warmup=1"],
+        "key model.init_args.optimizer.warmup: unknown key; did you mean 'warmup_steps'?",
+    ),
+    "unknown key beside a class": (["--model.init_arg.x=1"], "key model.init_arg: unknown key; did you mean 'init_args'?"),
+    "wrong type": (["--trainer.max_steps=many"], "command line: key trainer.max_steps: expected int, got many"),
+    "wrong nested type": (
+        ["--model.init_args.network.init_args.width=wide"],
+        "key model.init_args.network.init_args.width: expected int, got wide",
+    ),
+    "wrong choice": (
+        ["--model.init_args.optimizer.schedule=step"],
+        "key model.init_args.optimizer.schedule: expected one of 'cosine', 'constant', got step",
+    ),
+    "no such class": (
+        ["--model.class_path=tests.cli_toys.Nothing"], "key model.class_path: class 'tests.cli_toys.Nothing' does not exist"
+    ),
+    "no such module": (["--data.class_path=nowhere.Data"], "key data.class_path: class 'nowhere.Data' does not exist"),
+    "wrong class": (
+        ["--model.init_args.network.class_path=tests.cli_toys.Data"],
+        "key model.init_args.network.class_path: class 'tests.cli_toys.Data' is not a Module",
+    ),
+    "not a class": (["--model.init_args.network=3"], "key model.init_args.network: expected a class_path of a Module, got 3"),
+    "missing argument": (["--model.init_args.network=null"], "key model.init_args.network: is required"),
+    "missing model": (["--model=null"], "command line: key model: is required"),
+    "wrong list item": (
+        ["--trainer.callbacks=[{class_path: nar_t2i.training.ema.EMA, init_args: {decy: 1}}]"],
+        "key trainer.callbacks.0.init_args.decy: unknown key; did you mean 'decay'?",
+    ),
+    "refused by a class": (
+        ["--trainer.callbacks=[{class_path: nar_t2i.training.ema.EMA, init_args: {decay: 3}}]"],
+        "EMA: decay must be at least 0 and below 1",
+    ),
+    "refused by Lightning": (["--trainer.devices=0"], "toy.yaml: cannot be built:"),
+    "interpolation": (["--model.init_args.secret=${nothing}"], "command line: key model.init_args.secret: "),
+    "missing recipe": (["--config=nope.yaml"], "recipe 'nope.yaml' does not exist"),
+    "missing checkpoint": (["--ckpt_path=nope.ckpt"], "command line: key ckpt_path: 'nope.ckpt' does not exist"),
+    "broken checkpoint": (["--ckpt_path=base.yaml"], "key ckpt_path: 'base.yaml' is not a whole checkpoint"),
+    "missing weights": (["--init_from=nope"], "init_from: nope does not exist"),
+    "second run folder": (["--trainer.default_root_dir=x"], "key trainer.default_root_dir: is the run's folder"),
+    "second sampler": (["--trainer.use_distributed_sampler=true"], "key trainer.use_distributed_sampler: must be false"),
+    "checkpoint settings": (["--checkpoint.keep=-1"], "every_steps must be at least 1"),
+    "at run time": (["--model.init_args.fail=true"], "shard 00000.tar: sample 3: broken"),
+    "in the data": (["--data.init_args.broken=true"], "shard 00000.tar: sample 3: broken"),
+    "in a worker": (
+        ["--data.init_args.broken=true", "--data.init_args.workers=1"], "error: shard 00000.tar: sample 3: broken"
+    ),
+    "no value": (["--trainer.max_steps"], "command line: --trainer.max_steps needs a value"),
+    "no option": (["toy.yaml"], "command line: unexpected argument 'toy.yaml'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(case, capsys):
+    arguments, expected = MISTAKES[case]
+    assert fit(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("nar-t2i: error: ") and expected in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_mistake_in_a_file_names_that_file(folder, capsys):
+    (folder / "base.yaml").write_text(RECIPE.replace("width: 3", "widht: 3"))
+    assert fit() == 2
+    assert "error: base.yaml: key model.init_args.network.init_args.widht: unknown key" in capsys.readouterr().err
+
+
+def test_circular_extends_and_yaml_mistakes(folder, capsys):
+    (folder / "base.yaml").write_text("extends: toy.yaml\n")
+    assert fit() == 2
+    assert "key extends: circular: toy.yaml → base.yaml → toy.yaml" in capsys.readouterr().err
+    (folder / "base.yaml").write_text("a: [\n")
+    assert fit() == 2
+    assert re.search(r"error: base.yaml: line \d: not valid YAML", capsys.readouterr().err)
+
+
+def test_a_checkpoint_with_objects_is_not_loaded(folder, capsys):
+    assert fit("--model.init_args.save_object=true", "--trainer.max_steps=2") == 0
+    assert fit() == 2
+    assert "holds more than tensors and plain values" in capsys.readouterr().err
+
+
+def test_validate_needs_weights(capsys):
+    assert fit(verb="validate") == 2
+    assert "key ckpt_path: there is no checkpoint in run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [[], ["fly"], ["generate", "--stepz", "3"], ["generate", "--steps", "many"], ["evaluate"], ["fit"],
+     ["generate", "--film", "vhs"]],
+)
+def test_wrong_commands_are_one_line_and_status_2(line, capsys):
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nar-t2i: error: ") and error.count("\n") == 1
+
+
+def test_generate_evaluate_report_and_quickstart_are_dispatched(monkeypatch):
+    seen = []
+    stand_in = type("Module", (), {"main": staticmethod(lambda namespace: seen.append(namespace))})
+    monkeypatch.setattr("nar_t2i.cli.importlib.import_module", lambda name: seen.append(name) or stand_in)
+    assert main(["generate", "--prompt", "a", "--prompt", "b", "--guidance-scale=2", "--film", "gif"]) == 0
+    assert main(["evaluate", "--model", "m", "--out", "o.json", "--batch-size", "8"]) == 0
+    assert main(["report", "runs/a", "runs/b"]) == 0
+    assert main(["quickstart", "--shortened"]) == 0
+    generate, evaluate, report, quickstart = seen[1::2]
+    assert seen[::2] == [
+        "nar_t2i.generate", "nar_t2i.evaluation.command", "nar_t2i.evaluation.report", "nar_t2i.quickstart"
+    ]
+    assert (generate.prompt, generate.steps, generate.guidance_scale, generate.film) == (["a", "b"], 16, 2.0, "gif")
+    assert generate.negative_prompt is None and generate.model is None and generate.seed == 0
+    assert (evaluate.model, evaluate.batch_size) == ("m", 8)
+    assert report.runs == ["runs/a", "runs/b"]
+    assert quickstart.shortened and not quickstart.shuffled_captions and quickstart.out == "runs/quickstart"
