@@ -30,18 +30,19 @@ from nar_t2i.evaluation.regions import erode, label, mean3x3
 # Distances between colours are Euclidean, in levels of 0 to 255 a channel. The smallest distance between an object's
 # colour and a background is 86 (green on olive), between two objects' colours 94 (orange and yellow).
 MIN_SIDE = 48  # smaller pictures hold too few pixels to tell a small circle from a square
-WORK_SIDE = 128  # larger pictures are reduced to this side, so that every threshold in pixels means the same
+WORK_SIDE = 96  # larger pictures are reduced to this side, so that every threshold in pixels means the same
 FOREGROUND = 38.0  # levels from the background: above a decoder's colour error, below half of the smallest contrast
-SEED_EROSION = 2  # pixels taken off all round: more than a soft edge is wide, less than half of a star's body
+SEED_EROSION = 3  # pixels taken off all round: more than a soft edge is wide, less than half of a star's body
 MIN_SEED = 4  # pixels that a seed holds at least; smaller ones are left to the check for flaws
+SEED_COLOR_SHARE = 0.15  # of a seed's pixels, from which on another colour of the palette is a seed of its own
 COLOR_TOLERANCE = 60.0  # levels between an object's median colour and the palette's
 COLOR_MARGIN = 20.0  # levels by which the next colour of the palette is farther away
-RADIUS = (0.08, 0.30)  # share of the side; scenes are drawn with 0.115 to 0.23
-MAX_FIT_ERROR = 0.12  # smoothed error over the shape's area
+RADIUS = (0.09, 0.30)  # share of the side; scenes are drawn with 0.14 to 0.245
+MAX_FIT_ERROR = 0.16  # smoothed error over the shape's area
 SHAPE_MARGIN = 0.02  # by which the next shape's error is larger
 FLAW_LEVELS = 44.0  # smoothed error of a pixel that counts as wrong, away from objects
 FLAW_SHARE = 0.36  # the same on and around an object, as a share of its contrast with the background
-FLAW_AREA = 0.0012  # share of the picture that a connected flaw covers at least (5 pixels at 64 × 64)
+FLAW_AREA = 0.002  # share of the picture that a connected flaw covers at least (9 pixels at 64 × 64)
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 COLOR_NAMES = tuple(COLORS)
@@ -78,7 +79,7 @@ def detect(image: np.ndarray) -> Detection:
     difference = pixels - background[:, None, :]
     foreground = (difference**2).sum(-1) > FOREGROUND**2
     fits, flaws = [], []
-    for region, seed in _regions(foreground):
+    for region, seed in _regions(pixels, foreground):
         fit = _fit_object(pixels, background, region, seed)
         if isinstance(fit, str):
             flaws.append(fit)
@@ -132,24 +133,37 @@ def fit_background(pixels: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _regions(foreground: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _regions(pixels: np.ndarray, foreground: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """(region, seed) masks, one pair an object. A region is the connected foreground around a seed; where objects touch
     each other by their tips, each pixel goes to the nearest seed."""
     regions, _ = label(foreground)
     seeds, count = label(erode(foreground, SEED_EROSION))
     members: dict[int, list[np.ndarray]] = {}
     for number in range(1, count + 1):
-        seed = seeds == number
-        if seed.sum() >= MIN_SEED:
-            members.setdefault(int(regions[seed][0]), []).append(seed)
+        for seed in _by_color(pixels, seeds == number):
+            if seed.sum() >= MIN_SEED:
+                members.setdefault(int(regions[seed][0]), []).append(seed)
     pairs = []
     for number, group in members.items():
         region = regions == number
-        if len(group) == 1:
-            pairs.append((region, group[0]))
-        else:
-            pairs += zip(_divide(region, group), group, strict=True)
+        parts = [region] if len(group) == 1 else _divide(region, group)
+        pairs += zip(parts, group, strict=True)
     return pairs
+
+
+def _by_color(pixels: np.ndarray, seed: np.ndarray) -> list[np.ndarray]:
+    """The seed, or its parts where two objects of different colours touch."""
+    nearest = ((pixels[seed][:, None] - PALETTE) ** 2).sum(-1).argmin(1)
+    shares = np.bincount(nearest, minlength=len(PALETTE)) / len(nearest)
+    colors = np.flatnonzero(shares >= SEED_COLOR_SHARE)
+    if len(colors) < 2:
+        return [seed]
+    parts = []
+    for color in colors:
+        part = np.zeros_like(seed)
+        part[seed] = nearest == color
+        parts.append(part)
+    return parts
 
 
 def _divide(region: np.ndarray, seeds: list[np.ndarray]) -> list[np.ndarray]:
@@ -201,6 +215,15 @@ class _Window:
     share: np.ndarray
     top: int
     left: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.share.shape[0])
+
+    @property
+    def part(self) -> tuple[slice, slice]:
+        """Rows and columns of the picture."""
+        return self.rows, slice(self.left, self.left + self.share.shape[1])
 
     def look_up(self, shape: str, center: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(h, w, 3) table entries, and x and y in radii, for `center` = (x, y, radius) in pixels."""
@@ -305,19 +328,30 @@ def _best_shape(window: _Window) -> tuple[str, np.ndarray, float, float]:
 
 
 def _unexplained(difference: np.ndarray, background: np.ndarray, fits: list[_Fit]) -> list[str]:
-    """Flaws: connected pixels that background and objects do not explain. difference: pixels minus background."""
-    side = len(difference)
+    """Flaws: connected pixels that background and objects do not explain. difference: pixels minus background.
+
+    On and around an object, an error along the line from background to object may be an edge that lies a little off, and
+    is measured against that contrast; an error across the line is another colour, and is measured as anywhere else.
+    """
     left_over = difference.copy()
-    limit = np.full((side, side), FLAW_LEVELS, dtype=np.float32)
     for fit in fits:
-        height, width = fit.template.shape
-        rows, columns = slice(fit.window.top, fit.window.top + height), slice(fit.window.left, fit.window.left + width)
-        contrast = fit.color - background[rows, None, :]
-        left_over[rows, columns] -= fit.template[..., None] * contrast
-        own = FLAW_SHARE * np.sqrt((contrast**2).sum(-1))
+        left_over[fit.window.part] -= fit.template[..., None] * (fit.color - background[fit.window.rows, None, :])
+    left_over = mean3x3(left_over)
+    wrong = (left_over**2).sum(-1) > FLAW_LEVELS**2
+    for fit in fits:
+        contrast = fit.color - background[fit.window.rows, None, :]
+        length = np.sqrt((contrast**2).sum(-1))
+        error = left_over[fit.window.part]
+        along = (error * contrast).sum(-1) / length
+        across = (error**2).sum(-1) - along**2
+        own = (np.abs(along) > np.maximum(FLAW_SHARE * length, FLAW_LEVELS)) | (across > FLAW_LEVELS**2)
         near = ~erode(fit.template < 0.5, 1)
-        limit[rows, columns] = np.where(near, np.maximum(limit[rows, columns], own), limit[rows, columns])
-    wrong = (mean3x3(left_over) ** 2).sum(-1) > limit**2
+        wrong[fit.window.part] = np.where(near, own, wrong[fit.window.part])
+    return _describe_flaws(wrong)
+
+
+def _describe_flaws(wrong: np.ndarray) -> list[str]:
+    side = len(wrong)
     labels, count = label(wrong)
     flaws = []
     for number in range(1, count + 1):
