@@ -14,6 +14,7 @@ from nar_t2i.data.images import fit
 from nar_t2i.data.losses import LossLedger
 from nar_t2i.data.order import Order
 from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts, scalar_columns
+from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.types import Batch
 
@@ -55,7 +56,13 @@ class BatchReader(Dataset):
     def __init__(self, source: Source, view: View, order: Order | None):
         self._source, self._view, self._order = source, view, order
 
-    def __getitems__(self, positions: np.ndarray) -> Read:
+    def __getitems__(self, positions: np.ndarray) -> Read | UserError:
+        try:
+            return self._read(positions)
+        except UserError as error:
+            return error  # raised by `reads`; from a worker it would arrive as the text of a traceback
+
+    def _read(self, positions: np.ndarray) -> Read:
         ids = torch.from_numpy(np.asarray(positions, dtype=np.int64))
         indices = positions if self._order is None else self._order.indices(positions)
         if self._source.token_spec is not None:
@@ -139,6 +146,14 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View) -> Batch:
     return Batch(ids, [s.key for s in samples], captions, images, None, scalars)
 
 
+def reads(loader: DataLoader) -> Iterator[Read]:
+    """What a loader of a `BatchReader` yields. Raises the UserError that a worker met."""
+    for read in loader:
+        if isinstance(read, UserError):
+            raise read
+        yield read
+
+
 class CountedLoader:
     """Batches for a trainer: an iterable whose losses are booked in the main process.
 
@@ -156,7 +171,7 @@ class CountedLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in self._make_loader():
+        for read in reads(self._make_loader()):
             self._ledger.note(read.tried, read.failed, read.losses)
             if read.batch is None:
                 self._ledger.refuse_empty()

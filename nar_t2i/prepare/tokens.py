@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nar_t2i.data.cache import FORMAT, MANIFEST, codec_hash, pack
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
-from nar_t2i.data.reading import BatchReader, View
+from nar_t2i.data.reading import BatchReader, View, reads
 from nar_t2i.data.source import Source
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
@@ -111,7 +111,7 @@ def _encode_block(
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     reader = BatchReader(source, View(codec.image_size), order=None)
     loader = DataLoader(reader, batch_sampler=batches, collate_fn=lambda read: read, num_workers=workers)
-    for batch, read in zip(batches, loader):
+    for batch, read in zip(batches, reads(loader)):
         present = np.array([], dtype=np.int64) if read.batch is None else read.batch.ids.numpy()
         missing = np.setdiff1d(batch, present)  # sorted, like the losses, which come in the order of the batch
         for index, loss in zip(missing, read.losses):
