@@ -143,9 +143,11 @@ class RecipeCLI(LightningCLI):
         run_dir = Path(self.config.run_dir)
         settings = {**self._get(self.config_init, "trainer"), **kwargs, "default_root_dir": run_dir}
         config_yaml = self.config_yaml
-        callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), Interrupt()]
+        interrupt = Interrupt()
+        callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), interrupt]
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
-            callbacks.append(RunCheckpoint(run_dir / "checkpoints", self._get(self.config_init, "checkpoint")))
+            settings_of = self._get(self.config_init, "checkpoint")
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, interrupt))
         if self.verb == "fit" and settings["logger"] is not False:
             asked = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
             settings["logger"] = [RunLogger(run_dir), *(logger for logger in asked if isinstance(logger, Logger))]

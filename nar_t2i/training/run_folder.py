@@ -105,20 +105,23 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 # The step that loggers are given; global_step counts every optimizer.
-                logger.forget_after(trainer.fit_loop.epoch_loop._batches_that_stepped)
+                steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.forget_after(steps if trainer.global_step else -1)
 
 
 class RunCheckpoint(Checkpoint):
     """Save the run every so many optimizer steps, at its end, and when it breaks off; keep the newest.
 
-    Lightning's ModelCheckpoint, once it has saved anything, does not save the last steps of a run.
+    Lightning's ModelCheckpoint, once it has saved anything, does not save the last steps of a run. Wherever possible
+    the save is at the end of a batch: the one place from which Lightning counts on correctly.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: str | Path, config: CheckpointConfig, interrupt: Interrupt) -> None:
         if config.every_steps < 1 or config.keep < 0:
             raise UserError(f"key checkpoint: every_steps must be at least 1 and keep at least 0, not {config}")
         self.folder = Path(folder)
         self.config = config
+        self.interrupt = interrupt
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,7 +131,8 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Several optimizers may step in one batch, so that no count can be relied on to be a multiple.
-        if trainer.global_step // self.config.every_steps > self.saved_step // self.config.every_steps:
+        due = trainer.global_step // self.config.every_steps > self.saved_step // self.config.every_steps
+        if due or trainer.global_step == trainer.max_steps or self.interrupt.asked:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
