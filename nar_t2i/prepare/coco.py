@@ -12,7 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from nar_t2i.errors import UserError
-from nar_t2i.prepare.command import add_import_options, import_options, parser, run
+from nar_t2i.prepare.command import parser
+from nar_t2i.prepare.import_command import add_import_options, run_import
 from nar_t2i.prepare.importing import Item, Options, Summary, import_items
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("images", help="folder of the images")
     add_import_options(arguments)
     parsed = arguments.parse_args(argv)
-    return run(lambda: import_coco(parsed.annotations, parsed.images, parsed.out, import_options(parsed)))
+    return run_import(parsed, lambda options: import_coco(parsed.annotations, parsed.images, parsed.out, options))
 
 
 if __name__ == "__main__":

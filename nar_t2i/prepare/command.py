@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 
 from nar_t2i.errors import UserError
-from nar_t2i.prepare.importing import Options
 
 
 def run(work: Callable[[], object]) -> int:
@@ -28,14 +27,3 @@ def run(work: Callable[[], object]) -> int:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def add_import_options(arguments: argparse.ArgumentParser) -> None:
-    arguments.add_argument("out", help="folder for the shards")
-    arguments.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    arguments.add_argument("--max-size", type=int, help="shrink larger images to this shorter side, in pixels")
-    arguments.add_argument("--workers", type=int, default=4, help="threads that read images; default: 4")
-
-
-def import_options(parsed: argparse.Namespace) -> Options:
-    return Options(parsed.samples_per_shard, parsed.max_size, parsed.workers)

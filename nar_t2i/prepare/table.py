@@ -15,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 
 from nar_t2i.errors import UserError
-from nar_t2i.prepare.command import add_import_options, import_options, parser, run
+from nar_t2i.prepare.command import parser
+from nar_t2i.prepare.import_command import add_import_options, run_import
 from nar_t2i.prepare.importing import Item, Options, Summary, import_items
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -95,9 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--path-column", default="path", help="default: path")
     arguments.add_argument("--caption-column", default="caption", help="default: caption")
     parsed = arguments.parse_args(argv)
-    options = import_options(parsed)
     columns = parsed.path_column, parsed.caption_column
-    return run(lambda: import_table(parsed.table, parsed.out, options, parsed.root, *columns))
+    return run_import(parsed, lambda options: import_table(parsed.table, parsed.out, options, parsed.root, *columns))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 from PIL import Image
 from tests.data.making_shards import encoded, pixels
 
@@ -78,6 +79,13 @@ def test_what_is_dropped_is_told(tmp_path, capsys):
     for name, (*_, reason) in bad.items():
         assert reasons[name].startswith(reason)
     assert not ShardSource(str(tmp_path / "out")).lost
+
+
+def test_a_vocabulary_on_request(tmp_path, capsys):
+    root = images(tmp_path / "in")
+    assert folder.main([str(root), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "vocabulary.model"))
+    assert model.decode(model.encode("caption 3")) == "caption 3" and "pieces" in capsys.readouterr().out
 
 
 def test_nothing_to_keep_is_an_error(tmp_path):
