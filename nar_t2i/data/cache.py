@@ -177,6 +177,9 @@ class CachedSource(Source):
     def lost(self) -> list[Loss]:
         return [*self._source.lost, *self._lost.values()]
 
+    def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
+        self.cache.check(None, spec, codec_hash)
+
     def read(self, index: int) -> Sample:
         original = self._original(np.array([index]))
         sample = self._source.read_text(int(original[0]))

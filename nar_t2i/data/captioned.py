@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from nar_t2i.data.cache import codec_hash
 from nar_t2i.data.losses import LossLedger
 from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
@@ -16,7 +17,7 @@ from nar_t2i.data.reading import BatchReader, CountedLoader, View
 from nar_t2i.data.source import Loss, Source
 from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
-from nar_t2i.types import TokenSpec
+from nar_t2i.types import TokenCodec, TokenSpec
 
 MINIMUM_TRIED = 1000  # samples to read before the share of lost ones means anything
 
@@ -112,6 +113,13 @@ class CaptionedImages(lightning.LightningDataModule):
     def token_spec(self) -> TokenSpec | None:
         """What the cached tokens are; None when batches hold images."""
         return None if self._streams() else self.source("train").token_spec
+
+    def check_codec(self, codec: TokenCodec) -> None:
+        """Raise a UserError that says what differs where cached tokens were made by another codec than this one."""
+        if self._streams():
+            return
+        for split in ("train", "validation") if self._validation is not None else ("train",):
+            self.source(split).check_tokens(codec.spec, codec_hash(codec))
 
     @property
     def losses(self) -> list[Loss]:

@@ -10,6 +10,7 @@ import torch
 from nar_t2i.data.order import MixedOrder, Order
 from nar_t2i.data.source import Loss, Sample, Source, Texts
 from nar_t2i.errors import UserError
+from nar_t2i.types import TokenSpec
 
 
 class Mixture(Source):
@@ -55,6 +56,10 @@ class Mixture(Source):
         for part, (_, values) in found.items():
             tokens[torch.from_numpy(parts == part)] = values
         return _merge(parts, {p: texts for p, (texts, _) in found.items()}), tokens
+
+    def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
+        for source in self._sources:
+            source.check_tokens(spec, codec_hash)
 
     @property
     def blocks(self) -> Sequence[int]:

@@ -99,6 +99,9 @@ class Source:
         """`read_texts`, and (B, N, *value_shape) tokens, where `token_spec` is set."""
         raise NotImplementedError
 
+    def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
+        """Raise UserError where tokens come from a cache that another codec made; images suit any codec."""
+
     @property
     def blocks(self) -> Sequence[int]:
         """Lengths of the runs of samples that are quick to read together (shards); they sum to `len(self)`."""

@@ -109,6 +109,18 @@ def test_mismatches_are_refused_by_name(cached, tmp_path):
         CaptionedImages(str(longer), 8, 4, cache=str(cache)).train_dataloader()
 
 
+def test_the_data_module_refuses_another_codec(cached):
+    folder, cache = map(str, cached)
+    for options in ({"cache": cache}, {"validation": folder, "validation_cache": cache}):
+        data = CaptionedImages(folder, 8, 4, **options)
+        data.check_codec(PooledCodec(KINDS[0]))
+        with pytest.raises(UserError, match="other weights give other tokens"):
+            data.check_codec(PooledCodec(KINDS[0], 1.5))
+    parts = CaptionedImages([{"source": folder, "cache": cache}] * 2, 8, 4)
+    with pytest.raises(UserError, match="size=7"):
+        parts.check_codec(PooledCodec(KINDS[1]))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_caches_are_refused(cached, workers):
     folder, cache = cached
