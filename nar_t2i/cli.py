@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     _add_decoding(generate)
     generate.add_argument("--temperature", type=float, help="of the draws (default: the model's own)")
-    generate.add_argument("--out", default="generated", metavar="DIR", help="where the pictures go (default: generated)")
+    generate.add_argument("--out", default="generated", metavar="DIR", help="where pictures go (default: generated)")
     generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
 
     evaluate = commands.add_parser("evaluate", help="measure a model on scene prompts")

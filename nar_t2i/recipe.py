@@ -4,8 +4,8 @@
 says it. Mappings merge deeply; every other value, lists included, replaces what was there. Three rules beyond that:
 
 - Where a recipe changes a `class_path`, the `init_args` below it are dropped: they belonged to another class.
-- A mapping whose keys are all numbers, laid over a list, changes those items: `trainer.callbacks.0.init_args.decay=0.9`.
-- Interpolation (`${model.init_args.network.init_args.width}`, `${oc.env:HOME}`) is resolved once, over the merged whole.
+- A mapping whose keys are all numbers, laid over a list, changes those: `trainer.callbacks.0.init_args.decay=0.9`.
+- Interpolation (`${model.init_args.network.init_args.width}`, `${oc.env:HOME}`) is resolved over the merged whole.
 
 Every mistake is a UserError that names the file and the key.
 """

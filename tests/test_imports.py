@@ -74,7 +74,7 @@ def read(folder):
 
 
 def circle(graph):
-    """One circle of modules, or None. A package's __init__ gathers its modules, which is no dependency on the package."""
+    """One circle of modules, or None. A package's __init__ gathers its modules, which is no arrow."""
     done, path = set(), []
 
     def walk(module):

@@ -103,7 +103,8 @@ def _reason(text: str) -> str:
     value = f", got {_short(given[1])}" if given else ""
     if match := re.search(r"Not a valid subclass of (\w+)", text):
         return f"expected a class_path of a {match[1]}{value}"
-    expected = dict.fromkeys(_type_name(name) for name in re.findall(r"Expected a (.+?)(?:\. Got value.*)?$", text, re.M))
+    names = re.findall(r"Expected a (.+?)(?:\. Got value.*)?$", text, re.MULTILINE)
+    expected = dict.fromkeys(_type_name(name) for name in names)
     if expected:
         return f"expected {' or '.join(expected)}{value}"
     return text.strip().splitlines()[0]

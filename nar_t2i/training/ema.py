@@ -23,7 +23,7 @@ def ema_decay(decay: float, updates: int, warmup: bool) -> float:
 
 
 class EMA(Callback):
-    """Average trainable parameters and float buffers after every optimizer step: `average += (1 − d)·(value − average)`.
+    """Average trainable parameters and float buffers after each optimizer step: `average += (1 − d)·(value − average)`.
 
     Validation, test and predict run on the average; the training weights come back bit for bit afterwards. The average
     is saved with the checkpoint as plain tensors named as in the module's state dict, and resumed from it.
@@ -137,7 +137,7 @@ class EMA(Callback):
         """Start the average at the module's weights, or at what a checkpoint restored."""
         self._values = _tracked(module, self._names(module))
         if any(hasattr(value, "ds_id") for value in self._values.values()):
-            raise UserError("EMA: the weights are partitioned over the ranks by ZeRO-3, which this callback cannot average")
+            raise UserError("EMA: ZeRO-3 partitions the weights over the ranks, and this callback averages whole ones")
         self.average = {name: value.detach().clone().to(_precise(value.dtype)) for name, value in self._values.items()}
         self._adopt_restored()
 
@@ -154,7 +154,7 @@ class EMA(Callback):
 
 
 def _tracked(module: nn.Module, submodules: Sequence[str]) -> dict[str, Tensor]:
-    """Trainable parameters and saved float buffers by their state-dict name, of the whole module or of some attributes."""
+    """Trainable parameters and saved float buffers by their state-dict name, of all or of some attributes."""
     for name in submodules:
         if not isinstance(getattr(module, name, None), nn.Module):
             raise UserError(f"EMA: submodules: {type(module).__name__} has no submodule {name!r}")
@@ -177,5 +177,5 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
-    """Averages of half-precision weights are kept in float32: their updates are smaller than half precision resolves."""
+    """Averages of half-precision weights are kept in float32: half precision cannot resolve the updates."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
