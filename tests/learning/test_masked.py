@@ -1,0 +1,68 @@
+"""Masked training: which tokens are hidden, and that the gathered loss is the whole one."""
+
+import math
+
+import pytest
+import torch
+
+from nar_t2i.learning.masked import Masked, draw_masks, image_means
+from nar_t2i.noise import Noise
+from nar_t2i.types import TokenBatch, TokenState
+from tests.toys import ToyCodec, ToyMasked, ToyText
+
+MEAN_RATIOS = {"cosine": 2 / math.pi, "linear": 1 / 2, "square": 2 / 3, "arccos": 2 / math.pi}
+
+
+@pytest.mark.parametrize("schedule", MEAN_RATIOS)
+def test_mask_ratios_follow_the_schedule(schedule: str) -> None:
+    ratios = draw_masks(Noise(0, torch.arange(20_000)), schedule, 64).float().mean(1)
+    assert ratios.mean() == pytest.approx(MEAN_RATIOS[schedule], abs=0.01)
+    # The median ratio is the schedule's value at the median time.
+    median = {"cosine": math.cos(math.pi / 4), "linear": 0.5, "square": 0.75, "arccos": math.acos(0.5) / (math.pi / 2)}
+    assert ratios.median() == pytest.approx(median[schedule], abs=0.02)
+    assert (ratios > 0).all()
+
+
+def test_masked_places_are_uniform() -> None:
+    masks = draw_masks(Noise(1, torch.arange(20_000)), "linear", 16).float()
+    assert (masks.mean(0) - masks.mean()).abs().max() < 0.015
+
+
+def test_the_same_sample_is_masked_alike_in_any_batch_and_ranks_differ() -> None:
+    whole = draw_masks(Noise(0, torch.arange(8)), "cosine", 64)
+    rank_0, rank_1 = (draw_masks(Noise(0, ids), "cosine", 64) for ids in torch.arange(8).view(2, 4))
+    assert torch.equal(torch.cat([rank_0, rank_1]), whole)
+    assert (rank_0 != rank_1).any(dim=1).all()
+
+
+def test_the_gathered_loss_is_the_loss_over_all_slots() -> None:
+    torch.manual_seed(0)
+    codec, text = ToyCodec("categorical"), ToyText()
+    network = ToyMasked(codec.spec, text.widths)
+    condition = text(["a", "b c", "d", "e f g"])
+    tokens = torch.randint(4, (4, 4))
+    noise = Noise(5, torch.arange(4))
+    total, weight = Masked("linear").loss(network, TokenBatch(tokens, condition), noise, 0.0)["loss"]
+
+    masked = draw_masks(noise, "linear", 4)
+    everywhere = network(TokenState(tokens, masked), network.prepare(condition)).nll(tokens)
+    by_hand = torch.stack([nll[mask].mean() for nll, mask in zip(everywhere, masked)])
+    torch.testing.assert_close(total, by_hand.sum())
+    assert weight == 4
+    unmasked = torch.stack([nll[~mask].mean() for nll, mask in zip(everywhere, masked) if (~mask).any()])
+    assert not torch.allclose(unmasked.mean(), by_hand.mean())
+
+
+def test_masked_values_are_not_read() -> None:
+    torch.manual_seed(0)
+    text, codec = ToyText(), ToyCodec("categorical")
+    network = ToyMasked(codec.spec, text.widths)
+    prepared = network.prepare(text(["a"]))
+    masked = torch.tensor([[True, False, True, False]])
+    a, b = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[3, 1, 0, 3]])
+    assert torch.equal(network(TokenState(a, masked), prepared).logits, network(TokenState(b, masked), prepared).logits)
+
+
+def test_image_means() -> None:
+    masked = torch.tensor([[True, True, False], [False, True, False]])
+    assert torch.equal(image_means(torch.tensor([1.0, 3.0, 7.0]), masked), torch.tensor([2.0, 7.0]))

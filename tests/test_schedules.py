@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from nar_t2i.schedules import MASK_SCHEDULES, Guidance, mask_ratio, masked_counts
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_ratio_falls_from_one_to_zero(schedule: str) -> None:
+    ratios = mask_ratio(schedule, torch.linspace(0, 1, 101))
+    assert ratios[0] == pytest.approx(1, abs=1e-6) and ratios[-1] == pytest.approx(0, abs=1e-6)
+    assert (ratios.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 4, 16, 64, 100])
+def test_counts_fall_strictly_to_zero(schedule: str, steps: int) -> None:
+    unknown = torch.tensor([64, 10, 1, 0])
+    left = unknown
+    for counts in masked_counts(schedule, steps, unknown):
+        assert ((counts < left) | (left == 0)).all()
+        left = counts
+    assert (left == 0).all()
+
+
+def test_guidance_ramps_and_interval() -> None:
+    assert Guidance(1.0).at(0.3) == 1
+    assert Guidance(5.0).at(0.0) == 5
+    assert Guidance(5.0, ramp="linear").at(0.5) == 3
+    assert Guidance(5.0, ramp="cosine").at(1.0) == 5
+    assert Guidance(5.0, start=0.25, stop=0.75).at(0.1) == 1
+    assert Guidance(5.0, start=0.25, stop=0.75).at(0.5) == 5
