@@ -65,7 +65,8 @@ class TokenCache:
         except ValueError as error:
             raise UserError(f"{path} is not readable JSON: {error}") from error
         if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}; encode anew")
+            found = self.manifest.get("format")
+            raise UserError(f"{path} has format {found}, this version reads {FORMAT}; encode anew")
         spec = self.manifest["spec"]
         self.spec = TokenSpec(tuple(spec["shape"]), spec["kind"], spec["size"])
         self.codec_hash: str = self.manifest["codec"]
@@ -79,7 +80,7 @@ class TokenCache:
     def check(self, source: Source | None = None, spec: TokenSpec | None = None, codec_hash: str | None = None) -> None:
         """Raise a UserError that says what differs from the data, the tokens or the codec that the caller expects."""
         if spec is not None and spec != self.spec:
-            raise UserError(f"the cache {self.folder} holds {self.spec}, but {spec} is expected; encode with this codec")
+            raise UserError(f"the cache {self.folder} holds {self.spec}, not {spec}; encode with this codec")
         if codec_hash is not None and codec_hash != self.codec_hash:
             raise UserError(
                 f"the cache {self.folder} was made by a codec with hash {self.codec_hash[:12]}…, "

@@ -69,15 +69,15 @@ class CaptionedImages(lightning.LightningDataModule):
     ):
         super().__init__()
         if flip and not flip_safe:
-            raise UserError("flip: true needs flip_safe: true, since mirrored images contradict captions with left and right")
+            raise UserError("flip: true needs flip_safe: true: mirrored images contradict captions with left or right")
         if epoch_size is not None and (epoch_size < 1 or epoch_size % global_batch_size):
-            raise UserError(f"epoch_size {epoch_size} is not a positive multiple of global_batch_size {global_batch_size}")
+            raise UserError(f"epoch_size {epoch_size} is no positive multiple of global_batch_size {global_batch_size}")
         self.image_size, self.global_batch_size = image_size, global_batch_size
         self._micro_batch_size, self._epoch_size = micro_batch_size, epoch_size
         self._train, self._validation = train, validation
         self._cache, self._validation_cache = cache, validation_cache
         names = tuple(scalars or ())
-        self._view = View(image_size, seed, random_caption=True, random_crop=crop == "random", random_flip=flip, scalars=names)
+        self._view = View(image_size, seed, True, random_crop=crop == "random", random_flip=flip, scalars=names)
         self._plain_view = View(image_size, seed, scalars=names)
         self._workers, self._seed, self._window, self._max_lost_share = workers, seed, window, max_lost_share
         self._sources: dict[str, Source] = {}
@@ -149,8 +149,10 @@ class CaptionedImages(lightning.LightningDataModule):
     def source(self, split: Literal["train", "validation"]) -> Source:
         """The source of a split, opened once."""
         if split not in self._sources:
-            given, cache = (self._train, self._cache) if split == "train" else (self._validation, self._validation_cache)
-            source = open_source(given, cache)
+            if split == "train":
+                source = open_source(self._train, self._cache)
+            else:
+                source = open_source(self._validation, self._validation_cache)
             ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
             ledger.note_unindexed(source.lost, len(source) + len(source.lost))
             self._sources[split], self._ledgers[split] = source, ledger

@@ -41,6 +41,6 @@ def open_source(given: str | list[Weighted] | Source, cache: str | None = None) 
         return Mixture([open_source(p.source, p.cache) for p in parts], [p.weight for p in parts])
     if isinstance(given, str):
         if is_remote(given):
-            raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated on")
+            raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated")
         given = ShardSource(given)
     return given if cache is None else CachedSource(given, TokenCache(cache))

@@ -39,8 +39,8 @@ def shuffled(count: int, seed: int, stream: str, step: int) -> np.ndarray:
 class ShuffledOrder(Order):
     """Every sample once an epoch, in windows of shuffled blocks.
 
-    blocks: samples of each block. window: blocks that are shuffled together. name: of the source, for messages; the order
-    does not depend on it, so that data may move to another folder.
+    blocks: samples of each block. window: blocks that are shuffled together. name: of the source, for messages; the
+    order does not depend on it, so that data may move to another folder.
     """
 
     def __init__(self, blocks: Sequence[int], seed: int, window: int, name: str = ""):
@@ -158,7 +158,7 @@ class GlobalBatchSampler:
     def __init__(self, global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1, start: int = 0):
         accumulation_steps(global_batch_size, micro_batch_size, world)
         if start % global_batch_size:
-            raise UserError(f"a run resumes at a whole global batch: {start} samples are not a multiple of {global_batch_size}")
+            raise UserError(f"a run resumes at a multiple of the global batch {global_batch_size}, not at {start}")
         self._micro, self._rank, self._world, self.start = micro_batch_size, rank, world, start
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -57,7 +57,7 @@ class SampleError(Exception):
 
 
 class Texts(NamedTuple):
-    """The text of many samples, with one caption chosen for each. scalars: (B,) float32 each, NaN where there is none."""
+    """The text of many samples, one caption chosen for each. scalars: (B,) float32 each, NaN where there is none."""
 
     keys: list[str]
     captions: list[str]

@@ -136,7 +136,7 @@ class _Counts:
 
 
 class _Watched:
-    """A stream that remembers whether it ended the way a tar ends; webdataset takes a cut between two members for the end."""
+    """A stream that remembers whether it ended as a tar does: webdataset takes a cut between members for the end."""
 
     def __init__(self, stream: Any):
         self._stream = stream

@@ -102,10 +102,12 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
     if options.samples_per_shard < 1:
         raise UserError(f"samples_per_shard is {options.samples_per_shard}; it must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    claim_folder(folder, {"items": _fingerprint(items), "samples_per_shard": options.samples_per_shard, "max_size": options.max_size})
+    made_from = {"samples_per_shard": options.samples_per_shard, "max_size": options.max_size}
+    claim_folder(folder, {"items": _fingerprint(items), **made_from})
     kept, dropped = 0, []
     starts = range(0, len(items), options.samples_per_shard)
-    with tqdm(total=len(items), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar, ThreadPoolExecutor(options.workers) as pool:
+    bar = tqdm(total=len(items), desc=f"→ {folder}", unit="image", mininterval=0.5)
+    with bar, ThreadPoolExecutor(options.workers) as pool:
         for shard, start in enumerate(starts):
             chunk = items[start : start + options.samples_per_shard]
             lost = _import_chunk(chunk, folder, shard, options, pool, bar)

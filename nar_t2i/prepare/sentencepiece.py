@@ -25,7 +25,7 @@ MAX_CAPTIONS = 2_000_000  # more captions no longer change the vocabulary, only 
 
 
 def captions_of(source: Source, limit: int = MAX_CAPTIONS) -> Iterator[str]:
-    """All captions of a source, or of an evenly spaced part of its samples where there are more than `limit` samples."""
+    """All captions of a source, or of evenly spaced samples of it where there are more than `limit`."""
     stride = -(-len(source) // limit)
     for index in range(0, len(source), stride):
         try:
@@ -55,7 +55,7 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
             **SPECIAL,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"no SentencePiece model of {vocab_size} pieces can be trained on these captions: {error}") from error
+        raise UserError(f"no SentencePiece model of {vocab_size} pieces fits this text: {error}") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:

@@ -143,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--batch-size", type=int, default=64, help="images a pass; default: 64")
     arguments.add_argument("--workers", type=int, default=0, help="processes that read; default: 0")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens")
+    arguments.add_argument(
+        "--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens"
+    )
     parsed = arguments.parse_args(argv)
 
     def work() -> str:

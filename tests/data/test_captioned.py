@@ -36,7 +36,7 @@ def same(a, b) -> bool:
 
 
 def test_a_batch_holds_what_was_stored(tmp_path):
-    data = CaptionedImages(str(write_shards(tmp_path, [5, 5])), image_size=8, global_batch_size=4, scalars=["score", "no"])
+    data = CaptionedImages(str(write_shards(tmp_path, [5, 5])), 8, 4, scalars=["score", "no"])
     batch = take(data, 3)[2]
     assert batch.ids.tolist() == [8, 9, 10, 11] and batch.images.dtype == torch.uint8 and batch.tokens is None
     for row, key in enumerate(batch.keys):

@@ -75,7 +75,8 @@ def test_hurt_samples_are_named_with_reasons(tmp_path):
 def test_a_truncated_tar_is_accounted_for(tmp_path, where):
     whole = write_tar(tmp_path / "whole.tar", [m for i in range(6) for m in members(f"k{i}", i)])
     rows, _ = scan_tar(whole)
-    cut = {"in an image": rows[3].offset + 20, "in a header": rows[3].offset - 100, "between members": rows[3].offset - 512}
+    offset = rows[3].offset
+    cut = {"in an image": offset + 20, "in a header": offset - 100, "between members": offset - 512}
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "0.tar").write_bytes(whole.read_bytes()[: cut[where]])
     source = ShardSource(str(tmp_path / "cut"))
@@ -179,7 +180,8 @@ def test_a_source_travels_to_a_spawned_process(tmp_path):
     source.read(0)
     (tmp_path / "source.pickle").write_bytes(pickle.dumps(source))
     code = f"import pickle; print(pickle.load(open({str(tmp_path / 'source.pickle')!r}, 'rb')).read(2).key)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "s000002", done.stderr
 
 

@@ -46,12 +46,14 @@ def test_an_interrupted_copy_goes_on_and_another_is_refused(tmp_path):
 
 
 def test_from_scenes_to_tokens(tmp_path, capsys):
-    assert scenes.main([str(tmp_path / "shards"), "--count", "12", "--image-size", "16", "--samples-per-shard", "5"]) == 0
+    options = ["--count", "12", "--image-size", "16", "--samples-per-shard", "5"]
+    assert scenes.main([str(tmp_path / "shards"), *options]) == 0
     codec = VQGAN(16, channels=[32], blocks=1, patch=4, quantizer=VectorQuantizer(codes=32, width=4))
     save_part(codec, tmp_path / "model" / "tokenizer")
     assert tokens.main([str(tmp_path / "shards"), str(tmp_path / "model"), str(tmp_path / "tokens")]) == 0
     assert "tokens of 12 images; 0 could not be read" in capsys.readouterr().out
-    batch = next(iter(CaptionedImages(str(tmp_path / "shards"), 16, 4, cache=str(tmp_path / "tokens")).train_dataloader()))
+    data = CaptionedImages(str(tmp_path / "shards"), 16, 4, cache=str(tmp_path / "tokens"))
+    batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape == (4, codec.spec.length)
     assert tokens.main([str(tmp_path / "shards"), str(tmp_path / "none"), str(tmp_path / "tokens")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
@@ -66,6 +68,7 @@ def test_every_script_starts(script, monkeypatch, capsys):
 
 
 def test_an_error_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, str(ROOT / "data_prep" / "from_folder.py"), str(tmp_path / "none"), str(tmp_path / "out")]
+    script = str(ROOT / "data_prep" / "from_folder.py")
+    command = [sys.executable, script, str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and done.stderr == f"error: {tmp_path / 'none'} is not a folder\n"

@@ -160,8 +160,8 @@ def test_a_killed_import_leaves_no_half_shard_and_goes_on(tmp_path):
     for n in range(60):
         (root / f"im{n:03d}.png").write_bytes(large)
         (root / f"im{n:03d}.txt").write_text(f"caption {n}")
-    command = [sys.executable, str(ROOT / "data_prep" / "from_folder.py"), str(root), str(out), "--samples-per-shard", "12"]
-    command += ["--workers", "1"]
+    script = str(ROOT / "data_prep" / "from_folder.py")
+    command = [sys.executable, script, str(root), str(out), "--samples-per-shard", "12", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -212,7 +212,13 @@ def test_broken_coco_files_are_one_clear_error(tmp_path, content, capsys):
     assert "not COCO captions" in capsys.readouterr().err
 
 
-ROWS = [("im0.png", "zero, with comma"), ("inner/im1.png", "one"), ("im0.png", "zero\tagain"), ("none.png", "x"), ("im2.png", "")]
+ROWS = [
+    ("im0.png", "zero, with comma"),
+    ("inner/im1.png", "one"),
+    ("im0.png", "zero\tagain"),
+    ("none.png", "x"),
+    ("im2.png", ""),
+]
 
 
 def write_table(path: Path) -> Path:
