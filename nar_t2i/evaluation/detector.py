@@ -27,17 +27,17 @@ from PIL import Image
 from nar_t2i.data.scenes import COLORS, SHAPES, Group, outline, relation_between, signed_distance
 from nar_t2i.evaluation.regions import erode, label, mean3x3
 
-# Distances between colours are Euclidean, in levels of 0 to 255 a channel. The smallest distance between an object's
-# colour and a background is 86 (green on olive), between two objects' colours 94 (orange and yellow).
+# Distances between colours are Euclidean, in levels of 0 to 255 a channel. The smallest one between an object's colour
+# and a background is 88 (green on olive), between two objects' colours 88 (orange and yellow).
 MIN_SIDE = 48  # smaller pictures hold too few pixels to tell a small circle from a square
 WORK_SIDE = 96  # larger pictures are reduced to this side, so that every threshold in pixels means the same
 FOREGROUND = 38.0  # levels from the background: above a decoder's colour error, below half of the smallest contrast
-SEED_EROSION = 3  # pixels taken off all round: more than a soft edge is wide, less than half of a star's body
+SEED_EROSION = 0.045  # share of the side that is taken off all round: more than a soft edge, less than a star's body
 MIN_SEED = 4  # pixels that a seed holds at least; smaller ones are left to the check for flaws
 SEED_COLOR_SHARE = 0.15  # of a seed's pixels, from which on another colour of the palette is a seed of its own
 COLOR_TOLERANCE = 60.0  # levels between an object's median colour and the palette's
 COLOR_MARGIN = 20.0  # levels by which the next colour of the palette is farther away
-RADIUS = (0.09, 0.30)  # share of the side; scenes are drawn with 0.14 to 0.245
+RADIUS = (0.115, 0.29)  # share of the side; scenes are drawn with 0.14 to 0.23
 MAX_FIT_ERROR = 0.16  # smoothed error over the shape's area
 SHAPE_MARGIN = 0.02  # by which the next shape's error is larger
 FLAW_LEVELS = 44.0  # smoothed error of a pixel that counts as wrong, away from objects
@@ -137,7 +137,7 @@ def _regions(pixels: np.ndarray, foreground: np.ndarray) -> list[tuple[np.ndarra
     """(region, seed) masks, one pair an object. A region is the connected foreground around a seed; where objects touch
     each other by their tips, each pixel goes to the nearest seed."""
     regions, _ = label(foreground)
-    seeds, count = label(erode(foreground, SEED_EROSION))
+    seeds, count = label(erode(foreground, round(SEED_EROSION * len(pixels))))
     members: dict[int, list[np.ndarray]] = {}
     for number in range(1, count + 1):
         for seed in _by_color(pixels, seeds == number):
@@ -330,8 +330,8 @@ def _best_shape(window: _Window) -> tuple[str, np.ndarray, float, float]:
 def _unexplained(difference: np.ndarray, background: np.ndarray, fits: list[_Fit]) -> list[str]:
     """Flaws: connected pixels that background and objects do not explain. difference: pixels minus background.
 
-    On and around an object, an error along the line from background to object may be an edge that lies a little off, and
-    is measured against that contrast; an error across the line is another colour, and is measured as anywhere else.
+    On and around an object, an error along the line from background to object may be an edge that lies a little off,
+    and is measured against that contrast; an error across the line is another colour, and is measured as anywhere else.
     """
     left_over = difference.copy()
     for fit in fits:

@@ -10,7 +10,7 @@ The six categories are GenEval's (Ghosh et al. 2023), in the world of `nar_t2i.d
 - counting: two or three identical objects ("three pink squares");
 - colors: one object whose colour is said as an attribute ("a circle that is red");
 - position: two groups of one or two objects, and how group 0 lies to group 1 ("two red stars above a blue square");
-- color_attribution: two objects of different colours, said as attributes ("a star colored red and a star that is blue").
+- color_attribution: two objects, their different colours said as attributes ("a star that is red and a star colored blue").
 
 A third of the committed prompts also name a background; some name a size or a place. None of these is scored.
 `nar_t2i.evaluation.prompt_generator` makes them.

@@ -1,4 +1,4 @@
-"""The detector against ground truth and against everything that a person would call wrong, by category, at 64 and 256 px.
+"""The detector against ground truth and against all that a person would call wrong, by category, at 64 and 256 px.
 
 The scenes are perfect pictures of the committed prompts, so that each category is tested on what it will be asked.
 """
@@ -33,7 +33,8 @@ def perfect_scene(prompt: ScenePrompt, rng: np.random.Generator) -> Scene:
 def scenes(category: str) -> list[Scene]:
     prompts = [p for which, n in PROMPTS.items() for p in take(committed(which), n) if p.category == category]
     assert len(prompts) == sum(PROMPTS.values())
-    return [perfect_scene(prompt, np.random.default_rng([i, CATEGORIES.index(category)])) for i, prompt in enumerate(prompts)]
+    rng = np.random.default_rng(CATEGORIES.index(category))
+    return [perfect_scene(prompt, rng) for prompt in prompts]
 
 
 @lru_cache(maxsize=None)
@@ -78,10 +79,10 @@ def test_a_caption_with_one_thing_changed_fails(size, category):
 @sizes_and_categories
 def test_a_broken_outline_fails(size, category):
     rng = np.random.default_rng(2)
-    for number, kind in enumerate(spoil.BREAKS):
-        expected = some(category, size)[number % 3 :: 3]
-        images = (spoil.broken(scene, size, kind, rng) for scene in expected)
-        assert share_accepted(images, expected) <= FEW, kind
+    kinds = spoil.BREAKS if size == 64 else spoil.BREAKS[::2]
+    cases = [(scene, kind) for n, kind in enumerate(kinds) for scene in some(category, size)[n % 2 :: 2]]
+    images = (spoil.broken(scene, size, kind, rng) for scene, kind in cases)
+    assert share_accepted(images, [scene for scene, _ in cases]) <= FEW
 
 
 @sizes_and_categories
@@ -136,9 +137,10 @@ def test_empty_and_featureless_pictures_show_nothing():
 
 def test_a_relation_holds_between_every_member_of_both_groups():
     groups = (Group(2, "red", "star"), Group(1, "blue", "square"))
-    objects = tuple(
-        PlacedObject(*kind, x, y, 0.15)
-        for kind, x, y in ((("red", "star"), 0.25, 0.25), (("red", "star"), 0.75, 0.25), (("blue", "square"), 0.5, 0.75))
+    objects = (
+        PlacedObject("red", "star", 0.25, 0.25, 0.15),
+        PlacedObject("red", "star", 0.75, 0.25, 0.15),
+        PlacedObject("blue", "square", 0.5, 0.75, 0.15),
     )
     image = render(Scene(groups, None, ("white", "plain"), objects), 64)
     found = detect(image)

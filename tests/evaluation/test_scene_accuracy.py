@@ -81,7 +81,8 @@ def test_overall_is_the_mean_of_the_categories_and_counts_are_given():
 
 def test_wilson_s_interval_agrees_with_published_values():
     # Newcombe (1998), table I, method 3.
-    for passed, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    published = ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718))
+    for passed, count, low, high in published:
         assert wilson(passed, count) == pytest.approx([low, high], abs=6e-5)
 
 
