@@ -100,15 +100,15 @@ class Quickstart:
         self.workers = os.cpu_count() or 1
 
     def make_data(self) -> None:
+        from nar_t2i.data.captions import RenderedScenes, ShuffledCaptions
         from nar_t2i.data.shards import ShardSource
-        from nar_t2i.prepare.scenes import render_scenes
+        from nar_t2i.prepare.rendering import write_source
         from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 
         data = self.folder / "data"
         for split, count in (("train", self.scale.train_scenes), ("validation", self.scale.validation_scenes)):
-            render_scenes(
-                data / split, split, count, workers=self.workers, shuffled_captions=self.shuffled_captions
-            )
+            scenes = RenderedScenes(split, count)
+            write_source(ShuffledCaptions(scenes) if self.shuffled_captions else scenes, data / split, workers=self.workers)
         train_sentencepiece(captions_of(ShardSource(str(data / "train")), 50_000), data / "vocabulary.model", 400)
 
     def train_tokenizer(self) -> None:

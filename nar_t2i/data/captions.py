@@ -7,6 +7,7 @@ prompts are sentences that no model has read.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -135,3 +136,22 @@ class RenderedScenes(Source):
         scene = compose(rng, self.split)
         captions = [describe_scene(scene, rng) for _ in range(self.captions)]
         return Sample(f"{index:08d}", render(scene, self.image_size), captions)
+
+
+@part
+class ShuffledCaptions(Source):
+    """Another source with the captions of other images: the control that a generator must not pass."""
+
+    def __init__(self, source: RenderedScenes):
+        self.source = source
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}, captions shuffled"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Sample:
+        other = (index + len(self) // 2) % len(self)
+        return replace(self.source.read(index), captions=self.source.read(other).captions)

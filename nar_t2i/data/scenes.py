@@ -45,7 +45,8 @@ TONES = {
 }
 BACKGROUNDS = tuple((tone, style) for tone in TONES for style in ("plain", "gradient"))
 GRADIENT = 14  # grey levels by which a gradient is lighter at the top and darker at the bottom
-SIZES = {"small": (0.14, 0.155), "medium": (0.175, 0.195), "large": (0.22, 0.245)}  # radius, as a share of the image's side
+SIZES = {"small": 0.14, "medium": 0.18, "large": 0.23}  # radius, as a share of the image's side
+LATTICE = 32  # centres lie on a lattice of this many places a side, as in dSprites
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_PAIRS = frozenset({("orange", "circle"), ("cyan", "square"), ("pink", "triangle"), ("green", "star")})
@@ -225,11 +226,11 @@ def place(
     """Positions without overlap in which `relation` holds clearly, or None where some hundred draws find none."""
     members = [group for group in groups for _ in range(group.count)]
     owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
+    radius = np.array([SIZES[group.size] for group in members])
+    first = np.ceil((EXTENT * radius + 0.01) * LATTICE).astype(int)  # the lattice line nearest to the border
     for _ in range(2):
-        tries = 128
-        radius = np.array([rng.uniform(*SIZES[group.size]) for group in members])
-        margin = EXTENT * radius + 0.01
-        xy = margin[:, None] + rng.random((tries, len(members), 2)) * (1 - 2 * margin[:, None])
+        lines = rng.integers(first[:, None], LATTICE + 1 - first[:, None], size=(128, len(members), 2))
+        xy = lines / LATTICE
         good = _apart(xy, radius)
         if relation:
             good &= _related(xy, owner, relation)

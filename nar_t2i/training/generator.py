@@ -80,9 +80,7 @@ class GeneratorModule(TrainedModule):
 
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
-        cached = getattr(datamodule, "token_spec", None)
-        if cached is not None and cached != self.codec.spec:
-            raise UserError(f"data.cache: holds tokens {cached}, but the tokenizer makes {self.codec.spec}")
+        datamodule.check_codec(self.codec)
         if stage == "fit":
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
         self.codec.to(self.device)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from nar_t2i.training.muon import MuonWithAdamW
 
 # Layers whose parameters are never decayed, whatever their shape.
 _UNDECAYED = (
@@ -20,6 +22,7 @@ _UNDECAYED = (
     nn.RMSNorm,
     nn.modules.batchnorm._BatchNorm,
 )
+_THIN = 16  # rows or columns of a matrix that Muon leaves to AdamW
 # Devices on which torch runs AdamW as one kernel.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -28,7 +31,9 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 class OptimizerConfig:
     """The `optimizer` key of a recipe.
 
+    kind: "adamw", or "muon" for matrices and convolutions with AdamW for the rest (see `nar_t2i.training.muon`).
     learning_rate: the peak, reached at the end of the warm-up.
+    muon_learning_rate: Muon's peak, on the same schedule; None = `learning_rate`.
     weight_decay: decoupled; acts on matrices and convolutions only (see `parameter_groups`).
     beta1, beta2, eps: AdamW's.
     warmup_steps: optimizer steps of linear growth from 0 to the peak.
@@ -38,7 +43,9 @@ class OptimizerConfig:
     fused: one kernel for the whole update; None = wherever torch offers it.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
+    muon_learning_rate: float | None = None
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.98
@@ -68,8 +75,8 @@ def parameter_groups(
         return p.ndim >= 2 and id(p) not in undecayed and not getattr(p, "no_decay", False)
 
     groups = [
-        {"params": [p for p in unique.values() if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in unique.values() if not decays(p)], "weight_decay": 0.0},
+        {"params": [p for p in unique.values() if decays(p)], "weight_decay": weight_decay, "matrices": True},
+        {"params": [p for p in unique.values() if not decays(p)], "weight_decay": 0.0, "matrices": False},
     ]
     return [{**group, "learning_rate_scale": learning_rate_scale} for group in groups if group["params"]]
 
@@ -91,8 +98,8 @@ def _factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
 
 def build(
     config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int | Callable[[], int]
-) -> tuple[AdamW, LambdaLR]:
-    """AdamW over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
 
     total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. The scheduler follows `learning_rate_at`, scaled by the group.
     """
@@ -100,10 +107,31 @@ def build(
     groups = [
         {**group, "lr": config.learning_rate * group.get("learning_rate_scale", 1.0)} for group in groups
     ]
+    betas = (config.beta1, config.beta2)
+    if config.kind == "muon":
+        optimizer: Optimizer = MuonWithAdamW(_divided(groups, config), betas=betas, eps=config.eps)
+        return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total(), config))
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= set(_FUSED_DEVICES) if config.fused is None else config.fused
-    optimizer = AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    optimizer = AdamW(groups, betas=betas, eps=config.eps, fused=fused)
     # A fused AdamW offers to unscale fp16 gradients itself, and Lightning then refuses to clip them, in bf16 too.
     # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total(), config))
+
+
+def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The groups, with those of matrices divided into Muon's and AdamW's. Thin matrices (inputs of pixels, heads of a
+    few outputs) have hardly a spectrum to make flat: AdamW's."""
+
+    def is_muons(p: nn.Parameter) -> bool:
+        return min(len(p), p[0].numel()) > _THIN
+
+    ratio = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+    divided = []
+    for group in groups:
+        muons = [p for p in group["params"] if group["matrices"] and is_muons(p)]
+        rest = [p for p in group["params"] if not (group["matrices"] and is_muons(p))]
+        divided += [{**group, "params": muons, "muon": True, "lr": group["lr"] * ratio}] if muons else []
+        divided += [{**group, "params": rest}] if rest else []
+    return divided

@@ -1,0 +1,90 @@
+"""Muon: momentum whose every step is made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# The quintic iteration of Jordan et al., tuned for slope at zero: singular values end near 1, not at it.
+A, B, C = 3.4445, -4.7750, 2.0315
+ITERATIONS = 5
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """(R, S) → the nearest matrix with all singular values near 1, by five Newton-Schulz steps in bf16."""
+    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    if tall := len(x) > x.shape[1]:
+        x = x.T
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = A * x + (B * square + C * square @ square) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon on the groups marked `muon`, AdamW on the others: one optimizer to the trainer.
+
+    Muon's parameters are matrices, or convolutions, which are taken as matrices (out, in · height · width). Its step has
+    root mean square 0.2 · lr, as large as AdamW's usually is (Liu et al., arXiv 2502.16982), so both share one schedule.
+    torch.optim.Muon takes matrices only, and a second optimizer would need manual optimisation.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+    ):
+        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps, "muon": False, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["muon"] else self._adamw)(parameters, group)
+        return loss
+
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+            scale = 0.2 * max(update.shape) ** 0.5
+            p.mul_(decay).add_(orthogonalised(update).view_as(p), alpha=-group["lr"] * scale)
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        torch.optim.adamw.adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
