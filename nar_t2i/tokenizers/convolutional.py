@@ -1,8 +1,8 @@
 """The convolutional encoder and decoder of a VQGAN (Esser et al., arXiv 2012.09841), with a space-to-depth stem.
 
 The stem folds `patch` × `patch` pixels into channels before the first convolution and unfolds them after the last:
-full-resolution feature maps cost most of the time and memory of the original and add little. That is our choice;
-`patch=1` is the original's shape.
+full-resolution feature maps cost most of the time and memory of the original and add little. For the same reason
+GroupNorm stands at the coarsest stage alone. Both are our choice; `patch=1` is the original's shape.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_t2i.networks.attention import attend
 
-import os
-def norm(channels: int) -> nn.Module:
-    if os.environ.get('NONORM') and channels<150: return nn.Identity()
-    return nn.GroupNorm(min(16, channels), channels)
+GROUPS = 16  # of every GroupNorm
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3×3, SiLU, 3×3 (starts at zero), plus the input."""
+    """SiLU, 3×3, SiLU, 3×3 (starts at zero), plus the input; a GroupNorm before, where asked for."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, normalised: bool = False):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = nn.GroupNorm(GROUPS, channels) if normalised else nn.Identity()
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -40,7 +38,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
         self.heads = heads
-        self.norm = norm(channels)
+        self.norm = nn.GroupNorm(GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -48,13 +46,13 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
-        y = torch.matmul((q*(c//self.heads)**-.5) @ k.transpose(-1,-2), v) if 0 else ((q*(c//self.heads)**-.5) @ k.transpose(-1,-2)).softmax(-1).to(v.dtype) @ v
+        y = attend(q, k, v)
         return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
 
 
 def _coarse_blocks(channels: int, blocks: int, attention: bool) -> list[nn.Module]:
     middle = [SpatialAttention(channels)] if attention else []
-    return [ResidualBlock(channels), *middle, *(ResidualBlock(channels) for _ in range(blocks - 1))]
+    return [ResidualBlock(channels, True), *middle, *(ResidualBlock(channels, True) for _ in range(blocks - 1))]
 
 
 class Encoder(nn.Module):
@@ -70,7 +68,7 @@ class Encoder(nn.Module):
             layers += [ResidualBlock(fine) for _ in range(blocks)]
             layers += [nn.Conv2d(fine, coarse, 4, stride=2, padding=1)]
         layers += _coarse_blocks(channels[-1], blocks, attention)
-        layers += [norm(channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], width, 1)]
+        layers += [nn.GroupNorm(GROUPS, channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], width, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ class Decoder(nn.Module):
         for coarse, fine in zip(channels[:0:-1], channels[-2::-1], strict=True):
             layers += [Upsample(coarse, fine)]
             layers += [ResidualBlock(fine) for _ in range(blocks)]
-        self.layers = nn.Sequential(*layers, norm(channels[0]), nn.SiLU())
+        self.layers = nn.Sequential(*layers, nn.SiLU())
         self.to_pixels = nn.Sequential(nn.Conv2d(channels[0], 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch))
 
     def forward(self, latents: Tensor) -> Tensor:

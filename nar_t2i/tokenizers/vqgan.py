@@ -27,7 +27,8 @@ class VQGAN(TokenCodec):
     """A convolutional encoder, a vector quantizer and a convolutional decoder.
 
     image_size: pixels a side. channels: of each stage, fine to coarse; one token covers patch · 2^(stages − 1) pixels a
-    side. blocks: residual blocks a stage. attention: self-attention at the coarsest stage.
+    side. blocks: residual blocks a stage; encoder_blocks: the same in the encoder, where it needs fewer. attention:
+    self-attention at the coarsest stage.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class VQGAN(TokenCodec):
         self.quantizer = quantizer or VectorQuantizer()
         side = image_size // self.downsampling
         self.spec = TokenSpec((side, side), "categorical", self.quantizer.codes)
-        self.encoder = Encoder(channels, encoder_blocks or blocks, patch, self.quantizer.width, attention)
+        self.encoder = Encoder(channels, blocks if encoder_blocks is None else encoder_blocks, patch, self.quantizer.width, attention)
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 

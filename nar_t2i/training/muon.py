@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 # The quintic iteration of Jordan et al., tuned for slope at zero: singular values end near 1, not at it.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -72,7 +73,7 @@ class MuonWithAdamW(Optimizer):
                 state["step"] = torch.zeros((), device=p.device)
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
         beta1, beta2 = group["betas"]
-        torch.optim.adamw.adamw(
+        adamw(
             parameters,
             [p.grad for p in parameters],
             [state["mean"] for state in states],
