@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -29,3 +32,14 @@ def _seconds(dtype: torch.dtype, size: int = 512, trials: int = 5) -> float:
             a @ a
         fastest = min(fastest, time.perf_counter() - start)
     return fastest
+
+
+def describe_machine() -> dict[str, str | int]:
+    """The machine that a number came from: processor, cores, accelerator."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"processor": model, "cores": os.cpu_count() or 1, "accelerator": accelerator, "precision": fast_precision()}

@@ -21,19 +21,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
+from nar_t2i.hardware import describe_machine, fast_precision
+
+if TYPE_CHECKING:
+    from nar_t2i.evaluation.scene_prompts import ScenePrompt
+    from nar_t2i.pipeline import TextToImage
 
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything. Minutes bound the training stages on slow machines; steps bound them on fast ones."""
+    """How much of everything. Training stages end after these minutes, with their learning rates annealed."""
 
     train_scenes: int
     validation_scenes: int
@@ -43,8 +49,12 @@ class Scale:
     prompts_a_category: int
 
 
-FULL = Scale(48_000, 1000, 3.75, 7.25, 1000, 200)
-SHORTENED = Scale(12_000, 200, 1.5, 2.0, 200, 50)
+SCALES = {
+    "full": Scale(48_000, 1000, 3.75, 7.25, 1000, 200),
+    "shortened": Scale(16_000, 200, 1.6, 2.4, 200, 50),
+    "tiny": Scale(256, 64, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more
+}
+PICTURES = 48  # a set of prompts, in the report
 
 
 class Stages:
@@ -75,21 +85,38 @@ class Stages:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    scale = SHORTENED if arguments.shortened else FULL
-    settings = {"shortened": arguments.shortened, "shuffled_captions": arguments.shuffled_captions, "seed": 0}
-    run = Quickstart(Path(arguments.out), scale, shuffled_captions=arguments.shuffled_captions)
-    stages = Stages(run.folder, settings)
-    # Wall time is a promise to the user, so the two cores go to the arithmetic.
+    # The tests of the documentation run everything at once and choose "tiny".
+    name = os.environ.get("NAR_T2I_QUICKSTART_SCALE") or ("shortened" if arguments.shortened else "full")
+    if name not in SCALES:
+        raise UserError(f"NAR_T2I_QUICKSTART_SCALE: {name!r} is none of {', '.join(SCALES)}")
+    run = Quickstart(Path(arguments.out), SCALES[name], shuffled_captions=arguments.shuffled_captions)
+    stages = Stages(run.folder, {"scale": name, "shuffled_captions": arguments.shuffled_captions})
+    # Wall time is a promise to the user, so all cores go to the arithmetic.
     torch.set_num_threads(os.cpu_count() or 1)
-    for name, title, work in (
+    for stage, title, work in (
         ("data", "scenes and vocabulary", run.make_data),
         ("tokenizer", "image tokenizer", run.train_tokenizer),
         ("tokens", "token cache", run.encode),
         ("generator", "generator", run.train_generator),
         ("evaluation", "evaluation", run.evaluate),
     ):
-        stages.run(name, title, work)
-    return run.finish(stages.state["seconds"])
+        stages.run(stage, title, work)
+    metrics = run.finish(stages.state["seconds"])
+    return check_against_chance(metrics, arguments.shuffled_captions) if name == "shortened" else 0
+
+
+def check_against_chance(metrics: dict[str, Any], shuffled_captions: bool) -> int:
+    """Exit status: 0 where a run beats twice chance, or, trained on shuffled captions, does not; else 1.
+
+    Chance is what a perfect generator scores on the prompts of other pictures.
+    """
+    accuracy = metrics["generator"]["scene_accuracy"]
+    score = accuracy["seen"]["overall"]
+    bar = 2 * accuracy["shuffled"]["chance"]["derangement"]["overall"]
+    passed = (score > bar) != shuffled_captions
+    control = ", trained on shuffled captions, must not exceed" if shuffled_captions else " must exceed"
+    print(f"check: scene accuracy {score:.3f}{control} twice chance, {bar:.3f}: {'passed' if passed else 'FAILED'}")
+    return 0 if passed else 1
 
 
 class Quickstart:
@@ -142,28 +169,51 @@ class Quickstart:
         )
 
     def evaluate(self) -> None:
-        from nar_t2i.evaluation.command import evaluate_prompts, generator_metrics
-        from nar_t2i.evaluation.scene_prompts import committed
+        from nar_t2i.evaluation.command import generator_metrics
+        from nar_t2i.evaluation.scene_prompts import committed, take
         from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
+        from nar_t2i.generate import shipped_model
         from nar_t2i.pipeline import TextToImage
 
         t2i = TextToImage.from_pretrained(self.folder / "generator/model")
         with self._autocast():
             tokenizer = evaluate_tokenizer(t2i.tokenizer, self.scale.tokenizer_images, workers=self.workers)
-        results = {}
-        for which in ("seen", "held_out"):
-            prompts = _first_of_each(committed(which), self.scale.prompts_a_category)
-            results[which], _ = evaluate_prompts(
-                t2i, prompts, steps=16, batch_size=128, bf16=self._bf16, workers=self.workers, name=which
-            )
-        (self.folder / "evaluation").mkdir(exist_ok=True)
+        prompts = {which: take(committed(which), self.scale.prompts_a_category) for which in ("seen", "held_out")}
+        pictures: list[dict[str, Any]] = []
+        results = {which: self._score(t2i, "quickstart", which, prompts[which], pictures) for which in prompts}
+        few = take(prompts["seen"], -(-PICTURES // 6))
+        self._score(TextToImage.from_pretrained(shipped_model()), "shipped", "seen", few, pictures)
+        write_json(self.folder / "evaluation/samples.json", pictures)
         write_json(
-            self.folder / "evaluation/scores.json",
-            {"tokenizer": tokenizer, "generator": generator_metrics(results)},
+            self.folder / "evaluation/scores.json", {"tokenizer": tokenizer, "generator": generator_metrics(results)}
         )
 
-    def finish(self, seconds: dict[str, float]) -> int:
-        """Metrics, the report, and where to look. Status 1 where a shortened run fails its check."""
+    def _score(
+        self, t2i: TextToImage, model: str, which: str, prompts: list[ScenePrompt], pictures: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Scores of one model on one set of prompts; some pictures of each category go into the report's list."""
+        from nar_t2i.evaluation.command import evaluate_prompts
+        from nar_t2i.evaluation.scene_accuracy import verdicts
+        from nar_t2i.evaluation.scene_prompts import take
+
+        title = f"{model}, {which}"
+        result, images = evaluate_prompts(
+            t2i, prompts, steps=16, batch_size=128, bf16=self._bf16, workers=self.workers, name=title
+        )
+        shown = {id(prompt) for prompt in take(prompts, -(-PICTURES // 6))}
+        folder = self.folder / "evaluation/samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, prompt in enumerate(prompts):
+            if id(prompt) in shown:
+                name = f"{model}-{which}-{index:04d}.png"
+                Image.fromarray(images[index]).save(folder / name)
+                (passed,) = verdicts([images[index]], [prompt])
+                entry = {"file": f"samples/{name}", "prompt": prompt.prompt, "category": prompt.category}
+                pictures.append({**entry, "passed": passed, "set": which, "model": model})
+        return result
+
+    def finish(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """Write metrics.json and the report, say where to look; returns the metrics."""
         from nar_t2i.evaluation.report import write_report
 
         scores = read_json(self.folder / "evaluation/scores.json")
@@ -177,31 +227,29 @@ class Quickstart:
         }
         wall["total"] = sum(wall.values())
         metrics = {**scores, "wall_seconds": {name: round(value, 1) for name, value in wall.items()}}
+        metrics["machine"] = describe_machine()
         write_json(self.folder / "metrics.json", metrics)
         write_report(self.folder)
-        accuracy = scores["generator"]["scene_accuracy"]
+        accuracy, tokenizer = scores["generator"]["scene_accuracy"], scores["tokenizer"]
         print(
             f"\nDone in {(wall['total'] - install) / 60:.1f} minutes after installing.\n"
-            f"  tokenizer        {scores['tokenizer']['psnr']:.1f} dB, {scores['tokenizer']['codebook_use']:.0%} of the codes\n"
+            f"  tokenizer        {tokenizer['psnr']:.1f} dB, {tokenizer['codebook_use']:.0%} of the codes in use\n"
             f"  scene accuracy   {accuracy['seen']['overall']:.3f} seen, {accuracy['held_out']['overall']:.3f} held out, "
             f"{accuracy['shuffled']['overall']:.3f} shuffled\n"
             f"  report           {self.folder / 'report.html'}\n"
-            f"  pictures         {self.folder / 'generator/pictures'}\n"
-            f'Draw your own:     nar-t2i generate --model {self.folder / "generator/model"} --prompt "a red star above a blue square"'
+            f"  pictures         {self.folder / 'evaluation/samples'}\n"
+            f'Draw your own:     nar-t2i generate --model {self.folder / "generator/model"} --prompt "a red star"'
         )
-        return 0
+        return metrics
 
     @property
     def _bf16(self) -> bool:
-        from nar_t2i.hardware import fast_precision
-
         return fast_precision() == "bf16-mixed"
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
 
     def _fit(self, stage: str, *overrides: str) -> None:
-        from nar_t2i.hardware import fast_precision
         from nar_t2i.training.command import run
 
         always = [f"run_dir={self.folder / stage}", f"trainer.precision={fast_precision()}"]
@@ -210,17 +258,6 @@ class Quickstart:
             raise KeyboardInterrupt
         if status:
             sys.exit(status)
-
-
-def _first_of_each(prompts: list[Any], count: int) -> list[Any]:
-    """The first `count` prompts of each category, in their order."""
-    taken: dict[str, int] = {}
-    chosen = []
-    for prompt in prompts:
-        taken[prompt.category] = taken.get(prompt.category, 0) + 1
-        if taken[prompt.category] <= count:
-            chosen.append(prompt)
-    return chosen
 
 
 def install_seconds() -> float:
