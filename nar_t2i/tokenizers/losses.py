@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -53,7 +56,7 @@ class PerceptualLoss(nn.Module):
 
     weights: a local state dict of torchvision's `vgg16().features` (keys "0.weight", …; a "features." prefix is
     accepted), as .pth or .safetensors. Nothing is downloaded. All layers count alike: LPIPS's learned channel weights
-    are not used (our choice).
+    are not used (our choice). UserError where the file is missing or holds something else.
     """
 
     BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -77,16 +80,20 @@ class PerceptualLoss(nn.Module):
     def _read(self, weights: str) -> dict[str, Tensor]:
         if not Path(weights).is_file():
             raise UserError(f"perceptual loss: there is no weights file {weights}")
-        if weights.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+        wrong = UserError(f"perceptual loss: {weights} does not hold the features of a VGG-16")
+        try:
+            if weights.endswith(".safetensors"):
+                state = load_file(weights)
+            else:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise wrong from error
+        if not isinstance(state, Mapping):
+            raise wrong
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
         expected = self.features.state_dict()
         if set(state) != set(expected) or any(state[k].shape != v.shape for k, v in expected.items()):
-            raise UserError(f"perceptual loss: {weights} does not hold the features of a VGG-16")
+            raise wrong
         return state
 
     def train(self, mode: bool = True) -> PerceptualLoss:

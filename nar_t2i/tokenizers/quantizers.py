@@ -1,4 +1,4 @@
-"""Quantizers: latent vectors ↔ codes. Always in fp32, since a nearest neighbour in bf16 is often another one."""
+"""Quantizers: latent vectors ↔ codes. Always in fp32 or better: a nearest neighbour in bf16 is often another one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nar_t2i.parts import part
 
 
 class Quantized(NamedTuple):
-    """latents: like the input, straight-through. codes: int64. error: squared distance. loss: scalar, to be minimised."""
+    """latents: (…, D) unit vectors, straight-through. codes: (…) int64. error: (…) squared distance, 0 to 4. loss: scalar."""
 
     latents: Tensor
     codes: Tensor
@@ -31,7 +31,8 @@ class VectorQuantizer(nn.Module):
     of the mean count is dead and takes the place of a latent of the current batch (our choice); 0 switches it off.
 
     Statistics are summed over ranks and revived codes are drawn from the latents of all ranks, so that one and two
-    ranks give the same codebook. `step()` must be called once after every optimizer step.
+    ranks give the same codebook. `step()` must be called once after every optimizer step, on all ranks, after the same
+    number of forward passes of the same size. Forward passes in evaluation mode or without gradients are not counted.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class VectorQuantizer(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def forward(self, latents: Tensor) -> Quantized:
         """latents: (…, D), any float type; they are normalised here."""
-        z = F.normalize(latents.float(), dim=-1)
+        z = F.normalize(_at_least_fp32(latents), dim=-1)
         flat = z.reshape(-1, self.width)
-        book = F.normalize(self.codebook, dim=-1)
+        book = F.normalize(self.codebook.to(z.dtype), dim=-1)
         with torch.no_grad():
             codes = (flat @ book.T).argmax(dim=1)
         chosen = F.embedding(codes, book).view_as(z)
@@ -76,19 +77,25 @@ class VectorQuantizer(nn.Module):
         return Quantized(z + (chosen - z).detach(), codes.view(z.shape[:-1]), error.detach(), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(…) int64 → (…, D) unit vectors."""
+        """(…) int64 → (…, D) unit vectors, in the codebook's type."""
         return F.embedding(codes, F.normalize(self.codebook, dim=-1))
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Take in what the forward passes since the last step saw, on all ranks. Returns (K,), how often each code was used."""
-        latents = _gather(torch.cat([z for z, _ in self._seen]))
-        codes = _gather(torch.cat([c for _, c in self._seen]))
+        """Take in what the forward passes since the last step saw, on all ranks; nothing changes if there were none.
+
+        Returns (K,), how often each code was used.
+        """
+        if not self._seen:
+            return torch.zeros_like(self.counts)
+        # Forward pass by forward pass, and rank by rank within one: the order of the global batch, on any number of ranks.
+        latents = torch.cat([_gather(z) for z, _ in self._seen])
+        codes = torch.cat([_gather(c) for _, c in self._seen])
         self._seen.clear()
-        used = torch.bincount(codes, minlength=self.codes).float()
+        used = torch.bincount(codes, minlength=self.codes).to(self.counts.dtype)
         self.counts.lerp_(used, 1 - self.decay)
         if self.update == "ema":
-            sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
+            sums = torch.zeros_like(self.sums).index_add_(0, codes, latents.to(self.sums.dtype))
             self.sums.lerp_(sums, 1 - self.decay)
             alive = self.counts > 1e-6
             self.codebook[alive] = F.normalize(self.sums[alive], dim=1)
@@ -102,12 +109,16 @@ class VectorQuantizer(nn.Module):
         if not len(dead):
             return
         chance = Noise(0, self.updates.view(1)).uniform("revive", shape=(len(latents),))[0]
-        chosen = latents[chance.argsort()[: len(dead)]]
+        chosen = latents[chance.argsort()[: len(dead)]].to(self.codebook.dtype)
         dead = dead[: len(chosen)]
         self.codebook.data[dead] = chosen
         self.counts[dead] = mean
         if self.update == "ema":
             self.sums[dead] = chosen * mean
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gather(x: Tensor) -> Tensor:

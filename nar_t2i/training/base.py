@@ -19,43 +19,42 @@ class TimeBudget(Callback):
 
     The number of steps to come is estimated from the pace so far, so a slower machine takes fewer steps and still
     anneals. Restarts share one budget. How many steps a run takes then depends on the machine: meant for demonstrations.
+    Rank 0's clock counts, since ranks that disagreed would take different learning rates and end at different steps.
     """
 
     WARM_UP = 10  # steps that tell nothing about the pace
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
-        self._spent_before = 0.0
-        self._started: float | None = None
-        self._paced: tuple[int, float] | None = None
-
-    @property
-    def spent(self) -> float:
-        """Seconds of training so far, those before a restart included."""
-        return self._spent_before + (time.monotonic() - self._started if self._started else 0.0)
+        self.spent = 0.0  # seconds of training up to the last finished batch, those before a restart included
+        self.steps = 0  # optimizer steps by then
+        self._paced: tuple[int, float] | None = None  # `steps` and `spent` where the pace began to count
+        self._clock_at_zero = 0.0
 
     def total_steps(self, step: int, largest: int) -> int:
         """The estimated number of steps of the whole run, at most `largest`."""
-        if self._paced is None or step <= self._paced[0]:
+        if self._paced is None or self.steps <= self._paced[0]:
             return largest
         first, spent = self._paced
-        pace = (self.spent - spent) / (step - first)
-        return min(largest, step + max(1, math.ceil((self.seconds - self.spent) / pace)))
+        pace = max(1e-9, (self.spent - spent) / (self.steps - first))
+        return min(largest, max(step + 1, self.steps + math.ceil((self.seconds - self.spent) / pace)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.monotonic()
+        self._clock_at_zero = time.monotonic() - self.spent
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self._paced is None and trainer.global_step >= self.WARM_UP:
-            self._paced = trainer.global_step, self.spent
+        self.spent = trainer.strategy.broadcast(time.monotonic() - self._clock_at_zero)
+        self.steps = trainer.global_step
+        if self._paced is None and self.steps >= self.WARM_UP:
+            self._paced = self.steps, self.spent
         if self.spent >= self.seconds:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent, "paced": self._paced}
+        return {"spent": self.spent, "steps": self.steps, "paced": self._paced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._spent_before = state_dict["spent"]
+        self.spent, self.steps = state_dict["spent"], state_dict.get("steps", 0)
         self._paced = state_dict["paced"] and tuple(state_dict["paced"])
 
 

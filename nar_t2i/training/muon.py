@@ -41,7 +41,9 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
     ):
-        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps, "muon": False, "weight_decay": 0.0})
+        # "fused" tells load_state_dict to put the restored step counts beside the weights, where the fused kernel wants them.
+        defaults = {"momentum": momentum, "betas": betas, "eps": eps, "muon": False, "weight_decay": 0.0, "fused": True}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,7 +72,7 @@ class MuonWithAdamW(Optimizer):
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if not state:
-                state["step"] = torch.zeros((), device=p.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
         beta1, beta2 = group["betas"]
         adamw(

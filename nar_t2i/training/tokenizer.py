@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -33,8 +34,9 @@ class TokenizerModule(TrainedModule):
 
     codec: the model. optimizer: of the codec; the discriminator's is the same with `discriminator_learning_rate`.
     l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no perceptual loss.
-    discriminator: None trains without. discriminator_start: the share of training after which it takes part.
-    discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see TrainedModule.
+    discriminator: None trains without. discriminator_start: the share of training (`progress`) from which on it takes
+    part, in both its roles. discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see
+    TrainedModule. The averaged codec holds the averaged codebook, too: encoder, codebook and decoder lag alike.
     """
 
     ema_submodules = ("codec",)
@@ -65,14 +67,19 @@ class TokenizerModule(TrainedModule):
         self.discriminator_start, self.discriminator_weight = discriminator_start, discriminator_weight
         self.discriminator_learning_rate = discriminator_learning_rate
         self._accumulated = 0
+        self._discriminating = False
 
     def setup(self, stage: str) -> None:
-        if "deepspeed" in type(self.trainer.strategy).__name__.lower():
+        strategy = self.trainer.strategy
+        if "deepspeed" in type(strategy).__name__.lower():
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
+        if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
+            # Each of the two backward passes leaves the other's parameters without a gradient.
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if not self._perceptual:
             self.print("perceptual loss: off (no perceptual_weights given)")
         for network in self._perceptual:
-            network.to(self.device)
+            network.to(strategy.root_device)  # the module itself is moved only after this hook
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
@@ -84,9 +91,15 @@ class TokenizerModule(TrainedModule):
         other = torch.optim.AdamW(self.discriminator.parameters(), self.discriminator_learning_rate, (0.5, 0.9))
         return [optimizer, other], [scheduler]
 
-    @property
+    def on_train_start(self) -> None:
+        self._accumulated, self._discriminating = 0, False
+
     def discriminating(self) -> bool:
-        return self.discriminator is not None and self.progress >= self.discriminator_start
+        """Whether the discriminator takes part in the present step: decided at its first micro-batch, and never undone
+        (under a time budget, progress is an estimate that may fall again)."""
+        if self.discriminator is not None and self._accumulated == 0:
+            self._discriminating = self._discriminating or self.progress >= self.discriminator_start
+        return self._discriminating
 
     def reconstruction_loss(self, images: Tensor, targets: Tensor) -> Tensor:
         loss = self.l1 * F.l1_loss(images, targets) + self.l2 * F.mse_loss(images, targets)
@@ -99,6 +112,7 @@ class TokenizerModule(TrainedModule):
     def training_step(self, batch: Batch, batch_index: int) -> None:
         images = to_float(batch.images)
         accumulation = self.trainer.datamodule.accumulation()
+        discriminating = self.discriminating()
         self._accumulated = (self._accumulated + 1) % accumulation
         last = self._accumulated == 0
 
@@ -108,7 +122,7 @@ class TokenizerModule(TrainedModule):
         self.log("reconstruction_loss", loss.detach(), prog_bar=True)
         self.log("quantizer_loss", quantized.loss.detach())
         total = loss + quantized.loss
-        if self.discriminating:
+        if discriminating:
             self.discriminator.requires_grad_(False)
             adversarial = -self.discriminator(reconstruction).mean()
             self.discriminator.requires_grad_(True)
@@ -119,7 +133,7 @@ class TokenizerModule(TrainedModule):
         if last:
             used = self.codec.quantizer.step()
             self.log("batch_codebook_use", (used > 0).float().mean(), prog_bar=True)
-        if self.discriminating:
+        if discriminating:
             self._train_discriminator(images, reconstruction.detach(), accumulation, last)
 
     def _train_discriminator(self, images: Tensor, reconstruction: Tensor, accumulation: int, last: bool) -> None:
