@@ -196,7 +196,7 @@ def _cell(scores: Mapping[str, Any], category: str, quiet: bool) -> Any:
     if not _is_number(value):
         return "–"
     interval, count = _of(scores, "interval", category), _of(scores, "count", category)
-    note = tag("span", _range(interval) or "", f" of {count}" if _is_number(count) else "", class_="small")
+    note = tag("span", _range(interval) or "", f", n={count}" if _is_number(count) else "", class_="small")
     return join([_share(value), note, meter(value, quiet)])
 
 
@@ -215,7 +215,7 @@ def _samples(folder: Path) -> Markup | None:
         prompts.setdefault(str(entry.get("prompt", "")), []).append(entry)
     return section(
         "Generated pictures",
-        tag("p", "Not chosen by hand: the first prompts of each set. The mark says what the detector found."),
+        tag("p", "The mark says whether the detector finds exactly what the prompt asks for."),
         [_sample_set(base, name, prompts) for name, prompts in groups.items()],
     )
 

@@ -37,7 +37,7 @@ code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 thead th { font-size: .8rem; color: var(--soft); font-weight: 600; }
 tbody tr:last-child td { border-bottom: 0; }
 tr.total td { font-weight: 650; }
@@ -63,7 +63,8 @@ ol.prompts { font-size: .8rem; color: var(--soft); columns: 2 220px; padding-lef
 details { padding: 10px 16px; margin: 8px 0; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; margin: 10px 0 4px; }
-@media (max-width: 600px) { main { padding: 16px 12px 48px; } th, td { padding: 6px; } .tile b { font-size: 1.35rem; } }
+@media (max-width: 600px) { main { padding: 16px 12px 48px; } th, td { padding: 6px; } .tile b { font-size: 1.35rem; }
+  .tiles { grid-template-columns: 1fr 1fr; } .samples.two { grid-template-columns: 1fr 1fr; } .card { padding: 10px; } }
 """
 
 

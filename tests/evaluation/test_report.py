@@ -123,7 +123,7 @@ def test_headline_values_and_tables_appear(quickstart: Path) -> None:
     text = page_of(quickstart).text
     for value in ("0.812", "0.634", "0.017", "0.012", "0.951", "0.801", "27.4 dB", "91%", "0.978", "0.762 to 0.862"):
         assert value in text, value
-    for words in ("color attribution", "Held-out combinations", "Chance", "13.2 min", "of 200", "row evaluations"):
+    for words in ("color attribution", "Held-out combinations", "Chance", "13.2 min", "n=200", "row evaluations"):
         assert words in text, words
     assert "nar-t2i quickstart --shortened" in text and "--shuffled-captions" not in text
     assert "Linux-of-a-test" in text and "2.99.0" in text and "sample_prompts" in text

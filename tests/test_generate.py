@@ -1,0 +1,153 @@
+"""`nar-t2i generate`: what it writes, where, and what its mistakes print."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from nar_t2i import generate
+from nar_t2i.cli import main
+from nar_t2i.pipeline import TextToImage
+from tests.tiny_pipeline import tiny_pipeline
+from tests.toys import ToyCodec
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline(folder).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(model: Path | str, *arguments: str) -> int:
+    return main(["generate", "--model", str(model), "--steps", str(STEPS), "--out", "out", *arguments])
+
+
+def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line that a mistake prints."""
+    assert main(["generate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("nar-t2i: error: ")
+    return captured.err
+
+
+def test_pictures_and_a_contact_sheet(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(model, "--prompt", "a red star", "--prompt", "two blue squares", "--seed", "7") == 0
+    files = sorted(path.name for path in Path("out").iterdir())
+    assert files == ["0000-a-red-star.png", "0001-two-blue-squares.png", "sheet.png"]
+    expected = TextToImage.from_pretrained(model)(
+        ["a red star", "two blue squares"], steps=STEPS, guidance_scale=3.0, seed=7
+    )
+    for name, image in zip(files, expected, strict=False):
+        assert np.array_equal(np.asarray(Image.open(f"out/{name}")), np.asarray(image))
+    sheet = Image.open("out/sheet.png")
+    assert sheet.width > 2 * 160 and sheet.height > 160
+    # The first picture stands on the sheet, ten times as large, in hard pixels.
+    on_sheet = np.asarray(sheet)[8 : 8 + 160 : 10, 8 : 8 + 160 : 10]
+    assert np.array_equal(on_sheet, np.asarray(expected[0]))
+    assert "2 pictures in out" in capsys.readouterr().out
+
+
+def test_prompts_from_a_file_follow_those_of_the_command_line(model: Path) -> None:
+    Path("prompts.txt").write_text("a star\n\n   two red circles  \nein grünes Quadrat\n", encoding="utf-8")
+    assert run(model, "--prompt", "first", "--prompts", "prompts.txt") == 0
+    names = sorted(path.stem for path in Path("out").glob("0*.png"))
+    assert names == ["0000-first", "0001-a-star", "0002-two-red-circles", "0003-ein-gr-nes-quadrat"]
+
+
+def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
+    assert run(model, "--prompt", "a red star", "--prompt", "two", "--film", "strip") == 0
+    strips = sorted(Path("out").glob("*-film.png"))
+    assert [path.name for path in strips] == ["0000-a-red-star-film.png", "0001-two-film.png"]
+    strip = np.asarray(Image.open(strips[0]))
+    assert strip.shape == (16, STEPS * 18, 3)
+    frames = [strip[:, 18 * step : 18 * step + 16] for step in range(STEPS)]
+    # Patches of the 4 × 4 grid that are wholly grey: unknown tokens, fewer each step.
+    unknown = [
+        sum(bool((frame[y : y + 4, x : x + 4] == generate.UNKNOWN_GREY).all()) for y in range(0, 16, 4)
+            for x in range(0, 16, 4))
+        for frame in frames
+    ]  # fmt: skip
+    assert unknown[0] < 16 and unknown == sorted(unknown, reverse=True) and len(set(unknown)) == STEPS
+    assert unknown[-1] == 0
+    assert np.array_equal(frames[-1], np.asarray(Image.open("out/0000-a-red-star.png")))
+
+
+def test_an_animated_picture_has_a_frame_a_step_and_a_hold(model: Path) -> None:
+    assert run(model, "--prompt", "a red star", "--film", "gif") == 0
+    (path,) = Path("out").glob("*-film.gif")
+    with Image.open(path) as film:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
+        assert film.size == (64, 64) and film.info["loop"] == 0
+    # The hold is the last frame again; writers of GIFs join equal frames into a longer one.
+    assert len(durations) >= STEPS and set(durations[: STEPS - 1]) == {generate.FRAME_MILLISECONDS}
+    assert sum(durations) == generate.FRAME_MILLISECONDS * (STEPS + 6)
+
+
+def test_films_need_a_grid() -> None:
+    with pytest.raises(Exception, match="no grid"):
+        generate.Films(ToyCodec("continuous"))
+
+
+def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path) -> None:
+    def picture(*arguments: str) -> bytes:
+        assert run(model, "--prompt", "a red star", *arguments) == 0
+        return Path("out/0000-a-red-star.png").read_bytes()
+
+    plain = picture()
+    assert picture() == plain
+    for other in (["--temperature", "9"], ["--negative-prompt", "green"], ["--guidance-scale", "1"], ["--seed", "1"]):
+        assert picture(*other) != plain, other
+
+
+@pytest.mark.parametrize("prompt", [
+    "../../escape", "/etc/passwd", "..", ".", "", "a\x00b", "CON", "x" * 500, "日本語", "a/b\\c:d*e?f", "new\nline", "\t",
+])  # fmt: skip
+def test_a_prompt_never_becomes_a_path(model: Path, folder: Path, prompt: str) -> None:
+    assert run(model, "--prompt", prompt) == 0
+    (name,) = (path.name for path in (folder / "out").iterdir() if path.name != "sheet.png")
+    assert re.fullmatch(r"0000-[a-z0-9-]{1,48}\.png", name)
+    assert sorted(path.name for path in folder.iterdir()) == ["out"]
+
+
+def test_sheets_break_into_rows() -> None:
+    pictures = [Image.new("RGB", (16, 16), "blue")] * 11
+    eight, three = generate.contact_sheet(pictures, ["a caption"] * 11), generate.contact_sheet(pictures[:3], [""] * 3)
+    assert eight.width == 8 * 168 + 8 and eight.height == 2 * three.height - 8
+    assert three.width == 3 * 168 + 8
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--prompt"),
+    (["--prompts", "absent.txt"], "absent.txt"),
+    (["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
+    (["--prompts", "latin.txt"], "latin.txt"),
+    (["--prompts", "."], "--prompts"),
+    (["--prompt", "a", "--steps", "many"], "--steps"),
+    (["--prompt", "a", "--film", "tape"], "--film"),
+    (["--prompt", "a", "--colour", "red"], "--colour"),
+])  # fmt: skip
+def test_a_mistake_prints_one_line(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture, arguments: list[str], words: str
+) -> None:
+    (folder / "empty.txt").write_text("\n  \n")
+    (folder / "latin.txt").write_bytes("grün".encode("latin-1"))
+    assert words in failure(capsys, "--model", str(model), *arguments)
+    assert not (folder / "generated").exists()
+
+
+def test_an_unknown_or_unfit_model_folder_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "absent" in failure(capsys, "--model", "absent", "--prompt", "a star")
+    (folder / "other").mkdir()
+    (folder / "other/config.json").write_text('{"class_path": "x", "init_args": {}}')
+    assert "other" in failure(capsys, "--model", "other", "--prompt", "a star")
