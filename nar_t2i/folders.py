@@ -1,8 +1,9 @@
 """One part, one folder: `config.json` (see `nar_t2i.parts`), `weights.safetensors`, and the files it names.
 
 A part lists the arguments that name files in its class attribute `assets`; the files are copied into the folder and
-their names in the configuration become relative, so that a folder can be moved. Loading runs no code of the folder's
-and downloads nothing.
+their names in the configuration become relative, so that a folder can be moved. A part with a method
+`save_assets(folder, dtype)` writes them itself and returns the arguments that change. Loading runs no code of the
+folder's and downloads nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(describe(part))
-    for name in getattr(part, "assets", ()):
+    own = part.save_assets(folder, dtype) if hasattr(part, "save_assets") else {}
+    config["init_args"].update(own)
+    for name in set(getattr(part, "assets", ())) - set(own):
         source = Path(config["init_args"][name])
         if not (target := folder / source.name).exists() or not source.samefile(target):
             shutil.copyfile(source, target)

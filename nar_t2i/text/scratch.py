@@ -42,7 +42,10 @@ class ScratchTextEncoder(TextEncoder):
         super().__init__()
         if not Path(vocabulary).is_file():
             raise UserError(f"text encoder: vocabulary: there is no file {vocabulary}")
-        self._pieces = sentencepiece.SentencePieceProcessor(model_file=vocabulary)
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=vocabulary)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"text encoder: vocabulary: {vocabulary} is not a SentencePiece model") from error
         self.widths, self.pooled_width, self.max_length = (width,), width, max_length
         self.truncated = 0
         self.embedding = nn.Embedding(self._pieces.get_piece_size(), width)
@@ -54,9 +57,10 @@ class ScratchTextEncoder(TextEncoder):
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length."""
-        rows = self._pieces.encode([c.lower() for c in captions], add_eos=True)
+        # Command lines bring bytes that are no UTF-8 as lone surrogates, which SentencePiece refuses.
+        rows = self._pieces.encode([c.lower().encode("utf-8", "replace").decode() for c in captions], add_eos=True)
         self.truncated += sum(len(row) > self.max_length for row in rows)
-        rows = [row[: self.max_length] for row in rows]
+        rows = [row if len(row) <= self.max_length else row[: self.max_length - 1] + row[-1:] for row in rows]
         length = max(map(len, rows))
         codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])

@@ -1,0 +1,196 @@
+"""What text encoders of `transformers` share: opening a folder, tokenizing, freezing, and travelling with a pipeline.
+
+A new kind is a subclass that names its model class and configuration and says how its states are made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.types import Condition, TextEncoder
+
+SAVED = "pretrained"  # the folder inside of a saved part
+
+
+class PretrainedTextEncoder(TextEncoder):
+    """Captions → states (B, L, width); pooled is the mean of the states over real tokens (our choice).
+
+    folder: a local folder as `transformers` saves it, or a hub name that is in the local Hugging Face cache. Nothing is
+        ever downloaded. A saved pipeline holds a copy.
+    pretrained: False takes the same architecture with random weights.
+    trainable: False freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
+        then no parameters of this module, but follow it to other devices and types.
+    max_length: tokens kept a caption, marks of begin and end included; `truncated` counts the captions that were longer.
+
+    Dropout is switched off: a run that is resumed draws what the uninterrupted one would (our choice).
+    Raises UserError where the folder is missing, not whole, or of another kind of model.
+    """
+
+    assets = ("folder",)
+    model_class: str  # of transformers
+    model_type: str  # in the folder's config.json
+    model_arguments: Mapping[str, Any] = {}
+
+    def __init__(self, folder: str, pretrained: bool = True, trainable: bool = False, max_length: int = 77):
+        super().__init__()
+        self.trainable, self.max_length, self.truncated = trainable, max_length, 0
+        config, self._tokenizer = self._open(folder)
+        self._check(folder, config)
+        if pretrained:
+            model = self._load(folder)
+        else:
+            model = self._random(config)
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        # In a list: a frozen model is no submodule.
+        self._frozen = [] if trainable else [model.requires_grad_(False).eval()]
+        if trainable:
+            self.model = model
+        self.widths, self.pooled_width = (config.hidden_size,), config.hidden_size
+
+    def encode(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) codes and mask of real ones → (B, L, width)."""
+        return self.network(input_ids=codes, attention_mask=mask.long()).last_hidden_state
+
+    @property
+    def network(self) -> nn.Module:
+        """The model of `transformers`, frozen or not."""
+        return self._frozen[0] if self._frozen else self.model
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """(B, L) codes and the mask of real ones; L is the longest caption's length."""
+        rows = self._tokenizer(
+            # Command lines bring bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
+            [caption.encode("utf-8", "replace").decode() for caption in captions],
+            padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+        self.truncated += sum(bool(encoding.overflowing) for encoding in rows.encodings)
+        return rows["input_ids"], rows["attention_mask"].bool()
+
+    def forward(self, captions: list[str]) -> Condition:
+        device = next(self.network.parameters()).device
+        codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            states = self.encode(codes, mask)
+        pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        return Condition((states,), (mask,), pooled)
+
+    def save_assets(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Write into a saved part what its `weights.safetensors` does not hold; the arguments that change thereby.
+
+        That is the configuration and the tokenizer, and a frozen model's weights.
+        """
+        beside = folder / (SAVED + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        with _quiet_transformers():
+            self._tokenizer.save_pretrained(beside)
+            if self.trainable:
+                self.network.config.save_pretrained(beside)
+            else:
+                state = {name: value.to(dtype or value.dtype) for name, value in self.network.state_dict().items()}
+                self.network.save_pretrained(beside, state_dict=state)
+        (folder / SAVED).mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            os.replace(file, folder / SAVED / file.name)
+        beside.rmdir()
+        return {"folder": SAVED, "pretrained": not self.trainable}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PretrainedTextEncoder:
+        for model in self._frozen:
+            model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    # Opening
+
+    def _open(self, folder: str) -> tuple[Any, Any]:
+        """The configuration and the tokenizer."""
+        import transformers
+
+        # Captions are short; the tokenizer's threads would only make forked data workers complain.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        with _readable(folder):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return config, tokenizer
+
+    def _check(self, folder: str, config: Any) -> None:
+        if config.model_type != self.model_type:
+            raise UserError(f"text encoder: {folder} holds a {config.model_type} model, {type(self).__name__} needs "
+                            f"{self.model_type}")  # fmt: skip
+        # Where its files are missing, transformers makes a tokenizer of nothing but marks.
+        if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
+            raise UserError(f"text encoder: {folder} holds no tokenizer's vocabulary")
+        if len(self._tokenizer) > config.vocab_size:
+            raise UserError(f"text encoder: {folder}: the tokenizer has {len(self._tokenizer)} tokens, the model "
+                            f"{config.vocab_size}")  # fmt: skip
+        longest = getattr(config, "max_position_embeddings", self.max_length)
+        if not 2 < self.max_length <= longest:
+            raise UserError(f"text encoder: max_length must be 3 to {longest} for {folder}, not {self.max_length}")
+
+    def _load(self, folder: str) -> nn.Module:
+        import transformers
+
+        cls = getattr(transformers, self.model_class)
+        with _readable(folder):
+            model, report = cls.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **self.model_arguments
+            )
+        # Unexpected weights are heads for other tasks; missing ones would stay random.
+        if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+            raise UserError(f"text encoder: {folder} lacks weights, such as {sorted(map(str, missing))[0]}")
+        return model
+
+    def _random(self, config: Any) -> nn.Module:
+        import transformers
+
+        cls = getattr(transformers, self.model_class)
+        if self.trainable:
+            return cls(config, **self.model_arguments)
+        # Frozen weights are in no checkpoint: a restart must draw the same.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls(config, **self.model_arguments)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars and reports of weights that are not needed."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _readable(folder: str) -> Iterator[None]:
+    """What goes wrong inside is one UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ImportError) as error:
+        if Path(folder).is_dir():
+            reason = " ".join(str(error).split())
+            raise UserError(f"text encoder: {folder} is not a whole pretrained model: {reason}") from error
+        raise UserError(
+            f"text encoder: there is no folder {folder}, and no such model in the local Hugging Face cache; nothing is "
+            f"downloaded here, so fetch it first (`hf download {folder}`) or name its folder"
+        ) from error
