@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,13 @@ A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """(R, S) → the nearest matrix with all singular values near 1, by five Newton-Schulz steps in bf16."""
-    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
-    if tall := len(x) > x.shape[1]:
-        x = x.T
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """(n, R, S) → for each the nearest matrix with all singular values near 1, by five Newton-Schulz steps in bf16."""
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = A * x + (B * square + C * square @ square) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=B, alpha=C), x, beta=A)
+    return x.to(matrices.dtype)
 
 
 class MuonWithAdamW(Optimizer):
@@ -59,14 +58,21 @@ class MuonWithAdamW(Optimizer):
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         decay = 1 - group["lr"] * group["weight_decay"]
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in parameters:
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-            scale = 0.2 * max(update.shape) ** 0.5
-            p.mul_(decay).add_(orthogonalised(update).view_as(p), alpha=-group["lr"] * scale)
+            wide = update if len(update) <= update.shape[1] else update.mT  # the short side's square is the smaller one
+            alike[tuple(wide.shape)].append((p, wide))
+        # Matrices of one shape go through together: small products one by one leave a processor waiting.
+        for (short, long), members in alike.items():
+            steps = orthogonalised(torch.stack([wide for _, wide in members]))
+            for (p, _), step in zip(members, steps, strict=True):
+                step = step if len(p) == short else step.mT
+                p.mul_(decay).add_(step.reshape(p.shape), alpha=-group["lr"] * 0.2 * long**0.5)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
