@@ -111,7 +111,7 @@ def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path
 
 
 @pytest.mark.parametrize("prompt", [
-    "../../escape", "/etc/passwd", "..", ".", "", "a\x00b", "CON", "x" * 500, "日本語", "a/b\\c:d*e?f", "new\nline", "\t",
+    "../../escape", "/etc/passwd", "..", ".", "", "a\x00b", "CON", "x" * 500, "日本語", "a/b\\c:d*e?f", "a\nb", "\t",
 ])  # fmt: skip
 def test_a_prompt_never_becomes_a_path(model: Path, folder: Path, prompt: str) -> None:
     assert run(model, "--prompt", prompt) == 0

@@ -27,7 +27,7 @@ def tiny_pipeline(folder: Path, steps: int = 4, seed: int = 0) -> TextToImage:
     codec = VQGAN(16, (8, 16), blocks=1, patch=2, attention=False, quantizer=VectorQuantizer(16, 4))
     text = ScratchTextEncoder(str(vocabulary), width=16, depth=1, heads=2, max_length=24)
     network = EncoderDecoder(codec.spec, text.widths, width=16, depth=1, heads=2)
-    torch.nn.init.normal_(network.head.logits.weight, std=1.0)
+    torch.nn.init.normal_(network.head.logits.weight, std=0.3)
     for part in (text.embedding.weight, text.position):
         torch.nn.init.normal_(part, std=1.0)
     null = NullCaption(text.widths, text.pooled_width)

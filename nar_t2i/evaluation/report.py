@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
         _wall_time(metrics),
         _decoding(metrics),
         section("Configuration", [_configuration(run) for run in runs], _raw("metrics.json", metrics)),
-        section("Versions and machine", _versions(runs)),
+        section("Versions and machine", _versions(runs, metrics)),
     )
     beside = folder / "report.html.tmp"
     beside.write_text(text, encoding="utf-8")
@@ -128,7 +128,9 @@ def _subtitle(folder: Path, runs: Iterable[Run]) -> Markup:
     stages = folder / "stages.json"
     if settings := _mapping(read_json(stages), "settings") if stages.exists() else {}:
         flags = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]
-        return tag("p", "Made by ", tag("code", " ".join(["nar-t2i quickstart", *flags])), f" in {folder}.")
+        scale = settings.get("scale", "full")
+        command = " ".join(["nar-t2i quickstart", *([f"--{scale}"] if scale != "full" else []), *flags])
+        return tag("p", "Made by ", tag("code", command), f" in {folder}.")
     return tag("p", f"The run in {folder}.")
 
 
@@ -318,12 +320,13 @@ def _raw(name: str, value: Any) -> Markup:
     return tag("details", tag("summary", name), tag("pre", json.dumps(value, indent=2)))
 
 
-def _versions(runs: Iterable[Run]) -> Markup | None:
-    """Those of the last run: its versions.json, flattened."""
+def _versions(runs: Iterable[Run], metrics: Mapping[str, Any]) -> Markup | None:
+    """The machine, and the versions of the last run."""
     files = [run.folder / "versions.json" for run in runs if (run.folder / "versions.json").is_file()]
-    if not files:
-        return None
-    return table([], [[key, _plain(value)] for key, value in _flattened(read_json(files[-1]))], class_="plain")
+    machine = metrics.get("machine")
+    facts = list(_flattened(machine)) if isinstance(machine, Mapping) else [("machine", machine)] if machine else []
+    facts += _flattened(read_json(files[-1])) if files else []
+    return table([], [[key, _plain(value)] for key, value in facts], class_="plain") if facts else None
 
 
 def _flattened(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

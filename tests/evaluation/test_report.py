@@ -40,6 +40,7 @@ METRICS = {
     },
     "shipped": {"scene_accuracy": {"seen": scores(0.951), "held_out": scores(0.801)}},
     "wall_seconds": {"install": 70.0, "data": 60.0, "tokenizer": 225.0, "generator": 435.0, "total": 790.0},
+    "machine": {"processor": "two cores of a test"},
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def quickstart(tmp_path: Path) -> Path:
     )  # fmt: skip
     (folder / "evaluation/samples").mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
-    settings = {"settings": {"shortened": True, "shuffled_captions": False, "seed": 0}, "seconds": {"data": 3.25}}
+    settings = {"settings": {"scale": "shortened", "shuffled_captions": False}, "seconds": {"data": 3.25}}
     (folder / "stages.json").write_text(json.dumps(settings))
     entries = []
     for model in ("quickstart", "shipped"):
@@ -126,7 +127,7 @@ def test_headline_values_and_tables_appear(quickstart: Path) -> None:
     for words in ("color attribution", "Held-out combinations", "Chance", "13.2 min", "n=200", "row evaluations"):
         assert words in text, words
     assert "nar-t2i quickstart --shortened" in text and "--shuffled-captions" not in text
-    assert "Linux-of-a-test" in text and "2.99.0" in text and "sample_prompts" in text
+    assert "two cores of a test" in text and "Linux-of-a-test" in text and "2.99.0" in text and "sample_prompts" in text
 
 
 def test_pictures_and_plots_are_whole(quickstart: Path) -> None:
