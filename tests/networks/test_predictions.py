@@ -1,0 +1,99 @@
+"""Predictions draw from the distribution that they state, and state the likelihood of what they draw."""
+
+import itertools
+
+import pytest
+import torch
+
+from nar_t2i.networks.predictions import Bernoulli, Categorical
+from nar_t2i.noise import Noise
+
+DRAWS = 20_000
+LOGITS = torch.tensor([1.0, 0.0, -1.0, 2.0, -3.0])
+
+
+def slots(draws=DRAWS, seed=0):
+    """Noise of one image with a slot a draw."""
+    return Noise(seed, torch.zeros(1, dtype=torch.int64)).at(0, torch.arange(draws)[None])
+
+
+def chi_square(values, expected):
+    """Pearson's statistic of the counts of `values` against probabilities."""
+    counts = torch.bincount(values.flatten(), minlength=len(expected)).double()
+    wanted = expected.double() * values.numel()
+    return float(((counts - wanted).square() / wanted).sum())
+
+
+def drawn(logits, temperature=1.0):
+    return Categorical(logits.expand(1, DRAWS, -1)).sample(slots(), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_tempered_softmax(temperature):
+    values = drawn(LOGITS, temperature).values
+    assert chi_square(values, (LOGITS / temperature).softmax(0)) < 18.5  # 4 degrees of freedom, p = 0.001
+    for other in (0.9, 1.1):  # control: a temperature that is wrong by a tenth is rejected
+        assert chi_square(values, (LOGITS / (other * temperature)).softmax(0)) > 18.5
+
+
+def test_a_tensor_of_temperatures_acts_row_by_row():
+    logits = LOGITS.expand(2, DRAWS // 2, -1)
+    noise = Noise(0, torch.arange(2)).at(0, torch.arange(DRAWS // 2).expand(2, -1))
+    values = Categorical(logits).sample(noise, torch.tensor([0.5, 2.0])[:, None, None]).values
+    for row, temperature in enumerate((0.5, 2.0)):
+        assert chi_square(values[row], (LOGITS / temperature).softmax(0)) < 18.5
+
+
+def test_probabilities_stated_are_untempered():
+    sampled = drawn(LOGITS, 0.5)
+    torch.testing.assert_close(sampled.log_prob, LOGITS.log_softmax(0)[sampled.values])
+
+
+def test_temperature_zero_takes_the_mode():
+    assert (drawn(LOGITS, 0).values == 3).all()
+
+
+def test_the_range_is_never_left():
+    """Rounding of the cumulative mass must not give code V, nor codes of no probability."""
+    logits = torch.full((4097,), -1e4)
+    logits[17] = logits[4000] = 0.0
+    values = Categorical(logits.expand(1, 2000, -1)).sample(slots(2000)).values
+    assert set(values.flatten().tolist()) == {17, 4000}
+    flat = Categorical(torch.zeros(1, 2000, 4097)).sample(slots(2000)).values
+    assert 0 <= flat.min() and flat.max() <= 4096 and len(flat.unique()) > 1000
+
+
+def test_nll_and_guidance():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    target = torch.randint(5, (2, 3))
+    expected = -a.log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
+    torch.testing.assert_close(Categorical(a).nll(target), expected)
+    torch.testing.assert_close(Categorical(a)[:1].nll(target[:1]), expected[:1])
+    torch.testing.assert_close(Categorical(a).guide(Categorical(b), 3.0).logits, b + 3 * (a - b))
+    torch.testing.assert_close(Categorical(a).guide(Categorical(b), 1.0).logits, a)
+    torch.testing.assert_close(Bernoulli(a).guide(Bernoulli(b), 3.0).logits, b + 3 * (a - b))
+
+
+def test_predictions_compute_in_fp32_or_better():
+    assert Categorical(torch.zeros(1, 2, dtype=torch.bfloat16)).logits.dtype == torch.float32
+    assert Bernoulli(torch.zeros(1, 2, dtype=torch.float64)).logits.dtype == torch.float64
+
+
+def test_two_bits_by_enumeration():
+    logits = torch.tensor([0.7, -1.2])
+    on = logits.sigmoid()
+    patterns = torch.tensor(list(itertools.product([0, 1], repeat=2)), dtype=torch.uint8)
+    expected = torch.where(patterns.bool(), on, 1 - on).prod(-1)
+    prediction = Bernoulli(logits.expand(1, DRAWS, 2))
+    torch.testing.assert_close((-Bernoulli(logits.expand(4, 2)).nll(patterns)).exp(), expected)
+    sampled = prediction.sample(slots())
+    index = (sampled.values * torch.tensor([2, 1])).sum(-1)
+    assert sampled.values.dtype == torch.uint8
+    assert chi_square(index, expected) < 16.3  # 3 degrees of freedom, p = 0.001
+    torch.testing.assert_close(sampled.log_prob.exp(), expected[index])
+    dependent = torch.tensor([on.mean() / 2, 0.0, 0.0, 0.0]) + expected * (1 - on.mean() / 2)
+    assert chi_square(index, dependent) > 16.3
+    assert torch.equal(prediction.sample(slots(), 0).values[0, 0], torch.tensor([1, 0], dtype=torch.uint8))
+    tempered = (prediction.sample(slots(), 0.25).values.float()).mean((0, 1))
+    torch.testing.assert_close(tempered, (logits / 0.25).sigmoid(), rtol=0, atol=0.015)
