@@ -70,10 +70,14 @@ def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or set(config) != {"class_path", "init_args"}:
         raise UserError(f"{folder / CONFIG}: needs exactly the keys class_path and init_args")
+    if not isinstance(config["class_path"], str) or not isinstance(config["init_args"], dict):
+        raise UserError(f"{folder / CONFIG}: class_path must be a text and init_args a mapping")
     for name in getattr(resolve(config["class_path"], trusted), "assets", ()):
-        inside = folder / config["init_args"][name]
+        inside = folder / str(config["init_args"].get(name))
         if inside.resolve().parent != folder.resolve():
             raise UserError(f"{folder / CONFIG}: {name} must be a file of this folder")
+        if not inside.exists():
+            raise UserError(f"{inside}: no such file")
         config["init_args"][name] = str(inside)
     try:
         part = build(config, trusted)

@@ -1,0 +1,153 @@
+"""One part, one folder: it comes back as it was, or with one clear error; its files cannot lie elsewhere."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part, read_json, save_part, write_json
+from nar_t2i.parts import part
+
+
+@part
+class Noted(nn.Module):
+    """A layer and a text file."""
+
+    assets = ("note",)
+
+    def __init__(self, note: str, width: int = 3):
+        super().__init__()
+        self.text = open(note, encoding="utf-8").read()
+        self.layer = nn.Linear(width, width)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+TRUSTED = (Noted.__module__.split(".")[0],)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/note.txt").write_text("hello")
+    torch.manual_seed(0)
+    original = Noted(str(tmp_path / "elsewhere/note.txt"))
+    original.steps += 5
+    save_part(original, tmp_path / "part")
+    shutil.rmtree(tmp_path / "elsewhere")
+    return original, tmp_path / "part"
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_it_comes_back_and_can_be_moved_and_saved_over_itself(saved, tmp_path):
+    original, folder = saved
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "note.txt", "weights.safetensors"]
+    assert config_of(folder)["init_args"] == {"note": "note.txt", "width": 3}
+    folder.rename(tmp_path / "moved")
+    loaded = load_part(tmp_path / "moved", TRUSTED)
+    save_part(loaded, tmp_path / "moved")
+    again = load_part(tmp_path / "moved", TRUSTED)
+    assert again.text == "hello" and again.steps == 5 and not again.training
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in original.state_dict().items())
+
+
+def test_saving_does_not_change_the_part(saved, tmp_path):
+    original, _ = saved
+    loaded = load_part(tmp_path / "part", TRUSTED)
+    before = dict(loaded._described_args)
+    save_part(loaded, tmp_path / "other")
+    assert loaded._described_args == before
+
+
+def test_weights_can_be_stored_in_half_precision(saved, tmp_path):
+    original, _ = saved
+    loaded = load_part(tmp_path / "part", TRUSTED)
+    save_part(loaded, tmp_path / "half", torch.bfloat16)
+    half = load_part(tmp_path / "half", TRUSTED)
+    assert half.layer.weight.dtype == torch.float32 and half.steps.dtype == torch.int64 and half.steps == 5
+    assert torch.equal(half.layer.weight, original.layer.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "sub/note.txt", "link"])
+def test_a_file_outside_of_the_folder_is_refused(saved, tmp_path, name):
+    _, folder = saved
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "sub").mkdir()
+    (folder / "sub/note.txt").write_text("below")
+    config = config_of(folder)
+    config["init_args"]["note"] = name
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match="note must be a file of this folder"):
+        load_part(folder, TRUSTED)
+
+
+def test_a_foreign_class_is_refused(saved):
+    _, folder = saved
+    with pytest.raises(UserError, match="is not part of nar_t2i"):
+        load_part(folder)
+    write_json(folder / "config.json", {"class_path": "os.system", "init_args": {"command": "true"}})
+    with pytest.raises(UserError, match="os.system"):
+        load_part(folder, TRUSTED)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "weights.safetensors", "note.txt"])
+def test_a_folder_that_is_not_whole(saved, missing):
+    _, folder = saved
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=missing.split(".")[0]):
+        load_part(folder, TRUSTED)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"class_path": "nar_t2i.schedules.Guidance"}', '{"class_path": 3, "init_args": {}}',
+     '{"class_path": "nar_t2i.schedules.Guidance", "init_args": []}'],
+)  # fmt: skip
+def test_a_configuration_that_is_none(saved, text):
+    _, folder = saved
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json"):
+        load_part(folder, TRUSTED)
+
+
+def test_weights_that_are_cut_or_do_not_fit(saved):
+    _, folder = saved
+    config = config_of(folder)
+    config["init_args"]["width"] = 4
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match="part"):
+        load_part(folder, TRUSTED)
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:60])
+    with pytest.raises(UserError, match="part"):
+        load_part(folder, TRUSTED)
+
+
+def test_an_asset_that_is_not_named(saved):
+    _, folder = saved
+    write_json(folder / "config.json", {**config_of(folder), "init_args": {"width": 3}})
+    with pytest.raises(UserError, match="None: no such file"):
+        load_part(folder, TRUSTED)
+
+
+def test_unknown_arguments_are_named(saved):
+    _, folder = saved
+    config = config_of(folder)
+    config["init_args"]["depth"] = 4
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match="depth"):
+        load_part(folder, TRUSTED)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
