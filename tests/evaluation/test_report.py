@@ -13,6 +13,7 @@ from PIL import Image
 
 from nar_t2i.cli import main
 from nar_t2i.errors import UserError
+from nar_t2i.evaluation import report
 from nar_t2i.evaluation.report import write_report
 from nar_t2i.evaluation.report_curves import read_curves
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
@@ -183,16 +184,24 @@ def test_the_same_folder_gives_the_same_bytes(quickstart: Path) -> None:
     "metrics.json", "stages.json", "evaluation", "evaluation/samples.json", "evaluation/samples/shipped-0.png",
     "tokenizer", "generator", "generator/config.yaml", "generator/versions.json", "generator/pictures",
 ])  # fmt: skip
-def test_missing_parts_are_left_out(quickstart: Path, missing: str) -> None:
+def test_missing_parts_are_left_out(quickstart: Path, without_charts: None, missing: str) -> None:
     path = quickstart / missing
     for inner in [*sorted(path.rglob("*"), reverse=True), path]:
         inner.rmdir() if inner.is_dir() else inner.unlink()
     assert "Configuration" in page_of(quickstart).text
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longest, and has no part in a test."""
+    monkeypatch.setattr(report, "charts", lambda curves: None)
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "stages.json", "evaluation/samples.json", "generator/versions.json"])
 @pytest.mark.parametrize("content", ["[1, 2", "3", "[]", '"text"', "[3]"])
-def test_wrong_json_is_an_error_that_names_the_file_or_is_left_out(quickstart: Path, name: str, content: str) -> None:
+def test_wrong_json_is_an_error_that_names_the_file_or_is_left_out(
+    quickstart: Path, without_charts: None, name: str, content: str
+) -> None:
     (quickstart / name).write_text(content)
     try:
         page_of(quickstart)
@@ -205,7 +214,9 @@ def test_wrong_json_is_an_error_that_names_the_file_or_is_left_out(quickstart: P
     ("shipped", "?"), ("wall_seconds", {"data": "long"}), ("wall_seconds", {}), ("wall_seconds", {"total": 0}),
     ("generator", {"scene_accuracy": {"seen": {"overall": None, "interval": 3}}}), ("last", {"loss": "x"}),
 ])  # fmt: skip
-def test_metrics_of_another_shape_do_not_crash(quickstart: Path, key: str, value: object) -> None:
+def test_metrics_of_another_shape_do_not_crash(
+    quickstart: Path, without_charts: None, key: str, value: object
+) -> None:
     (quickstart / "metrics.json").write_text(json.dumps({**METRICS, key: value}))
     page_of(quickstart)
 
