@@ -15,25 +15,15 @@ from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
 from nar_t2i.text import BertTextEncoder, NullCaption
 from nar_t2i.training.optim import parameter_groups
+from tests.text.tiny_bert import WORDS, tiny_bert
 from tests.toys import ToyCodec, ToyMasked
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle square two ##s on the".split()
 CAPTIONS = ["a red circle", "two blue squares on the red circle", "", "a 😀 é"]
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A folder with a BERT of two layers and a WordPiece vocabulary of 14."""
-    folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        transformers.BertModel(config).save_pretrained(folder)
-    transformers.BertTokenizer(vocab={word: code for code, word in enumerate(WORDS)}).save_pretrained(folder)
-    return str(folder)
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 def encoder(folder, **kwargs):
