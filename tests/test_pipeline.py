@@ -190,10 +190,17 @@ def test_a_negative_prompt_takes_the_null_captions_place(t2i: TextToImage) -> No
     each = t2i.sample(PROMPTS, negative_prompts=["two green circles"] * len(PROMPTS), batch_size=2)
     assert torch.equal(each.tokens, led.tokens)
     # Away from the prompt itself guidance leads nowhere: u + s·(c − u) = c.
-    exact = t2i.sample(PROMPTS, negative_prompts=PROMPTS, temperature=0)
-    assert torch.equal(exact.tokens, t2i.sample(PROMPTS, guidance_scale=1, temperature=0).tokens)
+    nowhere = t2i.sample(PROMPTS, negative_prompts=PROMPTS, temperature=0)
+    assert torch.equal(nowhere.tokens, t2i.sample(PROMPTS, guidance_scale=1, temperature=0).tokens)
     unguided = t2i.sample(PROMPTS, guidance_scale=1)
     assert torch.equal(t2i.sample(PROMPTS, guidance_scale=1, negative_prompts="a star").tokens, unguided.tokens)
+
+
+def test_each_prompt_has_its_own_negative_prompt(exact: TextToImage) -> None:
+    negative = PROMPTS[::-1]
+    whole = exact.sample(PROMPTS, negative_prompts=negative).tokens
+    assert torch.equal(exact.sample(PROMPTS, negative_prompts=negative, batch_size=2).tokens, whole)
+    assert not torch.equal(exact.sample(PROMPTS, negative_prompts=negative[1:] + negative[:1]).tokens, whole)
 
 
 def test_known_tokens_stay_and_the_rest_is_drawn(t2i: TextToImage) -> None:
