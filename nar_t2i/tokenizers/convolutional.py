@@ -75,6 +75,30 @@ class Encoder(nn.Module):
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
+class LocalEncoder(nn.Module):
+    """Images (B, 3, H, W) → latents (B, width, H/f, W/f), each from its own f × f pixels alone (our choice).
+
+    An encoder that sees further spreads an image over its codes as it likes: the same plain patch gets a hundred
+    different codes, and a generator has to predict that chance. Here the same patch always gets the same code.
+    """
+
+    def __init__(self, downsampling: int, channels: int, blocks: int, width: int):
+        super().__init__()
+        self.fold = nn.PixelUnshuffle(downsampling)
+        self.project = nn.Conv2d(3 * downsampling**2, channels, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Conv2d(channels, 2 * channels, 1), nn.SiLU(), nn.Conv2d(2 * channels, channels, 1))
+            for _ in range(blocks)
+        )
+        self.out = nn.Conv2d(channels, width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.project(self.fold(images).contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
 class Upsample(nn.Module):
     """Twice the resolution: a 1×1 convolution to four times the channels, unfolded, so no pixel is computed twice."""
 

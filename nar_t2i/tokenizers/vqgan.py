@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.parts import part
-from nar_t2i.tokenizers.convolutional import Decoder, Encoder
+from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder
 from nar_t2i.tokenizers.quantizers import Quantized, VectorQuantizer
 from nar_t2i.types import Condition, Encoded, TokenCodec, TokenSpec
 
@@ -28,7 +28,7 @@ class VQGAN(TokenCodec):
 
     image_size: pixels a side. channels: of each stage, fine to coarse; one token covers patch · 2^(stages − 1) pixels a
     side. blocks: residual blocks a stage; encoder_blocks: the same in the encoder, where it needs fewer. attention:
-    self-attention at the coarsest stage.
+    self-attention at the coarsest stage. local_encoder: each code sees its own pixels alone (see LocalEncoder).
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class VQGAN(TokenCodec):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         encoder_blocks: int | None = None,
+        local_encoder: bool = False,
         patch: int = 2,
         attention: bool = True,
         quantizer: VectorQuantizer | None = None,
@@ -49,7 +50,12 @@ class VQGAN(TokenCodec):
         self.quantizer = quantizer or VectorQuantizer()
         side = image_size // self.downsampling
         self.spec = TokenSpec((side, side), "categorical", self.quantizer.codes)
-        self.encoder = Encoder(channels, blocks if encoder_blocks is None else encoder_blocks, patch, self.quantizer.width, attention)
+        width, encoder_blocks = self.quantizer.width, blocks if encoder_blocks is None else encoder_blocks
+        self.encoder = (
+            LocalEncoder(self.downsampling, channels[-1], encoder_blocks, width)
+            if local_encoder
+            else Encoder(channels, encoder_blocks, patch, width, attention)
+        )
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 
