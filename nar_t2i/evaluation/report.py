@@ -128,9 +128,10 @@ def _subtitle(folder: Path, runs: Iterable[Run]) -> Markup:
     stages = folder / "stages.json"
     if settings := _mapping(read_json(stages), "settings") if stages.exists() else {}:
         flags = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]
-        scale = settings.get("scale", "full")
-        command = " ".join(["nar-t2i quickstart", *([f"--{scale}"] if scale != "full" else []), *flags])
-        return tag("p", "Made by ", tag("code", command), f" in {folder}.")
+        scale = str(settings.get("scale", "full"))
+        start = {"full": "nar-t2i quickstart", "shortened": "nar-t2i quickstart --shortened"}
+        command = start.get(scale, f"NAR_T2I_QUICKSTART_SCALE={scale} nar-t2i quickstart")
+        return tag("p", "Made by ", tag("code", " ".join([command, *flags])), f" in {folder}.")
     return tag("p", f"The run in {folder}.")
 
 

@@ -242,6 +242,16 @@ def test_a_single_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1.25" in text and "20.5" in text
 
 
+@pytest.mark.parametrize("settings, command", [
+    ({"scale": "full", "shuffled_captions": False}, "nar-t2i quickstart in"),
+    ({"scale": "shortened", "shuffled_captions": True}, "nar-t2i quickstart --shortened --shuffled-captions in"),
+    ({"scale": "tiny"}, "NAR_T2I_QUICKSTART_SCALE=tiny nar-t2i quickstart in"),
+])  # fmt: skip
+def test_the_command_is_named(quickstart: Path, without_charts: None, settings: dict, command: str) -> None:
+    (quickstart / "stages.json").write_text(json.dumps({"settings": settings}))
+    assert f"Made by {command}" in page_of(quickstart).text
+
+
 def test_missing_metrics_come_from_the_scores_and_the_stages(quickstart: Path) -> None:
     (quickstart / "metrics.json").unlink()
     (quickstart / "evaluation/scores.json").write_text(json.dumps({"tokenizer": METRICS["tokenizer"]}))
