@@ -29,11 +29,13 @@ class NullCaption(nn.Module):
         """The condition with the rows where `dropped` (B,) is True replaced; None replaces all."""
         if dropped is None:
             dropped = torch.ones(len(condition.states[0]), dtype=torch.bool, device=condition.states[0].device)
+        # A network that reads no pooled state would leave its parameter without a gradient, at which DDP stops.
+        tied = 0.0 if self.pooled is None else 0.0 * self.pooled.sum()
         states, masks = [], []
         for null, state, mask in zip(self.states, condition.states, condition.masks, strict=True):
             first = torch.zeros_like(mask)
             first[:, 0] = True
-            empty = first.unsqueeze(-1) * null.to(state.dtype)
+            empty = first.unsqueeze(-1) * (null + tied).to(state.dtype)
             states.append(torch.where(dropped[:, None, None], empty, state))
             masks.append(torch.where(dropped[:, None], first, mask))
         pooled = condition.pooled

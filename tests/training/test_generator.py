@@ -1,0 +1,279 @@
+"""Generator training: captions are dropped at the stated rate, masks are a sample's own, and runs can be divided."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from nar_t2i.data import CaptionedImages
+from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.data.order import GlobalBatchSampler
+from nar_t2i.errors import UserError
+from nar_t2i.inference import Confidence
+from nar_t2i.learning import Masked
+from nar_t2i.learning.masked import draw_masks
+from nar_t2i.networks import EncoderDecoder
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.prepare.tokens import encode_tokens
+from nar_t2i.schedules import Guidance
+from nar_t2i.text import BertTextEncoder
+from nar_t2i.training import GeneratorModule
+from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.types import Batch, LearningStrategy
+from tests.text.tiny_bert import tiny_bert
+from tests.toys import ToyCodec, ToyText
+
+SIZE = 16
+
+
+@part
+class Watched(LearningStrategy):
+    """Masked training that keeps the conditions and the masks it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.conditions, self.masks = Masked("cosine"), [], []
+
+    def loss(self, network, batch, noise, progress):
+        self.conditions.append(batch.condition)
+        self.masks.append(draw_masks(noise, "cosine", network.spec.length))
+        return self.inner.loss(network, batch, noise, progress)
+
+
+class Untrained(GeneratorModule):
+    """For steps outside of a trainer."""
+
+    progress = 0.5
+
+
+def small(spec, widths):
+    net = EncoderDecoder(spec, widths, width=16, depth=1, heads=2)
+    torch.nn.init.normal_(net.head.logits.weight, std=0.3)
+    return net
+
+
+def made(cls=GeneratorModule, text=None, learning=None, codec=None, **kwargs):
+    torch.manual_seed(0)
+    # The bias of attention's keys has no gradient but rounding, which AdamW would take for one: hence the large eps.
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-3)
+    return cls(
+        codec or ToyCodec(), text or ToyText(), small, learning or Watched(), Confidence(2), Guidance(2.0), config,
+        **{"ema_decay": 0.5, **kwargs},
+    )  # fmt: skip
+
+
+def batch(ids):
+    torch.manual_seed(3)
+    ids = torch.as_tensor(ids)
+    captions = [f"caption {i} of {i * i}" for i in ids.tolist()]
+    tokens = torch.randint(4, (1000, 4))[ids % 1000]
+    return Batch(ids, [str(i) for i in ids.tolist()], captions, None, tokens, {})
+
+
+def step(module, ids, dropout=True):
+    """The loss of one micro-batch of training."""
+    total, weight = module._terms(batch(ids), module.seed, dropout)["loss"]
+    return total / weight
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_captions_are_dropped_at_the_stated_rate(rate):
+    dropped = made(caption_dropout=rate).dropped(Noise(0, torch.arange(40_000)))
+    spread = (rate * (1 - rate) / 40_000) ** 0.5
+    assert abs(float(dropped.float().mean()) - rate) <= 4 * spread
+    # Control: 10% kept, the fault of several peers, is far away.
+    assert rate == 0.5 or abs(float((~dropped).float().mean()) - rate) > 0.7
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_dropped_captions_are_the_null_caption_and_the_others_are_the_text(rate):
+    module = made(Untrained, caption_dropout=rate)
+    ids = torch.arange(200)
+    loss = step(module, ids)
+    seen, dropped = module.learning.conditions[0], module.dropped(Noise(module.seed, ids))
+    text = module.text(batch(ids).captions)
+    null = module.null(text)
+    for row in range(200):
+        expected = null if dropped[row] else text
+        assert torch.equal(seen.states[0][row], expected.states[0][row])
+        assert torch.equal(seen.masks[0][row], expected.masks[0][row])
+        assert torch.equal(seen.pooled[row], expected.pooled[row])
+    assert dropped.any() == (rate > 0) and dropped.all() == (rate == 1)
+    # And it reaches the network's weights: what is always dropped cannot be learned from, what never is leaves no null.
+    loss.backward()
+    assert (module.text.embedding.weight.grad.abs().sum() > 0) == (rate < 1)
+    null_gradient = module.null.states[0].grad
+    assert (null_gradient is not None and null_gradient.abs().sum() > 0) == (rate > 0)
+
+
+def test_validation_drops_nothing():
+    module = made(Untrained, caption_dropout=1.0)
+    step(module, range(20), dropout=False)
+    text = module.text(batch(range(20)).captions)
+    assert torch.equal(module.learning.conditions[0].states[0], text.states[0])
+
+
+def test_dropping_and_masking_are_independent():
+    noise = Noise(0, torch.arange(20_000))
+    dropped = made(caption_dropout=0.5).dropped(noise)
+    ratio = draw_masks(noise, "cosine", 64).double().mean(1)
+    difference = float(ratio[dropped].mean() - ratio[~dropped].mean())
+    assert abs(difference) < 4 * float(ratio.std()) / 5_000**0.5
+
+
+def masks_of(ids, seed=0):
+    module = made(Untrained, seed=seed)
+    step(module, ids)
+    return module.learning.masks[0]
+
+
+def test_ranks_draw_different_masks_which_one_rank_draws_too():
+    ranks = [next(iter(GlobalBatchSampler(64, 32, rank, 2))) for rank in range(2)]
+    first, second = (masks_of(ids) for ids in ranks)
+    assert not torch.equal(first, second)
+    # Of the 15 masks of four tokens both draw many, each in its own places.
+    assert (first != second).any(1).float().mean() > 0.5
+    whole = masks_of(next(iter(GlobalBatchSampler(64, 64))))
+    assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_seeds_matter():
+    assert torch.equal(masks_of(range(64)), masks_of(range(64)))
+    assert (masks_of(range(64)) != masks_of(range(64), seed=1)).any(1).float().mean() > 0.5
+    dropped = [made(caption_dropout=0.5).dropped(Noise(seed, torch.arange(64))) for seed in (0, 1)]
+    assert not torch.equal(*dropped)
+
+
+def gradients(parts):
+    module = made(Untrained, caption_dropout=0.3).double()
+    for ids in np.split(np.arange(16), parts):
+        (step(module, ids) / parts).backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def test_micro_batches_do_not_change_the_gradient():
+    whole = gradients(1)
+    assert [name for name, g in whole.items() if g is None] == [], "a parameter without a gradient stops DDP"
+    assert [name for name, g in whole.items() if not g.abs().sum() > 0] == ["null.pooled"]  # this network reads none
+    for parts in (2, 4, 16):
+        for name, gradient in gradients(parts).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-12)
+
+
+# In a trainer
+
+
+class Record(Callback):
+    def __init__(self, stop_at=None):
+        self.losses, self.stop_at = [], stop_at
+
+    def on_train_batch_end(self, trainer, module, outputs, *args):
+        self.losses.append(float(outputs["loss"]))
+        if trainer.global_step == self.stop_at:
+            trainer.should_stop = True
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """Scenes and a cache of their tokens."""
+    folder = tmp_path_factory.mktemp("cache")
+    source = RenderedScenes("train", 64, SIZE)
+    encode_tokens(ToyCodec(), source, folder, batch_size=32)
+    return source, str(folder)
+
+
+def fit(module, folder, cached, steps=6, resume=None, callbacks=(), micro=8, **kwargs):
+    source, cache = cached
+    data = CaptionedImages(source, SIZE, global_batch_size=16, micro_batch_size=micro, cache=cache)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False, callbacks=list(callbacks),
+        **kwargs,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("kind", ["scratch", "frozen", "trained"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, cached, kind):
+    bert = None if kind == "scratch" else tiny_bert(tmp_path / "bert")
+
+    def module():
+        return made(text=bert and BertTextEncoder(bert, trainable=kind == "trained", max_length=16))
+
+    whole, first, second = Record(), Record(stop_at=3), Record()
+    uninterrupted, resumed = module(), module()
+    fit(uninterrupted, tmp_path / "whole", cached, callbacks=[whole])
+    fit(module(), tmp_path / "half", cached, callbacks=[first]).save_checkpoint(tmp_path / "half.ckpt")
+    assert fit(resumed, tmp_path / "half", cached, 6, tmp_path / "half.ckpt", [second]).global_step == 6
+    assert first.losses + second.losses == whole.losses and len(whole.losses) == 12
+    assert equal(resumed, uninterrupted)
+    assert all(torch.equal(resumed.ema.average[k], v) for k, v in uninterrupted.ema.average.items())
+    names = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in names} == {"null", "network"} | ({"text"} if kind != "frozen" else set())
+
+    t2i = TextToImage.from_pretrained(tmp_path / "half/model", trusted=("tests",))
+    with resumed.ema.applied(resumed):
+        expected = resumed.pipeline().sample(["a red circle", "two blue squares"])
+    assert torch.equal(t2i.sample(["a red circle", "two blue squares"]).tokens, expected.tokens)
+    assert torch.equal(t2i.text(["a red"]).states[0], _averaged_states(resumed))
+
+
+def _averaged_states(module):
+    with module.ema.applied(module), torch.no_grad():
+        return module.text.eval()(["a red"]).states[0]
+
+
+def test_the_exported_weights_are_the_average(tmp_path, cached):
+    module = made()
+    fit(module, tmp_path, cached)
+    exported = TextToImage.from_pretrained(tmp_path / "model", trusted=("tests",))
+    for name in ("text", "null", "network"):
+        for key, value in getattr(exported, name).state_dict().items():
+            assert torch.equal(value, module.ema.average[f"{name}.{key}"])
+    assert not equal(exported.network, module.network)
+
+
+def test_without_an_average_the_weights_themselves_are_exported(tmp_path, cached):
+    module = made(ema_decay=0.0)
+    fit(module, tmp_path, cached, 2)
+    assert equal(TextToImage.from_pretrained(tmp_path / "model", trusted=("tests",)).network, module.network)
+
+
+def test_the_codec_is_frozen_and_in_no_checkpoint(tmp_path, cached):
+    codec = ToyCodec()
+    codec.layer = torch.nn.Linear(2, 2)
+    module = made(codec=codec)
+    assert not any(p is q for p in module.parameters() for q in codec.parameters())
+    assert not any(p.requires_grad for p in codec.parameters()) and not codec.training
+    assert not [name for name in module.state_dict() if "codec" in name or "layer" in name.split(".")]
+
+
+def test_cached_tokens_of_another_codec_are_refused(tmp_path, cached):
+    codec = ToyCodec()
+    codec.gain += 1
+    with pytest.raises(UserError, match="codec"):
+        fit(made(codec=codec), tmp_path, cached, 1)
+    with pytest.raises(UserError):
+        fit(made(codec=ToyCodec("binary")), tmp_path, cached, 1)
+
+
+def test_two_micro_batches_and_two_ranks_train_what_one_does(tmp_path, cached):
+    """16 images a step: 1 × 16, 2 × 8 accumulated, and 8 on each of two ranks under plain DDP."""
+    whole, divided, ranks = made(), made(), made(learning=Masked("cosine"))
+    assert fit(whole, tmp_path, cached, 3, micro=16).accumulate_grad_batches == 1
+    assert fit(divided, tmp_path, cached, 3).accumulate_grad_batches == 2
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+    trainer = fit(ranks, tmp_path, cached, 3, strategy=strategy, devices=2)
+    assert trainer.world_size == 2
+    for other in (divided, ranks):
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
