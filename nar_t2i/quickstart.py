@@ -50,8 +50,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(48_000, 1000, 3.75, 7.25, 1000, 200),
-    "shortened": Scale(16_000, 200, 1.6, 2.4, 200, 50),
+    "full": Scale(48_000, 1000, 2.5, 8.75, 1000, 200),
+    "shortened": Scale(20_000, 200, 1.2, 3.0, 200, 50),
     "tiny": Scale(256, 64, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more
 }
 PICTURES = 48  # a set of prompts, in the report
