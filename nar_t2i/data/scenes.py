@@ -1,6 +1,6 @@
 """Rendered scenes: an endless captioned data set that needs no download.
 
-One to three anti-aliased shapes on one of 24 backgrounds. A scene is a few *groups* ("two red stars", "a blue square"),
+One to three anti-aliased shapes of three sizes on one of 24 backgrounds, their centres on a lattice. A scene is a few *groups* ("two red stars", "a blue square"),
 perhaps with a relation between two of them. Everything is a pure function of (split, seed, index) and is drawn at any
 resolution. The wording is in `nar_t2i.data.captions`.
 
