@@ -33,6 +33,11 @@ def main(arguments: argparse.Namespace) -> int:
     prompts = [*arguments.prompt, *(_read_prompts(arguments.prompts) if arguments.prompts else [])]
     if not prompts:
         raise UserError("generate: give --prompt TEXT or --prompts FILE")
+    out = Path(arguments.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
     t2i = TextToImage.from_pretrained(arguments.model or shipped_model())
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     samples = t2i.sample(
@@ -45,8 +50,6 @@ def main(arguments: argparse.Namespace) -> int:
         on_step=films,
     )
     images = [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     names = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)]
     for name, image in zip(names, images, strict=True):
         image.save(out / f"{name}.png")

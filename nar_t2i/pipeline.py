@@ -67,7 +67,13 @@ class TextToImage:
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")
         parts = {name: load_part(folder / name, trusted) for name in PARTS}
-        return cls(**parts, inference=build(config["inference"], trusted), guidance=build(config["guidance"], trusted))
+        try:
+            inference, guidance = (build(config[name], trusted) for name in ("inference", "guidance"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'config.json'}: inference and guidance cannot be built: {error}") from error
+        if not (isinstance(inference, InferenceStrategy) and isinstance(guidance, Guidance)):
+            raise UserError(f"{folder / 'config.json'}: inference and guidance must name a strategy and a Guidance")
+        return cls(**parts, inference=inference, guidance=guidance)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a self-contained folder. dtype: of the stored weights; loading always gives float32."""
@@ -125,13 +131,15 @@ class TextToImage:
         guidance. known: tokens to keep, a row a prompt. on_step: called after every step of every batch.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         if not prompts:
             raise UserError("no prompt was given")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        seeds = _seeds(seed, len(prompts))
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
+        if negative_prompts and len(negative_prompts) != len(prompts):
+            raise UserError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
         inference = self._decoder(steps, temperature)
         guidance = self.guidance if guidance_scale is None else _rescaled(self.guidance, guidance_scale)
         for part in (self.tokenizer, self.text, self.null, self.network):
@@ -141,7 +149,7 @@ class TextToImage:
             rows = slice(start, start + batch_size)
             condition = self.text(prompts[rows])
             null = self._null(condition, negative_prompts and negative_prompts[rows])
-            noise = Noise(0, torch.tensor(list(seeds[rows]), device=self.device), _precision(self.network))
+            noise = Noise(0, seeds[rows].to(self.device), _precision(self.network))
             given = known and Known(known.mask[rows], known.tokens[rows])
             decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
             tokens.append(decoded.tokens)
@@ -161,6 +169,18 @@ class TextToImage:
         if unknown := set(changes) - set(accepted):
             raise UserError(f"{type(self.inference).__name__} has no {', '.join(sorted(unknown))}")
         return build({**description, "init_args": {**accepted, **changes}})
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> Tensor:
+    """(count,) int64: from an integer on, or as they are given."""
+    try:
+        seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
+        as_tensor = torch.tensor(seeds, dtype=torch.int64)
+    except (OverflowError, RuntimeError):
+        raise UserError(f"seed {seed} does not fit into 64 bits") from None
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} prompts")
+    return as_tensor
 
 
 def _rescaled(guidance: Guidance, scale: float) -> Guidance:

@@ -64,7 +64,7 @@ class Stages:
         self.path = folder / "stages.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.state = read_json(self.path) if self.path.exists() else {"settings": settings, "seconds": {}, "done": []}
-        if self.state["settings"] != settings:
+        if not isinstance(self.state, dict) or self.state.get("settings") != settings:
             raise UserError(f"{folder} holds a quickstart with other settings; name another folder with --out, or delete it")
 
     def run(self, name: str, title: str, work: Callable[[], Any]) -> None:
@@ -176,13 +176,14 @@ class Quickstart:
         from nar_t2i.pipeline import TextToImage
 
         t2i = TextToImage.from_pretrained(self.folder / "generator/model")
+        shipped = TextToImage.from_pretrained(shipped_model())
         with self._autocast():
             tokenizer = evaluate_tokenizer(t2i.tokenizer, self.scale.tokenizer_images, workers=self.workers)
         prompts = {which: take(committed(which), self.scale.prompts_a_category) for which in ("seen", "held_out")}
         pictures: list[dict[str, Any]] = []
         results = {which: self._score(t2i, "quickstart", which, prompts[which], pictures) for which in prompts}
-        few = take(prompts["seen"], -(-PICTURES // 6))
-        self._score(TextToImage.from_pretrained(shipped_model()), "shipped", "seen", few, pictures)
+        few = take(prompts["seen"], PICTURES // 6)
+        self._score(shipped, "shipped", "seen", few, pictures)
         write_json(self.folder / "evaluation/samples.json", pictures)
         write_json(
             self.folder / "evaluation/scores.json", {"tokenizer": tokenizer, "generator": generator_metrics(results)}
@@ -200,7 +201,7 @@ class Quickstart:
         result, images = evaluate_prompts(
             t2i, prompts, steps=16, batch_size=128, bf16=self._bf16, workers=self.workers, name=title
         )
-        shown = {id(prompt) for prompt in take(prompts, -(-PICTURES // 6))}
+        shown = {id(prompt) for prompt in take(prompts, PICTURES // 6)}
         folder = self.folder / "evaluation/samples"
         folder.mkdir(parents=True, exist_ok=True)
         for index, prompt in enumerate(prompts):

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
+
 MASK_SCHEDULES = {
     "cosine": lambda t: torch.cos(t * (math.pi / 2)),
     "linear": lambda t: 1 - t,
@@ -55,6 +57,10 @@ class Guidance:
     start: float = 0.0
     stop: float = 1.0
     ramp: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise UserError(f"guidance scale must be a finite number, not {self.scale}")
 
     def at(self, progress: float) -> float:
         """s at a point of decoding, 0 = first step, 1 = last step."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.noise import Noise, gumbel
 from nar_t2i.parts import part
@@ -35,6 +36,10 @@ class Confidence(InferenceStrategy):
         temperature: float = 1.0,
         choice_temperature: float = 4.5,
     ):
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, not {steps}")
+        if not (temperature >= 0 and choice_temperature >= 0):
+            raise UserError(f"temperatures must be at least 0, not {temperature} and {choice_temperature}")
         self.steps, self.schedule = steps, schedule
         self.temperature, self.choice_temperature = temperature, choice_temperature
 

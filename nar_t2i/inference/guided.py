@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +42,7 @@ def paired(condition: Condition, null: Condition) -> Condition:
 class GuidedNetwork:
     """Calls a network on conditional and unconditional rows at once and combines them: `u + s·(c − u)`.
 
-    The text is prepared once, for all steps. `passes` counts network calls, `rows` row evaluations an image. With a
+    Each text is prepared once, for all steps, when it is first needed. `passes` counts network calls, `rows` row evaluations an image. With a
     cache, the unconditional rows are evaluated throughout, since the cache must hold them when guidance begins.
     """
 
@@ -47,8 +50,15 @@ class GuidedNetwork:
         self.network, self.guidance = network, guidance
         self.batch = len(condition.states[0]) if condition.states else len(condition.pooled)
         self.passes = self.rows = 0
-        self._plain = network.prepare(condition)
-        self._paired = None if guidance.scale == 1 else network.prepare(paired(condition, null))
+        self._condition, self._null = condition, null
+
+    @cached_property
+    def _plain(self) -> Any:
+        return self.network.prepare(self._condition)
+
+    @cached_property
+    def _paired(self) -> Any:
+        return self.network.prepare(paired(self._condition, self._null))
 
     def __call__(
         self, state: TokenState, progress: float, read: Tensor | None = None, cache: KVCache | None = None
@@ -56,7 +66,7 @@ class GuidedNetwork:
         """The guided prediction at `read`; progress, 0 to 1, says where guidance stands."""
         scale = self.guidance.at(progress)
         self.passes += 1
-        if scale == 1 and cache is None or self._paired is None:
+        if self.guidance.scale == 1 or (scale == 1 and cache is None):
             self.rows += 1
             return self.network(state, self._plain, read, cache)
         self.rows += 2
