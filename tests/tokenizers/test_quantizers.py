@@ -74,6 +74,9 @@ def test_gradients():
     # Only codes that were used are pulled, towards the latents that used them.
     (pull,) = torch.autograd.grad(out.loss, q.codebook)
     assert torch.equal(pull.abs().sum(1) > 0, torch.bincount(out.codes, minlength=8) > 0)
+    own = (F.normalize(z, dim=-1).detach() - q.lookup(out.codes)).square().sum(-1).mean()
+    (expected,) = torch.autograd.grad(own, q.codebook)
+    torch.testing.assert_close(pull, expected)  # the commitment pulls latents alone
     before = out.error.mean()
     with torch.no_grad():
         q.codebook -= 0.05 * pull
@@ -157,7 +160,7 @@ def test_evaluation_and_passes_without_gradients_are_not_counted():
 
 @pytest.mark.parametrize("update", ["ema", "loss"])
 def test_the_codebook_and_its_statistics_are_in_the_checkpoint(update):
-    q, other = quantizer(update=update), VectorQuantizer(8, 4, update)
+    q, other = (VectorQuantizer(8, 4, update, decay=0.5, revive_below=0.8) for _ in range(2))
     for step in range(3):
         q(latents(20, 4, seed=step))
         q.step()

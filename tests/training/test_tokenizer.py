@@ -154,10 +154,12 @@ def test_micro_batches_do_not_matter(tmp_path):
 def test_two_ranks_train_what_one_does(tmp_path):
     """With a discriminator that trains, but moves the codec not at all: its adaptive weight is a rank's own."""
     one, two = made(weight=0.0), made(weight=0.0)
-    fit(one, tmp_path / "one", 5)
+    alone = fit(one, tmp_path / "one", 5, validate=True).callback_metrics
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    trainer = fit(two, tmp_path / "two", 5, data(8), strategy=strategy, devices=2)
+    trainer = fit(two, tmp_path / "two", 5, data(8), validate=True, strategy=strategy, devices=2)
     assert trainer.world_size == 2
+    for name in ("psnr", "codebook_use", "codebook_perplexity"):
+        assert float(trainer.callback_metrics[name]) == pytest.approx(float(alone[name]), rel=1e-3), name
     assert_close(one.codec, two.codec, 1e-3, 1e-4)
     assert_close(one.discriminator, two.discriminator, 1e-3, 1e-4)
     assert not equal(one.discriminator, made().discriminator)
