@@ -185,9 +185,12 @@ class Quickstart:
         few = take(prompts["seen"], PICTURES // 6)
         self._score(shipped, "shipped", "seen", few, pictures)
         write_json(self.folder / "evaluation/samples.json", pictures)
-        write_json(
-            self.folder / "evaluation/scores.json", {"tokenizer": tokenizer, "generator": generator_metrics(results)}
-        )
+        scores = {
+            "tokenizer": tokenizer,
+            "generator": generator_metrics(results),
+            "shipped": read_json(shipped_model() / "metrics.json")["generator"],
+        }
+        write_json(self.folder / "evaluation/scores.json", scores)
 
     def _score(
         self, t2i: TextToImage, model: str, which: str, prompts: list[ScenePrompt], pictures: list[dict[str, Any]]

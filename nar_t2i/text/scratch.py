@@ -14,6 +14,9 @@ from nar_t2i.parts import part
 from nar_t2i.types import Condition, TextEncoder
 
 
+ALIGNMENT = 32
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm: self-attention, MLP."""
 
@@ -56,12 +59,13 @@ class ScratchTextEncoder(TextEncoder):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """(B, L) codes and the mask of real ones; L is the longest caption's length."""
+        """(B, L) codes and the mask of real ones; L is the longest caption's length, rounded up to a multiple of 32
+        (a softmax over 32 bf16 numbers takes a quarter of the time of one over 24) or to `max_length`."""
         # Command lines bring bytes that are no UTF-8 as lone surrogates, which SentencePiece refuses.
         rows = self._pieces.encode([c.lower().encode("utf-8", "replace").decode() for c in captions], add_eos=True)
         self.truncated += sum(len(row) > self.max_length for row in rows)
         rows = [row if len(row) <= self.max_length else row[: self.max_length - 1] + row[-1:] for row in rows]
-        length = max(map(len, rows))
+        length = min(-(-max(map(len, rows)) // ALIGNMENT) * ALIGNMENT, self.max_length)
         codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return codes, torch.arange(length) < lengths[:, None]

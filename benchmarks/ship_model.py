@@ -1,0 +1,65 @@
+"""A trained pipeline → the small model in the package, with its scores and a sheet of pictures.
+
+    python benchmarks/ship_model.py runs/shipped/generator/model
+
+Stores the weights in half precision under nar_t2i/assets/model, scores that very folder on all committed prompts, and
+writes metrics.json there and, with the sheet of 64 prompts, under docs/results/shipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nar_t2i.evaluation.command import evaluate_prompts, generator_metrics
+from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
+from nar_t2i.folders import write_json
+from nar_t2i.generate import contact_sheet
+from nar_t2i.hardware import describe_machine
+from nar_t2i.pipeline import TextToImage
+
+ROOT = Path(__file__).parents[1]
+ASSETS, RESULTS = ROOT / "nar_t2i/assets/model", ROOT / "docs/results/shipped"
+LIMIT = 10 * 2**20
+
+
+def main(folder: str) -> None:
+    TextToImage.from_pretrained(folder).save_pretrained(ASSETS, dtype=torch.float16)
+    size = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
+    print(f"{size / 2**20:.2f} MiB of weights")
+    if size > LIMIT:
+        sys.exit("more than 10 MiB")
+    t2i = TextToImage.from_pretrained(ASSETS)
+    results = {}
+    for which in ("seen", "held_out"):
+        results[which], images = evaluate_prompts(t2i, committed(which), steps=16, batch_size=120, name=which)
+        if which == "seen":
+            save_sheet(images)
+    metrics = {
+        "command": "python benchmarks/ship_model.py runs/shipped/generator/model",
+        "machine": describe_machine(),
+        "weights_bytes": size,
+        "tokenizer": evaluate_tokenizer(t2i.tokenizer, 1000),
+        "generator": generator_metrics(results),
+    }
+    for place in (ASSETS, RESULTS):
+        write_json(place / "metrics.json", metrics)
+    for name, scores in metrics["generator"]["scene_accuracy"].items():
+        print(name, {key: round(value, 3) for key, value in scores.items() if isinstance(value, float)})
+
+
+def save_sheet(images: np.ndarray) -> None:
+    """The first eleven prompts of each category, 64 in all, as they come: nothing is picked."""
+    prompts = committed("seen")
+    chosen = [index for index, prompt in enumerate(prompts) if prompt in take(prompts, 11)][:64]
+    pictures = [Image.fromarray(images[index]) for index in chosen]
+    contact_sheet(pictures, [prompts[index].prompt for index in chosen]).save(RESULTS / "sheet.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

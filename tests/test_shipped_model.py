@@ -1,0 +1,30 @@
+"""The small model in the package: it fits, it draws what it is told, and its committed scores are its own."""
+
+import json
+
+import pytest
+
+from nar_t2i.evaluation.command import evaluate_prompts
+from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.generate import shipped_model
+from nar_t2i.pipeline import TextToImage
+
+RESULTS = shipped_model() / "metrics.json"
+
+
+def test_at_most_ten_mebibytes_of_safetensors() -> None:
+    sizes = [path.stat().st_size for path in shipped_model().rglob("*.safetensors")]
+    assert len(sizes) == 4
+    assert sum(sizes) <= 10 * 2**20
+
+
+@pytest.mark.parametrize("which", ["seen", "held_out"])
+def test_scores_on_a_few_prompts_agree_with_the_committed_ones(which: str) -> None:
+    """Within three standard errors of the committed accuracy: another model, or broken decoding, falls out."""
+    expected = json.loads(RESULTS.read_text())["generator"]["scene_accuracy"][which]["overall"]
+    prompts = take(committed(which), 10)
+    t2i = TextToImage.from_pretrained(shipped_model())
+    result, _ = evaluate_prompts(t2i, prompts, steps=16, batch_size=60)
+    error = (expected * (1 - expected) / len(prompts)) ** 0.5
+    assert abs(result["accuracy"]["overall"] - expected) < 3 * error + 0.02
+    assert result["decoder_passes"] == 16
