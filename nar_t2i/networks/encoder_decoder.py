@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention
 from nar_t2i.networks.tokens import TokenEmbedding, TokenHead, select
 from nar_t2i.parts import part
@@ -22,17 +23,37 @@ class PreparedText(NamedTuple):
     mask: Tensor
 
 
-class DecoderBlock(nn.Module):
-    """Pre-norm: self-attention, cross-attention, MLP."""
+class GridConvolution(nn.Module):
+    """A depthwise 3×3 convolution over the token grid, added to the tokens.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str):
+    Positions relative to one's neighbours without learning each pair of places (conditional positional encodings,
+    Chu et al., arXiv 2102.10882; in every block and trained from zero: our choice).
+    """
+
+    def __init__(self, grid: tuple[int, int], width: int):
         super().__init__()
+        self.grid = grid
+        self.convolution = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        nn.init.zeros_(self.convolution.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.unflatten(1, self.grid).permute(0, 3, 1, 2)  # a view, channels last
+        return x + self.convolution(image).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class DecoderBlock(nn.Module):
+    """Grid convolution where there is a grid; then, pre-norm: self-attention, cross-attention, MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, grid: tuple[int, int] | None):
+        super().__init__()
+        self.local = nn.Identity() if grid is None else GridConvolution(grid, width)
         self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.self_attention = SelfAttention(width, heads)
         self.cross_attention = CrossAttention(width, heads)
         self.mlp = MLP(width, mlp_ratio, activation)
 
     def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        x = self.local(x)
         x = x + self.self_attention(self.norm_self(x))
         x = x + self.cross_attention(self.norm_cross(x), keys_and_values, mask)
         return x + self.mlp(self.norm_mlp(x))
@@ -44,6 +65,7 @@ class EncoderDecoder(TokenNetwork):
 
     spec: the tokens. text_widths: one a text stream; the streams are projected and concatenated along the length.
     width, depth, heads, mlp_ratio: of the decoder; pre-norm, learned positions (our choice: the paper gives no widths).
+    grid_convolution: a depthwise 3×3 convolution in every block, for tokens on a grid (see GridConvolution).
     activation_checkpointing: recompute each block in the backward pass, for memory.
     """
 
@@ -56,6 +78,7 @@ class EncoderDecoder(TokenNetwork):
         heads: int = 4,
         mlp_ratio: float = 4.0,
         activation: Literal["gelu", "silu", "relu"] = "gelu",
+        grid_convolution: bool = False,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -64,7 +87,10 @@ class EncoderDecoder(TokenNetwork):
         self.embedding = TokenEmbedding(spec, width)
         self.text = nn.ModuleList(nn.Linear(w, width) for w in text_widths)
         self.text_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation) for _ in range(depth))
+        if grid_convolution and len(spec.shape) != 2:
+            raise UserError(f"grid_convolution needs tokens on a grid, not of the shape {spec.shape}")
+        grid = spec.shape if grid_convolution else None
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation, grid) for _ in range(depth))
         self.head = TokenHead(spec, width)
         self._initialise(depth)
 
