@@ -46,7 +46,8 @@ def round_trip(value):
 
 def test_a_part_in_a_part_survives_json():
     box = round_trip(Box(Box(numbers=[]), named={"x": Confidence(3), "y": [Plain(7)]}))
-    assert isinstance(box.inner, Box) and box.inner.numbers == [] and box.path == "a/b" and box.numbers == [1, 2.5, None]
+    assert isinstance(box.inner, Box) and box.inner.numbers == []
+    assert box.path == "a/b" and box.numbers == [1, 2.5, None]
     assert box.named["x"].steps == 3 and box.named["y"][0] == Plain(7)
 
 
@@ -72,7 +73,10 @@ def test_what_has_no_description_is_refused():
         describe(Undecorated())
 
 
-@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "nar_t2i_evil.X", ""])
+FOREIGN = ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "nar_t2i_evil.X", ""]
+
+
+@pytest.mark.parametrize("path", FOREIGN)
 def test_foreign_classes_are_refused(path):
     with pytest.raises(UserError, match="is not part of nar_t2i"):
         build({"class_path": path, "init_args": {}})

@@ -29,7 +29,7 @@ class PretrainedTextEncoder(TextEncoder):
     pretrained: False takes the same architecture with random weights.
     trainable: False freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
         then no parameters of this module, but follow it to other devices and types.
-    max_length: tokens kept a caption, marks of begin and end included; `truncated` counts the captions that were longer.
+    max_length: tokens kept a caption, its marks of begin and end included; `truncated` counts the longer captions.
 
     Dropout is switched off: a run that is resumed draws what the uninterrupted one would (our choice).
     Raises UserError where the folder is missing, not whole, or of another kind of model.

@@ -16,7 +16,7 @@ from nar_t2i.errors import UserError
 
 
 def edge_loss(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean absolute difference of the horizontal and vertical pixel gradients: blurred outlines cost more (our choice)."""
+    """Mean absolute difference of horizontal and vertical pixel gradients: blurred outlines cost more (our choice)."""
     difference = images - targets
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 

@@ -14,7 +14,7 @@ from nar_t2i.parts import part
 
 
 class Quantized(NamedTuple):
-    """latents: (…, D) unit vectors, straight-through. codes: (…) int64. error: (…) squared distance, 0 to 4. loss: scalar."""
+    """latents: (…, D) unit vectors, straight-through. codes: (…) int64. error: (…) squared distance. loss: scalar."""
 
     latents: Tensor
     codes: Tensor
@@ -88,7 +88,7 @@ class VectorQuantizer(nn.Module):
         """
         if not self._seen:
             return torch.zeros_like(self.counts)
-        # Forward pass by forward pass, and rank by rank within one: the order of the global batch, on any number of ranks.
+        # Forward pass by forward pass, and rank by rank within one: the global batch's order, on any number of ranks.
         latents = torch.cat([_gather(z) for z, _ in self._seen])
         codes = torch.cat([_gather(c) for _, c in self._seen])
         self._seen.clear()

@@ -18,7 +18,7 @@ class TimeBudget(Callback):
     """End training after some minutes of wall time, with a learning-rate schedule that ends then, too.
 
     The number of steps to come is estimated from the pace so far, so a slower machine takes fewer steps and still
-    anneals. Restarts share one budget. How many steps a run takes then depends on the machine: meant for demonstrations.
+    anneals. Restarts share one budget. How many steps a run takes depends on the machine: meant for demonstrations.
     Rank 0's clock counts, since ranks that disagreed would take different learning rates and end at different steps.
     """
 

@@ -28,8 +28,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 class MuonWithAdamW(Optimizer):
     """Muon on the groups marked `muon`, AdamW on the others: one optimizer to the trainer.
 
-    Muon's parameters are matrices, or convolutions, which are taken as matrices (out, in · height · width). Its step has
-    root mean square 0.2 · lr, as large as AdamW's usually is (Liu et al., arXiv 2502.16982), so both share one schedule.
+    Muon's parameters are matrices, or convolutions, which are taken as matrices (out, in · height · width). Its step
+    has root mean square 0.2 · lr, as AdamW's usually has (Liu et al., arXiv 2502.16982), so both share one schedule.
     torch.optim.Muon takes matrices only, and a second optimizer would need manual optimisation.
     """
 
@@ -40,7 +40,7 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
     ):
-        # "fused" tells load_state_dict to put the restored step counts beside the weights, where the fused kernel wants them.
+        # "fused" tells load_state_dict to put restored step counts beside the weights: the fused kernel wants them there.
         defaults = {"momentum": momentum, "betas": betas, "eps": eps, "muon": False, "weight_decay": 0.0, "fused": True}
         super().__init__(groups, defaults)
 

@@ -33,7 +33,7 @@ class TokenizerModule(TrainedModule):
     """Trains a VQGAN (Esser et al., arXiv 2012.09841).
 
     codec: the model. optimizer: of the codec; the discriminator's is the same with `discriminator_learning_rate`.
-    l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no perceptual loss.
+    l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no such loss.
     discriminator: None trains without. discriminator_start: the share of training (`progress`) from which on it takes
     part, in both its roles. discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see
     TrainedModule. The averaged codec holds the averaged codebook, too: encoder, codebook and decoder lag alike.

@@ -31,7 +31,8 @@ def encoder(folder, **kwargs):
 
 
 def same(a, b):
-    return torch.equal(a.states[0], b.states[0]) and torch.equal(a.masks[0], b.masks[0]) and torch.equal(a.pooled, b.pooled)
+    pairs = (a.states[0], b.states[0]), (a.masks[0], b.masks[0]), (a.pooled, b.pooled)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -8,7 +8,8 @@ from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare.sentencepiece import train_sentencepiece
 from nar_t2i.text import NullCaption, ScratchTextEncoder
 
-CAPTIONS = [f"{n} {c} {s}" for n in ("a", "two", "three") for c in ("red", "blue") for s in ("circle", "square", "star")]
+SHAPES = ("circle", "square", "star")
+CAPTIONS = [f"{n} {c} {s}" for n in ("a", "two", "three") for c in ("red", "blue") for s in SHAPES]
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from nar_t2i.tokenizers.losses import (
     discriminator_loss,
     edge_loss,
 )
+from tests.tokenizers.random_vgg import random_vgg
 
 
 def test_edges():
@@ -52,13 +53,7 @@ def test_a_patch_discriminator_sees_patches():
 def vgg(tmp_path_factory):
     """A folder with random VGG-16 features in each form that is read."""
     folder = tmp_path_factory.mktemp("vgg")
-    torch.manual_seed(0)
-    state, index, width = {}, 0, 3
-    for block in PerceptualLoss.BLOCKS:
-        for out in block:
-            state |= {f"{index}.weight": torch.randn(out, width, 3, 3) / (9 * width) ** 0.5, f"{index}.bias": torch.zeros(out)}
-            width, index = out, index + 2
-        index += 1
+    state = random_vgg()
     save_file(state, folder / "vgg.safetensors")
     whole = {f"features.{k}": v for k, v in state.items()} | {"classifier.0.weight": torch.zeros(2)}
     torch.save(whole, folder / "vgg.pth")
