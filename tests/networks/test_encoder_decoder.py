@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nar_t2i.errors import UserError
 from nar_t2i.networks import EncoderDecoder
 from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend
 from nar_t2i.types import Condition, TokenSpec, TokenState
@@ -33,8 +34,9 @@ def state(spec=SPEC, batch=2):
     return TokenState(values.to(spec.dtype), torch.rand(batch, spec.length) < 0.5)
 
 
-def test_reading_all_some_or_masked_slots_agrees():
-    net, tokens = network(), state()
+@pytest.mark.parametrize("grid_convolution", [False, True])
+def test_reading_all_some_or_masked_slots_agrees(grid_convolution):
+    net, tokens = network(grid_convolution=grid_convolution), state()
     prepared = net.prepare(condition())
     whole = net(tokens, prepared).logits
     assert whole.shape == (2, 12, 10)
@@ -95,9 +97,10 @@ def test_positions_can_be_given():
 
 
 @pytest.mark.parametrize("kind", ["categorical", "binary"])
-def test_gradient_reaches_all_parameters(kind):
-    spec = TokenSpec((4,), kind, 5)
-    net = network(spec)
+@pytest.mark.parametrize("shape, grid_convolution", [((4,), False), ((2, 2), True)])
+def test_gradient_reaches_all_parameters(kind, shape, grid_convolution):
+    spec = TokenSpec(shape, kind, 5)
+    net = network(spec, grid_convolution=grid_convolution)
     tokens = state(spec)
     tokens = tokens._replace(masked=torch.tensor([[True, False, True, False]] * 2))
     net(tokens, net.prepare(condition())).nll(tokens.values).mean().backward()
@@ -134,6 +137,23 @@ def test_bf16_autocast():
     assert net.embedding.mask.grad.isfinite().all()
 
 
+def test_the_grid_convolution_sees_neighbours_and_starts_at_nothing():
+    plain, net, tokens = network(), network(grid_convolution=True), state()
+    net.load_state_dict(plain.state_dict(), strict=False)
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.local.convolution.bias)
+    prepared = net.prepare(condition())
+    assert torch.equal(net(tokens, prepared).logits, plain(tokens, prepared).logits)
+    x = torch.zeros(1, 12, 16)
+    x[0, 5] = 1.0  # row 1, column 1 of three rows and four columns
+    local = net.blocks[0].local
+    torch.nn.init.ones_(local.convolution.weight)
+    moved = (local(x) - x - local.convolution.bias).abs().amax(-1)[0].view(3, 4) > 0
+    assert moved.tolist() == [[True, True, True, False]] * 3
+    with pytest.raises(UserError, match="needs tokens on a grid"):
+        network(TokenSpec((12,), "categorical", 10), grid_convolution=True)
+
+
 @pytest.mark.parametrize("width, depth, ratio", [(16, 2, 4.0), (24, 3, 2.0)])
 def test_count_of_parameters(width, depth, ratio):
     net = network(width=width, depth=depth, mlp_ratio=ratio)
@@ -144,6 +164,8 @@ def test_count_of_parameters(width, depth, ratio):
     block = self_attention + cross_attention + mlp + 3 * 2 * w
     ends = 10 * w + w + 12 * w + (6 * w + w) + 2 * w + (2 * w + 10 * w + 10)
     assert sum(p.numel() for p in net.parameters()) == depth * block + ends
+    net = network(width=width, depth=depth, mlp_ratio=ratio, grid_convolution=True)
+    assert sum(p.numel() for p in net.parameters()) == depth * (block + 10 * w) + ends
 
 
 def by_hand(q, k, v, mask=None):
