@@ -76,15 +76,19 @@ def class_path(cls: type) -> str:
 
 
 def resolve(path: str, trusted: Sequence[str] = ()) -> type:
-    """The class that a path names, if its package is trusted."""
-    package = path.split(".", 1)[0]
-    if package not in ("nar_t2i", *trusted):
+    """The class that a path names, if it and its package are trusted."""
+    packages = ("nar_t2i", *trusted)
+    if not isinstance(path, str) or path.split(".", 1)[0] not in packages:
         raise UserError(f"class {path!r} is not part of nar_t2i; name its package as trusted to load it")
     module, _, name = path.rpartition(".")
     try:
+        if "__main__" in path.split("."):
+            raise ImportError("a module that is a command, which importing would run")
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"class {path!r} does not exist in this version of nar_t2i") from error
-    if not (isinstance(cls, type) and (hasattr(cls.__init__, "__wrapped__") or is_dataclass(cls))):
+    # A module of ours may have imported a foreign class.
+    foreign = getattr(cls, "__module__", "").split(".", 1)[0] not in packages
+    if foreign or not (isinstance(cls, type) and (hasattr(cls.__init__, "__wrapped__") or is_dataclass(cls))):
         raise UserError(f"{path!r} is not a part that can be built")
     return cls

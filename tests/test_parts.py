@@ -73,7 +73,7 @@ def test_what_has_no_description_is_refused():
         describe(Undecorated())
 
 
-FOREIGN = ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "nar_t2i_evil.X", ""]
+FOREIGN = ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "nar_t2i_evil.X", "", 3, None]
 
 
 @pytest.mark.parametrize("path", FOREIGN)
@@ -106,6 +106,7 @@ def test_trust_is_by_the_whole_name_of_a_package():
         "nar_t2i.folders.nn",  # a module
         "nar_t2i.pipeline.TextToImage",
         "nar_t2i.types.TokenCodec",
+        "nar_t2i.training.base.Trainer",  # foreign, imported by a module of ours
     ],
 )
 def test_what_is_no_part_is_refused(path):
@@ -113,7 +114,7 @@ def test_what_is_no_part_is_refused(path):
         resolve(path)
 
 
-@pytest.mark.parametrize("path", ["nar_t2i.inference.Nothing", "nar_t2i.nowhere.X", "nar_t2i.parts.os.system"])
+@pytest.mark.parametrize("path", ["nar_t2i.inference.Nothing", "nar_t2i.nowhere.X", "nar_t2i.parts.os.system", "nar_t2i", "nar_t2i.__main__.main"])
 def test_what_does_not_exist_is_named(path):
     with pytest.raises(UserError, match="does not exist in this version"):
         resolve(path)

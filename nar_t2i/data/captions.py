@@ -13,6 +13,7 @@ import numpy as np
 
 from nar_t2i.data.scenes import Group, Scene, Split, compose, generator, render
 from nar_t2i.data.source import Sample, Source
+from nar_t2i.errors import UserError
 from nar_t2i.parts import part
 
 OPENINGS = ("", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {verb} ", "this shows ")
@@ -115,25 +116,37 @@ class RenderedScenes(Source):
     """`count` scenes, drawn when they are read.
 
     split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
-    image_size: pixels a side. captions: wordings of each scene.
+    image_size: pixels a side. captions: wordings of each scene. most_objects: 1 to 3 a scene.
     """
 
-    def __init__(self, split: Split = "train", count: int = 100_000, seed: int = 0, image_size: int = 64, captions: int = 2):
+    def __init__(
+        self,
+        split: Split = "train",
+        count: int = 100_000,
+        seed: int = 0,
+        image_size: int = 64,
+        captions: int = 2,
+        most_objects: int = 3,
+    ):
+        if not 1 <= most_objects <= 3:
+            raise UserError(f"rendered scenes: most_objects must be 1, 2 or 3, not {most_objects}")
         self.split, self.count, self.seed, self.image_size, self.captions = split, count, seed, image_size, captions
+        self.most_objects = most_objects
 
     @property
     def name(self) -> str:
-        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px)"
+        objects = "" if self.most_objects == 3 else f", at most {self.most_objects} objects"
+        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px{objects})"
 
     def __len__(self) -> int:
         return self.count
 
     def scene(self, index: int) -> Scene:
-        return compose(generator(self.split, self.seed, index), self.split)
+        return compose(generator(self.split, self.seed, index), self.split, self.most_objects)
 
     def read(self, index: int) -> Sample:
         rng = generator(self.split, self.seed, index)
-        scene = compose(rng, self.split)
+        scene = compose(rng, self.split, self.most_objects)
         captions = [describe_scene(scene, rng) for _ in range(self.captions)]
         return Sample(f"{index:08d}", render(scene, self.image_size), captions)
 

@@ -198,10 +198,11 @@ LAYOUTS = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))  # members of ea
 LAYOUT_SHARES = (0.27, 0.09, 0.11, 0.29, 0.07, 0.07, 0.10)
 
 
-def compose(rng: np.random.Generator, split: Split = "train") -> Scene:
-    """Draw a scene. "train" and "validation" never hold a held-out pair or triple; "all" may."""
+def compose(rng: np.random.Generator, split: Split = "train", most_objects: int = 3) -> Scene:
+    """Draw a scene of at most `most_objects`. "train" and "validation" hold no held-out pair or triple; "all" may."""
     allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
-    layout = LAYOUTS[rng.choice(len(LAYOUTS), p=LAYOUT_SHARES)]
+    shares = np.array([share * (sum(members) <= most_objects) for members, share in zip(LAYOUTS, LAYOUT_SHARES)])
+    layout = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
     relation = RELATIONS[rng.integers(4)] if len(layout) == 2 and rng.random() < 0.6 else None
     while True:  # other kinds and sizes until they fit; the shares of layouts and relations stay as they are
         groups = _draw_groups(rng, layout, allowed)

@@ -35,6 +35,7 @@ class GridConvolution(nn.Module):
         self.grid = grid
         self.convolution = nn.Conv2d(width, width, 3, padding=1, groups=width)
         nn.init.zeros_(self.convolution.weight)
+        nn.init.zeros_(self.convolution.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         image = x.unflatten(1, self.grid).permute(0, 3, 1, 2)  # a view, channels last
@@ -89,6 +90,7 @@ class EncoderDecoder(TokenNetwork):
         self.text_norm = nn.LayerNorm(width)
         if grid_convolution and len(spec.shape) != 2:
             raise UserError(f"grid_convolution needs tokens on a grid, not of the shape {spec.shape}")
+        self.on_grid = grid_convolution
         grid = spec.shape if grid_convolution else None
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation, grid) for _ in range(depth))
         self.head = TokenHead(spec, width)
@@ -113,6 +115,8 @@ class EncoderDecoder(TokenNetwork):
     def forward(
         self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
     ) -> Prediction:
+        if state.positions is not None and self.on_grid:
+            raise ValueError("a network with grid_convolution reads all tokens in their order, not chosen positions")
         x = self.embedding(state)
         for block, keys_and_values in zip(self.blocks, prepared.keys_and_values, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -83,7 +83,7 @@ class GeneratorModule(TrainedModule):
         datamodule.check_codec(self.codec)
         if stage == "fit":
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
-        self.codec.to(self.device)
+        self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
