@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nar_t2i.data.scenes import Group, Scene, Split, compose, generator, render
+from nar_t2i.data.scenes import LATTICE, Group, Scene, Split, compose, generator, render
 from nar_t2i.data.source import Sample, Source
 from nar_t2i.errors import UserError
 from nar_t2i.parts import part
@@ -117,6 +117,7 @@ class RenderedScenes(Source):
 
     split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
     image_size: pixels a side. captions: wordings of each scene. most_objects: 1 to 3 a scene.
+    lattice: lines a side on which centres lie; fewer than the usual 16 make an easier world.
     """
 
     def __init__(
@@ -127,26 +128,30 @@ class RenderedScenes(Source):
         image_size: int = 64,
         captions: int = 2,
         most_objects: int = 3,
+        lattice: int = LATTICE,
     ):
         if not 1 <= most_objects <= 3:
             raise UserError(f"rendered scenes: most_objects must be 1, 2 or 3, not {most_objects}")
         self.split, self.count, self.seed, self.image_size, self.captions = split, count, seed, image_size, captions
-        self.most_objects = most_objects
+        if lattice < 8:
+            raise UserError(f"rendered scenes: a lattice of {lattice} lines has no room for objects; at least 8")
+        self.most_objects, self.lattice = most_objects, lattice
 
     @property
     def name(self) -> str:
         objects = "" if self.most_objects == 3 else f", at most {self.most_objects} objects"
-        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px{objects})"
+        lattice = "" if self.lattice == LATTICE else f", lattice {self.lattice}"
+        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px{objects}{lattice})"
 
     def __len__(self) -> int:
         return self.count
 
     def scene(self, index: int) -> Scene:
-        return compose(generator(self.split, self.seed, index), self.split, self.most_objects)
+        return compose(generator(self.split, self.seed, index), self.split, self.most_objects, self.lattice)
 
     def read(self, index: int) -> Sample:
         rng = generator(self.split, self.seed, index)
-        scene = compose(rng, self.split, self.most_objects)
+        scene = compose(rng, self.split, self.most_objects, self.lattice)
         captions = [describe_scene(scene, rng) for _ in range(self.captions)]
         return Sample(f"{index:08d}", render(scene, self.image_size), captions)
 

@@ -198,15 +198,18 @@ LAYOUTS = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))  # members of ea
 LAYOUT_SHARES = (0.27, 0.09, 0.11, 0.29, 0.07, 0.07, 0.10)
 
 
-def compose(rng: np.random.Generator, split: Split = "train", most_objects: int = 3) -> Scene:
-    """Draw a scene of at most `most_objects`. "train" and "validation" hold no held-out pair or triple; "all" may."""
+def compose(
+    rng: np.random.Generator, split: Split = "train", most_objects: int = 3, lattice: int = LATTICE
+) -> Scene:
+    """Draw a scene of at most `most_objects` on a lattice of so many lines a side. "train" and "validation" hold no
+    held-out pair or triple; "all" may."""
     allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
     shares = np.array([share * (sum(members) <= most_objects) for members, share in zip(LAYOUTS, LAYOUT_SHARES)])
     layout = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
     relation = RELATIONS[rng.integers(4)] if len(layout) == 2 and rng.random() < 0.6 else None
     while True:  # other kinds and sizes until they fit; the shares of layouts and relations stay as they are
         groups = _draw_groups(rng, layout, allowed)
-        objects = place(rng, groups, relation, allow_held_out=split == "all")
+        objects = place(rng, groups, relation, allow_held_out=split == "all", lattice=lattice)
         if objects is not None:
             return Scene(groups, relation, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], objects)
 
@@ -222,16 +225,20 @@ def _draw_groups(
 
 
 def place(
-    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None, allow_held_out: bool = False
+    rng: np.random.Generator,
+    groups: tuple[Group, ...],
+    relation: str | None,
+    allow_held_out: bool = False,
+    lattice: int = LATTICE,
 ) -> tuple[PlacedObject, ...] | None:
     """Positions without overlap in which `relation` holds clearly, or None where some hundred draws find none."""
     members = [group for group in groups for _ in range(group.count)]
     owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
     radius = np.array([SIZES[group.size] for group in members])
-    first = np.ceil((EXTENT * radius + 0.01) * LATTICE).astype(int)  # the lattice line nearest to the border
+    first = np.ceil((EXTENT * radius + 0.01) * lattice).astype(int)  # the lattice line nearest to the border
     for _ in range(2):
-        lines = rng.integers(first[:, None], LATTICE + 1 - first[:, None], size=(128, len(members), 2))
-        xy = lines / LATTICE
+        lines = rng.integers(first[:, None], lattice + 1 - first[:, None], size=(128, len(members), 2))
+        xy = lines / lattice
         good = _apart(xy, radius)
         if relation:
             good &= _related(xy, owner, relation)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention
-from nar_t2i.networks.tokens import TokenEmbedding, TokenHead, select
+from nar_t2i.networks.tokens import CodeVectors, TokenEmbedding, TokenHead, select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 
@@ -67,6 +67,7 @@ class EncoderDecoder(TokenNetwork):
     spec: the tokens. text_widths: one a text stream; the streams are projected and concatenated along the length.
     width, depth, heads, mlp_ratio: of the decoder; pre-norm, learned positions (our choice: the paper gives no widths).
     grid_convolution: a depthwise 3×3 convolution in every block, for tokens on a grid (see GridConvolution).
+    code_width: of the tokenizer's code vectors, which are then used beside free embeddings (see CodeVectors); 0 = not.
     activation_checkpointing: recompute each block in the backward pass, for memory.
     """
 
@@ -80,12 +81,14 @@ class EncoderDecoder(TokenNetwork):
         mlp_ratio: float = 4.0,
         activation: Literal["gelu", "silu", "relu"] = "gelu",
         grid_convolution: bool = False,
+        code_width: int = 0,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.spec = spec
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = TokenEmbedding(spec, width)
+        self.codes = CodeVectors(spec.size, code_width) if code_width else None
+        self.embedding = TokenEmbedding(spec, width, self.codes)
         self.text = nn.ModuleList(nn.Linear(w, width) for w in text_widths)
         self.text_norm = nn.LayerNorm(width)
         if grid_convolution and len(spec.shape) != 2:
@@ -93,18 +96,21 @@ class EncoderDecoder(TokenNetwork):
         self.on_grid = grid_convolution
         grid = spec.shape if grid_convolution else None
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation, grid) for _ in range(depth))
-        self.head = TokenHead(spec, width)
+        self.head = TokenHead(spec, width, self.codes)
         self._initialise(depth)
 
     def _initialise(self, depth: int) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:
             for last in (block.self_attention.out, block.cross_attention.out, block.mlp[-1]):
                 nn.init.normal_(last.weight, std=(last.in_features * 3 * depth) ** -0.5)
         nn.init.zeros_(self.head.logits.weight)
+        if self.codes:
+            nn.init.zeros_(self.head.project.weight)
 
     def prepare(self, condition: Condition) -> PreparedText:
         text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -10,11 +11,34 @@ from nar_t2i.networks.predictions import Bernoulli, Categorical
 from nar_t2i.types import Prediction, TokenSpec, TokenState
 
 
-class TokenEmbedding(nn.Module):
-    """A TokenState → (B, N, D). Masked slots get a learned vector; every slot gets its position."""
+class CodeVectors(nn.Module):
+    """What the tokenizer knows of its codes: the codebook's vectors, (K, width), which say which codes look alike.
 
-    def __init__(self, spec: TokenSpec, width: int):
+    Beside a free embedding of each code, a projection of these lets what is learned of one code hold for its like (our
+    choice). They are taken over from the codec once, by `adopt`, and saved with the network.
+    """
+
+    def __init__(self, codes: int, width: int):
         super().__init__()
+        self.register_buffer("vectors", torch.zeros(codes, width))
+
+    def adopt(self, vectors: Tensor) -> None:
+        """Take over a codec's vectors, scaled to unit mean square. UserError where their number or width differs."""
+        if vectors.shape != self.vectors.shape:
+            raise UserError(f"code_width: the tokenizer has codes {tuple(vectors.shape)}, not {tuple(self.vectors.shape)}")
+        self.vectors.copy_(vectors / vectors.square().mean().sqrt())
+
+
+class TokenEmbedding(nn.Module):
+    """A TokenState → (B, N, D). Masked slots get a learned vector; every slot gets its position.
+
+    codes: vectors of the codes, of which a projection is added to each code's own embedding; None = no projection.
+    """
+
+    def __init__(self, spec: TokenSpec, width: int, codes: CodeVectors | None = None):
+        super().__init__()
+        self.codes = [codes] if codes else []  # in a list: it belongs to the network
+        self.project = nn.Linear(codes.vectors.shape[1], width, bias=False) if codes else None
         self.spec = spec
         self.value = nn.Embedding(spec.size, width) if spec.kind == "categorical" else nn.Linear(spec.size, width)
         self.mask = nn.Parameter(0.02 * torch.randn(width))
@@ -28,23 +52,31 @@ class TokenEmbedding(nn.Module):
         values = state.values
         if self.spec.kind == "binary":
             values = 2 * values.to(self.mask.dtype) - 1
-        x = torch.where(state.masked.unsqueeze(-1), self.mask, self.value(values).to(self.mask.dtype))
+        embedded = self.value(values)
+        for codes in self.codes:
+            embedded = embedded + F.embedding(values, self.project(codes.vectors))
+        x = torch.where(state.masked.unsqueeze(-1), self.mask, embedded.to(self.mask.dtype))
         return x + (self.position if state.positions is None else self.position[state.positions])
 
 
 class TokenHead(nn.Module):
-    """Hidden states → a prediction of the tokens' kind."""
+    """Hidden states → a prediction of the tokens' kind. codes: see TokenEmbedding."""
 
-    def __init__(self, spec: TokenSpec, width: int):
+    def __init__(self, spec: TokenSpec, width: int, codes: CodeVectors | None = None):
         super().__init__()
         if spec.kind == "continuous":
             raise UserError("continuous tokens need a network with a diffusion head; this one has logits")
         self.kind = spec.kind
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, spec.size)
+        self.codes = [codes] if codes else []
+        self.project = nn.Linear(width, codes.vectors.shape[1], bias=False) if codes else None
 
     def forward(self, x: Tensor) -> Prediction:
-        logits = self.logits(self.norm(x))
+        x = self.norm(x)
+        logits = self.logits(x)
+        for codes in self.codes:
+            logits = logits + F.linear(self.project(x), codes.vectors)
         return Categorical(logits) if self.kind == "categorical" else Bernoulli(logits)
 
 

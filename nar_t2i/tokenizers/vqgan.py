@@ -59,6 +59,10 @@ class VQGAN(TokenCodec):
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 
+    def code_vectors(self) -> Tensor:
+        """(K, D), what the decoder sees of each code."""
+        return self.quantizer.lookup(torch.arange(self.spec.size, device=self.quantizer.codebook.device)).detach()
+
     def forward(self, images: Tensor) -> Reconstruction:
         quantized = self.quantizer(self.encoder(images).permute(0, 2, 3, 1))
         return Reconstruction(self.decoder(quantized.latents.permute(0, 3, 1, 2)), quantized)

@@ -69,6 +69,8 @@ class GeneratorModule(TrainedModule):
         self.text = text
         self.null = NullCaption(text.widths, text.pooled_width)
         self.network = network(codec.spec, text.widths)
+        if getattr(self.network, "codes", None) is not None:
+            self.network.codes.adopt(codec.code_vectors())
         self.learning = learning
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
