@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from nar_t2i.data.scenes import LATTICE
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, Kinds, ScenePrompt, committed, take
 from nar_t2i.folders import read_json, write_json
@@ -42,7 +41,7 @@ INTERRUPTED = 130
 class Scale:
     """How much of everything. Training stages end after these minutes, with their learning rates annealed.
 
-    most_objects, lattice: see RenderedScenes. categories: of scene prompts that are scored.
+    most_objects: a scene. categories: of scene prompts that are scored.
     """
 
     train_scenes: int
@@ -52,14 +51,13 @@ class Scale:
     tokenizer_images: int
     prompts_a_category: int
     most_objects: int = 3
-    lattice: int = LATTICE
     categories: tuple[str, ...] = CATEGORIES
 
 
 SCALES = {
     "full": Scale(48_000, 1000, 2.5, 8.75, 1000, 200),
-    # Single objects at fewer places: what can be learned well enough in minutes to tell a working chain from a broken one.
-    "shortened": Scale(20_000, 200, 1.2, 3.0, 200, 200, 1, 8, ("single_object", "colors")),
+    # Single objects alone: what can be learned well enough in minutes to tell a working chain from a broken one.
+    "shortened": Scale(20_000, 200, 1.2, 3.0, 200, 200, 1, ("single_object", "colors")),
     "tiny": Scale(256, 64, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more
 }
 PICTURES = 48  # a set of prompts, in the report
@@ -142,7 +140,7 @@ class Quickstart:
 
         data = self.folder / "data"
         for split, count in (("train", self.scale.train_scenes), ("validation", self.scale.validation_scenes)):
-            scenes = RenderedScenes(split, count, most_objects=self.scale.most_objects, lattice=self.scale.lattice)
+            scenes = RenderedScenes(split, count, most_objects=self.scale.most_objects)
             write_source(ShuffledCaptions(scenes) if self.shuffled_captions else scenes, data / split, workers=self.workers)
         train_sentencepiece(captions_of(ShardSource(str(data / "train")), 50_000), data / "vocabulary.model", 400)
 
