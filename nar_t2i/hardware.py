@@ -34,6 +34,11 @@ def _seconds(dtype: torch.dtype, size: int = 512, trials: int = 5) -> float:
     return fastest
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, which a scheduler or a container may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_machine() -> dict[str, str | int]:
     """The machine that a number came from: processor, cores, accelerator."""
     model = platform.processor() or platform.machine()
@@ -42,4 +47,4 @@ def describe_machine() -> dict[str, str | int]:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"processor": model, "cores": os.cpu_count() or 1, "accelerator": accelerator, "precision": fast_precision()}
+    return {"processor": model, "cores": usable_cores(), "accelerator": accelerator, "precision": fast_precision()}

@@ -115,14 +115,13 @@ def test_an_unknown_scale_is_named(
 
 
 @pytest.mark.parametrize("score, shuffled_captions, status", [
-    (0.5, False, 0), (0.041, False, 0), (0.04, False, 1), (0.0, False, 1),
-    (0.5, True, 1), (0.041, True, 1), (0.04, True, 0), (0.0, True, 0),
+    (0.8, False, 0), (0.251, False, 0), (0.25, False, 1), (0.0, False, 1),
+    (0.8, True, 1), (0.251, True, 1), (0.25, True, 0), (0.0, True, 0),
 ])  # fmt: skip
 def test_the_check_wants_twice_chance_and_of_shuffled_captions_that_they_fail(
     score: float, shuffled_captions: bool, status: int
 ) -> None:
-    chance = {"derangement": {"overall": 0.02}}
-    metrics = {"generator": {"scene_accuracy": {"seen": {"overall": score}, "shuffled": {"chance": chance}}}}
+    metrics = {"generator": {"color": {"accuracy": score, "chance": 0.125}}}
     assert check_against_chance(metrics, shuffled_captions) == status
 
 

@@ -117,7 +117,7 @@ class RenderedScenes(Source):
 
     split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
     image_size: pixels a side. captions: wordings of each scene. most_objects: 1 to 3 a scene.
-    lattice: lines a side on which centres lie, at least 8; a finer one makes a harder world.
+    lattice: lines a side on which centres lie, at least 8.
     """
 
     def __init__(
