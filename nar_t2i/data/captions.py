@@ -117,7 +117,7 @@ class RenderedScenes(Source):
 
     split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
     image_size: pixels a side. captions: wordings of each scene. most_objects: 1 to 3 a scene.
-    lattice: lines a side on which centres lie, at least 8.
+    lattice: cells a side, in whose middles centres lie; at least 8.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class RenderedScenes(Source):
             raise UserError(f"rendered scenes: most_objects must be 1, 2 or 3, not {most_objects}")
         self.split, self.count, self.seed, self.image_size, self.captions = split, count, seed, image_size, captions
         if lattice < 8:
-            raise UserError(f"rendered scenes: a lattice of {lattice} lines has no room for objects; take at least 8")
+            raise UserError(f"rendered scenes: a lattice of {lattice} cells has no room for objects; take at least 8")
         self.most_objects, self.lattice = most_objects, lattice
 
     @property

@@ -1,8 +1,9 @@
 """Rendered scenes: an endless captioned data set that needs no download.
 
-One to three anti-aliased shapes of three sizes on one of 24 backgrounds, their centres on a lattice. A scene is a few *groups* ("two red stars", "a blue square"),
-perhaps with a relation between two of them. Everything is a pure function of (split, seed, index) and is drawn at any
-resolution. The wording is in `nar_t2i.data.captions`.
+One to three anti-aliased shapes of three sizes on one of 24 backgrounds, their centres in the middle of the cells of a
+lattice. A scene is a few *groups* ("two red stars", "a blue square"), perhaps with a relation between two of them.
+Everything is a pure function of (split, seed, index) and is drawn at any resolution. The wording is in
+`nar_t2i.data.captions`.
 
 Held out of training: 4 of the 32 colour × shape pairs, and one in eight of the relation triples (object, relation,
 object), whether the caption mentions the relation or not. All of it is our choice.
@@ -46,12 +47,13 @@ TONES = {
 BACKGROUNDS = tuple((tone, style) for tone in TONES for style in ("plain", "gradient"))
 GRADIENT = 14  # grey levels by which a gradient is lighter at the top and darker at the bottom
 SIZES = {"small": 0.14, "medium": 0.18, "large": 0.23}  # radius, as a share of the image's side
-LATTICE = 16  # centres lie on a lattice of this many lines a side, unless a data set asks for another
+LATTICE = 8  # cells a side, in whose middles centres lie, unless a data set asks for another lattice
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_PAIRS = frozenset({("orange", "circle"), ("cyan", "square"), ("pink", "triangle"), ("green", "star")})
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 EXTENT = 1.3  # how far the widest shape (triangle, star) reaches, in radii
+BORDER = 0.005  # the least distance of that reach to the image's border, as a share of its side
 RELATION_MARGIN = 0.1  # a relation holds from this distance of centres on, as a share of the image's side
 
 Split = Literal["train", "validation", "all"]
@@ -195,18 +197,18 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 LAYOUTS = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))  # members of each group
-LAYOUT_SHARES = (0.27, 0.09, 0.11, 0.29, 0.07, 0.07, 0.10)
+LAYOUT_SHARES = (0.24, 0.08, 0.10, 0.32, 0.09, 0.09, 0.08)
 
 
 def compose(
     rng: np.random.Generator, split: Split = "train", most_objects: int = 3, lattice: int = LATTICE
 ) -> Scene:
-    """Draw a scene of at most `most_objects` on a lattice of so many lines a side. "train" and "validation" hold no
+    """Draw a scene of at most `most_objects` on a lattice of so many cells a side. "train" and "validation" hold no
     held-out pair or triple; "all" may."""
     allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
     shares = np.array([share * (sum(members) <= most_objects) for members, share in zip(LAYOUTS, LAYOUT_SHARES)])
     layout = LAYOUTS[rng.choice(len(LAYOUTS), p=shares / shares.sum())]
-    relation = RELATIONS[rng.integers(4)] if len(layout) == 2 and rng.random() < 0.6 else None
+    relation = RELATIONS[rng.integers(4)] if len(layout) == 2 and rng.random() < 0.7 else None
     while True:  # other kinds and sizes until they fit; the shares of layouts and relations stay as they are
         groups = _draw_groups(rng, layout, allowed)
         objects = place(rng, groups, relation, allow_held_out=split == "all", lattice=lattice)
@@ -235,10 +237,10 @@ def place(
     members = [group for group in groups for _ in range(group.count)]
     owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
     radius = np.array([SIZES[group.size] for group in members])
-    first = np.ceil((EXTENT * radius + 0.01) * lattice).astype(int)  # the lattice line nearest to the border
+    first = np.ceil((EXTENT * radius + BORDER) * lattice - 0.5).astype(int)  # the cell nearest to the border
     for _ in range(2):
-        lines = rng.integers(first[:, None], lattice + 1 - first[:, None], size=(128, len(members), 2))
-        xy = lines / lattice
+        cells = rng.integers(first[:, None], lattice - first[:, None], size=(128, len(members), 2))
+        xy = (cells + 0.5) / lattice
         good = _apart(xy, radius)
         if relation:
             good &= _related(xy, owner, relation)

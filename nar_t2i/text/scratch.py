@@ -17,17 +17,37 @@ from nar_t2i.types import Condition, TextEncoder
 ALIGNMENT = 32
 
 
-class EncoderBlock(nn.Module):
-    """Pre-norm: self-attention, MLP."""
+class WordConvolution(nn.Module):
+    """A depthwise convolution along the caption, added to the states of its tokens.
 
-    def __init__(self, width: int, heads: int):
+    What belongs together stands together ("two small red stars"); attention finds that out from learned positions, but
+    late (short convolutions: Allen-Zhu 2025, "Canon layers"; width and place are our choice). Padding counts as zeros.
+    """
+
+    def __init__(self, width: int, reach: int):
         super().__init__()
+        self.convolution = nn.Conv1d(width, width, 2 * reach + 1, padding=reach, groups=width)
+        nn.init.zeros_(self.convolution.weight)
+        nn.init.zeros_(self.convolution.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.convolution((x * mask.unsqueeze(-1)).transpose(1, 2)).transpose(1, 2)
+
+
+class EncoderBlock(nn.Module):
+    """Word convolution where it reaches anywhere; then, pre-norm: self-attention, MLP."""
+
+    def __init__(self, width: int, heads: int, reach: int):
+        super().__init__()
+        self.local = WordConvolution(width, reach) if reach else None
         self.norm_self, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attention = SelfAttention(width, heads)
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attention(self.norm_self(x), mask)
+        if self.local is not None:
+            x = self.local(x, mask)
+        x = x + self.self_attention(self.norm_self(x), mask[:, None, None, :])
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -36,12 +56,21 @@ class ScratchTextEncoder(TextEncoder):
     """Captions → states (B, L, width); pooled is the mean of the states over real tokens.
 
     vocabulary: a SentencePiece model file (data_prep/train_sentencepiece.py makes one). max_length: tokens kept a
-    caption, the end mark included; `truncated` counts the captions that were longer.
+    caption, the end mark included; `truncated` counts the captions that were longer. word_reach: tokens to either side
+    over which every block has a depthwise convolution (see WordConvolution); 0 = none.
     """
 
     assets = ("vocabulary",)  # arguments that name files, which travel with a saved pipeline
 
-    def __init__(self, vocabulary: str, width: int = 192, depth: int = 2, heads: int = 4, max_length: int = 40):
+    def __init__(
+        self,
+        vocabulary: str,
+        width: int = 192,
+        depth: int = 2,
+        heads: int = 4,
+        max_length: int = 40,
+        word_reach: int = 0,
+    ):
         super().__init__()
         if not Path(vocabulary).is_file():
             raise UserError(f"text encoder: vocabulary: there is no file {vocabulary}")
@@ -54,7 +83,7 @@ class ScratchTextEncoder(TextEncoder):
         self.embedding = nn.Embedding(self._pieces.get_piece_size(), width)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, width))
         self.position.no_decay = True
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, word_reach) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -75,7 +104,7 @@ class ScratchTextEncoder(TextEncoder):
         codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
         x = self.embedding(codes) + self.position[: codes.shape[1]]
         for block in self.blocks:
-            x = block(x, mask[:, None, None, :])
+            x = block(x, mask)
         x = self.norm(x)
         pooled = (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         return Condition((x,), (mask,), pooled)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, save_part
@@ -25,13 +26,37 @@ def text(vocabulary):
     return ScratchTextEncoder(vocabulary, width=16, depth=2, heads=2, max_length=24)
 
 
-def test_padding_does_not_matter(vocabulary):
-    text = ScratchTextEncoder(vocabulary, width=16, depth=2, heads=2, max_length=64)
+def with_random_convolutions(text):
+    for block in text.blocks:
+        nn.init.normal_(block.local.convolution.weight)
+    return text
+
+
+@pytest.mark.parametrize("reach", [0, 3])
+def test_padding_does_not_matter(vocabulary, reach):
+    text = ScratchTextEncoder(vocabulary, width=16, depth=2, heads=2, max_length=64, word_reach=reach)
+    if reach:
+        with_random_convolutions(text)
     together, alone = text(["a red circle", "three blue squares, two red stars and more" * 2]), text(["a red circle"])
     length = alone.masks[0].shape[1]
     assert length < together.masks[0].shape[1]
     torch.testing.assert_close(together.states[0][:1, :length], alone.states[0])
     torch.testing.assert_close(together.pooled[:1], alone.pooled)
+
+
+def test_word_convolutions_start_as_nothing_and_then_reach_as_far_as_they_say(vocabulary):
+    options = {"width": 16, "depth": 1, "heads": 2, "max_length": 24}
+    torch.manual_seed(0)
+    plain = ScratchTextEncoder(vocabulary, **options)
+    text = ScratchTextEncoder(vocabulary, **options, word_reach=2)
+    text.load_state_dict(plain.state_dict(), strict=False)
+    captions = ["a red circle", "three blue squares"]
+    assert torch.equal(text(captions).states[0], plain(captions).states[0])
+
+    local = with_random_convolutions(text).blocks[0].local
+    x, mask = torch.randn(1, 9, 16, requires_grad=True), torch.arange(9)[None] < 8
+    local(x, mask)[0, 3].sum().backward()
+    assert x.grad.abs().sum(-1)[0].gt(0).tolist() == [False, *[True] * 5, *[False] * 3]
 
 
 def test_order_of_words_matters(text):
