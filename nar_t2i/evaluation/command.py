@@ -46,7 +46,6 @@ def evaluate_prompts(
     result = {
         "accuracy": scene_accuracy.score(found, prompts),
         "shuffled": {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)},
-        "color": scene_accuracy.color_accuracy(images, prompts),
         "decoder_passes": sampled.passes,
         "decoder_rows": sampled.rows,
         "images_per_second": len(images) / seconds,

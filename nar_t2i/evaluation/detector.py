@@ -103,19 +103,6 @@ def matches(detection: Detection, groups: Sequence[Group], relation: str | None 
     return all(relation_between((a.x, a.y), (b.x, b.y)) == relation for a in first for b in second)
 
 
-def prevailing_color(image: np.ndarray) -> str | None:
-    """The palette's colour that most foreground pixels are nearest to, whatever their outline; None without foreground.
-
-    For models that have learned colours but not yet shapes.
-    """
-    pixels = _working_copy(image)
-    foreground = pixels[((pixels - fit_background(pixels)[:, None, :]) ** 2).sum(-1) > FOREGROUND**2]
-    if not len(foreground):
-        return None
-    nearest = ((foreground[:, None, :] - PALETTE) ** 2).sum(-1).argmin(1)
-    return COLOR_NAMES[int(np.bincount(nearest).argmax())]
-
-
 # ---- background and regions ----------------------------------------------------------------------------------------
 
 

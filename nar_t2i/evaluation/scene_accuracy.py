@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nar_t2i.data.scenes import OPPOSITE
-from nar_t2i.evaluation.detector import Detection, detect, matches, prevailing_color
+from nar_t2i.evaluation.detector import Detection, detect, matches
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt
 
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
@@ -42,19 +42,6 @@ def score(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePromp
     "interval": {category: [low, high], …, "overall": [low, high]}}, the intervals being Wilson's at 95%.
     """
     return _summary(verdicts(images, prompts, workers), prompts)
-
-
-def color_accuracy(images: Iterable[np.ndarray], prompts: Sequence[ScenePrompt]) -> dict[str, float]:
-    """How often the prevailing colour is the one that a prompt of one group asks for, and what guessing would get.
-
-    Returns {"accuracy", "chance", "count"}; prompts of several groups are passed over. chance: that of always the most
-    frequent colour among the prompts.
-    """
-    asked = [(image, p.groups[0].color) for image, p in zip(images, prompts, strict=True) if len(p.groups) == 1]
-    right = sum(prevailing_color(image) == color for image, color in asked)
-    most_frequent = max(Counter(color for _, color in asked).values(), default=0)
-    count = max(len(asked), 1)
-    return {"accuracy": right / count, "chance": most_frequent / count, "count": len(asked)}
 
 
 def shuffled(

@@ -2,7 +2,7 @@
 
     train_sentencepiece.py SHARDS OUT.model --vocab-size 8000
 
-Unigram model with byte fallback: any Unicode text survives. The same captions always give the same model.
+Byte-pair encoding with byte fallback: any Unicode text survives. The same captions always give the same model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
             sentence_iterator=iter(captions),
             model_writer=model,
             vocab_size=vocab_size,
-            model_type="unigram",
+            model_type="bpe",  # whole words, where unigram's pruning splits "two" into letters on small vocabularies
             byte_fallback=True,
             character_coverage=0.9999,
             hard_vocab_limit=False,
