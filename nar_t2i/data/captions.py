@@ -95,14 +95,12 @@ def _place_word(scene: Scene) -> str:
 
 def describe_scene(scene: Scene, rng: np.random.Generator) -> str:
     """A caption of the scene that training may see."""
-    tone, style = scene.background
-    background = f"{tone} gradient" if style == "gradient" else tone
     while True:
         caption = sentence(
             scene.groups,
             scene.relation if rng.random() < 0.9 else None,
             rng,
-            background=background if rng.random() < 0.3 else "",
+            background=scene.background if rng.random() < 0.3 else "",
             place=_place_word(scene) if len(scene.objects) == 1 and rng.random() < 0.2 else "",
             say_size=rng.random() < 0.25,
             attribute=rng.random() < 0.2,
@@ -117,7 +115,7 @@ class RenderedScenes(Source):
 
     split: "train", "validation" (the same distribution, other scenes) or "all" (held-out combinations too).
     image_size: pixels a side. captions: wordings of each scene. most_objects: 1 to 3 a scene.
-    lattice: cells a side, in whose middles centres lie; at least 8.
+    lattice: cells a side (see `nar_t2i.data.scenes.place`), at least 8.
     """
 
     def __init__(

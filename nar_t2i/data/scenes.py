@@ -1,9 +1,8 @@
 """Rendered scenes: an endless captioned data set that needs no download.
 
-One to three anti-aliased shapes of three sizes on one of 24 backgrounds, their centres in the middle of the cells of a
-lattice. A scene is a few *groups* ("two red stars", "a blue square"), perhaps with a relation between two of them.
-Everything is a pure function of (split, seed, index) and is drawn at any resolution. The wording is in
-`nar_t2i.data.captions`.
+One to three anti-aliased shapes of two sizes on one of 20 backgrounds, placed on a lattice. A scene is a few *groups*
+("two red stars", "a blue square"), perhaps with a relation between two of them. Everything is a pure function of (split,
+seed, index) and is drawn at any resolution. The wording is in `nar_t2i.data.captions`.
 
 Held out of training: 4 of the 32 colour × shape pairs, and one in eight of the relation triples (object, relation,
 object), whether the caption mentions the relation or not. All of it is our choice.
@@ -30,30 +29,35 @@ COLORS = {
     "purple": (132, 32, 172),
     "pink": (255, 112, 186),
 }
-TONES = {
+BACKGROUNDS = {
     "white": (246, 246, 246),
     "light grey": (200, 202, 204),
     "grey": (132, 134, 136),
     "dark grey": (72, 74, 76),
     "black": (18, 18, 20),
+    "cream": (255, 246, 206),
     "beige": (226, 214, 188),
     "tan": (184, 158, 124),
     "brown": (92, 66, 48),
-    "navy": (24, 30, 66),
+    "mint": (196, 236, 208),
     "olive": (98, 104, 66),
-    "maroon": (78, 26, 40),
+    "forest": (18, 62, 38),
+    "teal": (0, 84, 92),
+    "sky": (176, 210, 240),
+    "slate": (86, 104, 124),
+    "navy": (24, 30, 66),
+    "indigo": (50, 34, 98),
     "lavender": (206, 200, 228),
+    "plum": (92, 42, 86),
+    "maroon": (78, 26, 40),
 }
-BACKGROUNDS = tuple((tone, style) for tone in TONES for style in ("plain", "gradient"))
-GRADIENT = 14  # grey levels by which a gradient is lighter at the top and darker at the bottom
-SIZES = {"small": 0.14, "medium": 0.18, "large": 0.23}  # radius, as a share of the image's side
-LATTICE = 8  # cells a side, in whose middles centres lie, unless a data set asks for another lattice
+SIZES = {"small": 0.14, "large": 0.185}  # radius, as a share of the image's side
+LATTICE = 8  # cells a side, unless a data set asks for another lattice
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_PAIRS = frozenset({("orange", "circle"), ("cyan", "square"), ("pink", "triangle"), ("green", "star")})
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 EXTENT = 1.3  # how far the widest shape (triangle, star) reaches, in radii
-BORDER = 0.005  # the least distance of that reach to the image's border, as a share of its side
 RELATION_MARGIN = 0.1  # a relation holds from this distance of centres on, as a share of the image's side
 
 Split = Literal["train", "validation", "all"]
@@ -66,7 +70,7 @@ class Group:
     count: int
     color: str
     shape: str
-    size: str = "medium"
+    size: str = "small"
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -90,7 +94,7 @@ class Scene:
 
     groups: tuple[Group, ...]
     relation: str | None
-    background: tuple[str, str]
+    background: str
     objects: tuple[PlacedObject, ...]
 
 
@@ -173,14 +177,9 @@ def coverage(placed: PlacedObject, size: int) -> tuple[slice, slice, np.ndarray]
 
 
 @lru_cache(maxsize=256)
-def backdrop(background: tuple[str, str], size: int) -> np.ndarray:
+def backdrop(background: str, size: int) -> np.ndarray:
     """(size, size, 3) float64, 0 to 255."""
-    tone, style = background
-    canvas = np.empty((size, size, 3))
-    canvas[:] = TONES[tone]
-    if style == "gradient":
-        canvas += np.linspace(GRADIENT, -GRADIENT, size)[:, None, None]
-    return canvas.clip(0, 255)
+    return np.tile(np.array(BACKGROUNDS[background], dtype=np.float64), (size, size, 1))
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
@@ -213,14 +212,14 @@ def compose(
         groups = _draw_groups(rng, layout, allowed)
         objects = place(rng, groups, relation, allow_held_out=split == "all", lattice=lattice)
         if objects is not None:
-            return Scene(groups, relation, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], objects)
+            return Scene(groups, relation, tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], objects)
 
 
 def _draw_groups(
     rng: np.random.Generator, layout: tuple[int, ...], allowed: tuple[tuple[str, str], ...]
 ) -> tuple[Group, ...]:
     kinds = [allowed[i] for i in rng.choice(len(allowed), size=len(layout), replace=False)]
-    sizes = tuple(SIZES) if sum(layout) < 3 else ("small", "medium")
+    sizes = tuple(SIZES)
     return tuple(
         Group(count, *kind, sizes[rng.integers(len(sizes))]) for count, kind in zip(layout, kinds, strict=True)
     )
@@ -233,14 +232,18 @@ def place(
     allow_held_out: bool = False,
     lattice: int = LATTICE,
 ) -> tuple[PlacedObject, ...] | None:
-    """Positions without overlap in which `relation` holds clearly, or None where some hundred draws find none."""
+    """Positions without overlap in which `relation` holds clearly, or None where some hundred draws find none.
+
+    The widest shape of a size reaches over a square of so many cells. Each object stands in the middle of such a square,
+    so that the lattice cuts an outline in the same way wherever it is.
+    """
     members = [group for group in groups for _ in range(group.count)]
     owner = np.array([i for i, group in enumerate(groups) for _ in range(group.count)])
     radius = np.array([SIZES[group.size] for group in members])
-    first = np.ceil((EXTENT * radius + BORDER) * lattice - 0.5).astype(int)  # the cell nearest to the border
+    span = np.ceil(2 * EXTENT * radius * lattice).astype(int)[:, None]
     for _ in range(2):
-        cells = rng.integers(first[:, None], lattice - first[:, None], size=(128, len(members), 2))
-        xy = (cells + 0.5) / lattice
+        cells = rng.integers(0, lattice + 1 - span, size=(128, len(members), 2))
+        xy = (cells + span / 2) / lattice
         good = _apart(xy, radius)
         if relation:
             good &= _related(xy, owner, relation)

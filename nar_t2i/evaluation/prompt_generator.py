@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from nar_t2i.data.captions import PLACES, reserved, sentence
-from nar_t2i.data.scenes import HELD_OUT_PAIRS, PAIRS, RELATIONS, SIZES, TONES, Group
+from nar_t2i.data.scenes import BACKGROUNDS, HELD_OUT_PAIRS, PAIRS, RELATIONS, SIZES, Group
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, Kinds, ScenePrompt
 
 PER_CATEGORY = 200
@@ -94,7 +94,7 @@ def _draw_wording(
 ) -> str:
     """A reserved sentence that is not taken yet. Every third one names a background, and those that no other sentence
     is left for."""
-    sizes = tuple(SIZES) if sum(group.count for group in groups) < 3 else ("small", "medium")
+    sizes = tuple(SIZES)
     for attempt in range(TRIES):
         alone = category in ("single_object", "colors")
         names_background = index % 3 == 0 or attempt >= TRIES // 2
@@ -102,7 +102,7 @@ def _draw_wording(
             tuple(replace(group, size=sizes[rng.integers(len(sizes))]) for group in groups),
             relation,
             rng,
-            background=tuple(TONES)[rng.integers(len(TONES))] if names_background else "",
+            background=tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if names_background else "",
             place=tuple(PLACES.values())[rng.integers(len(PLACES))] if alone and rng.random() < 0.2 else "",
             say_size=rng.random() < 0.25,
             attribute=rng.random() < ATTRIBUTE_SHARE.get(category, 0.0),
