@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import MaskSchedule, mask_ratio
 from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
 
 
-def draw_masks(noise: Noise, schedule: MaskSchedule, length: int) -> Tensor:
-    """(B, N), True = masked. The masked count is the schedule's ratio at a uniform time, at least one token."""
-    count = (mask_ratio(schedule, noise.uniform("mask ratio")) * length).round().clamp(min=1)
+def draw_masks(noise: Noise, schedule: MaskSchedule, length: int, ceiling: float = 1.0) -> Tensor:
+    """(B, N), True = masked. The masked count is the schedule's ratio at a uniform time, times `ceiling`; at least one."""
+    count = (ceiling * mask_ratio(schedule, noise.uniform("mask ratio")) * length).round().clamp(min=1)
     rank = noise.uniform("mask positions", shape=(length,)).argsort(dim=1).argsort(dim=1)
     return rank < count[:, None]
 
@@ -27,14 +28,26 @@ def image_means(values: Tensor, masked: Tensor) -> Tensor:
 
 @part
 class Masked(LearningStrategy):
-    """Cross-entropy at masked slots. schedule: of the mask ratio. The head is evaluated at masked slots alone."""
+    """Cross-entropy at masked slots. schedule: of the mask ratio. The head is evaluated at masked slots alone.
 
-    def __init__(self, schedule: MaskSchedule = "cosine"):
+    curriculum: the share of training during which the largest mask ratio grows, linearly from `first_ceiling` to 1. With
+    most tokens in sight, what the codes mean is learned sooner (our choice); 0 = the whole range from the start.
+    """
+
+    def __init__(self, schedule: MaskSchedule = "cosine", curriculum: float = 0.0, first_ceiling: float = 0.4):
         super().__init__()
-        self.schedule = schedule
+        if not (0 <= curriculum <= 1 and 0 < first_ceiling <= 1):
+            raise UserError(f"Masked: curriculum {curriculum} must be 0 to 1, first_ceiling {first_ceiling} above 0, to 1")
+        self.schedule, self.curriculum, self.first_ceiling = schedule, curriculum, first_ceiling
+
+    def ceiling(self, progress: float) -> float:
+        """The largest mask ratio at a time of training, 0 to 1."""
+        if progress >= self.curriculum:
+            return 1.0
+        return self.first_ceiling + (1 - self.first_ceiling) * progress / self.curriculum
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
-        masked = draw_masks(noise, self.schedule, network.spec.length)
+        masked = draw_masks(noise, self.schedule, network.spec.length, self.ceiling(progress))
         state = TokenState(batch.tokens, masked)
         prediction = network(state, network.prepare(batch.condition), read=masked)
         nll = prediction.nll(batch.tokens[masked], noise.at(0, masked))

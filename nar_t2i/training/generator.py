@@ -107,16 +107,16 @@ class GeneratorModule(TrainedModule):
         """(B,), True where the caption is dropped."""
         return noise.uniform("caption dropout") < self.caption_dropout
 
-    def _terms(self, batch: Batch, seed: int, dropout: bool) -> dict[str, Any]:
+    def _terms(self, batch: Batch, seed: int, dropout: bool, progress: float) -> dict[str, Any]:
         noise = Noise(seed, batch.ids)
         tokens, error = self.tokens_of(batch)
         condition = self.text(batch.captions)._replace(scalars=batch.scalars)
         nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
         condition = self.null(condition, self.dropped(noise) if dropout else nothing)
-        return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, self.progress)
+        return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        terms = self._terms(batch, self.seed, dropout=True)
+        terms = self._terms(batch, self.seed, dropout=True, progress=self.progress)
         means = {name: total / weight for name, (total, weight) in terms.items()}
         for name, mean in means.items():
             self.log(name, mean.detach(), prog_bar=name == "loss")
@@ -124,7 +124,8 @@ class GeneratorModule(TrainedModule):
         return means["loss"]
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        for name, (total, weight) in self._terms(batch, VALIDATION_SEED, dropout=False).items():
+        # As at the end of training, whatever the strategy's curriculum, so that all validations compare.
+        for name, (total, weight) in self._terms(batch, VALIDATION_SEED, dropout=False, progress=1.0).items():
             self.log(f"validation_{name}", total / weight, batch_size=int(weight), sync_dist=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:

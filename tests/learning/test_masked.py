@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nar_t2i.errors import UserError
 from nar_t2i.learning.masked import Masked, draw_masks, image_means
 from nar_t2i.noise import Noise
 from nar_t2i.types import TokenBatch, TokenState
@@ -21,6 +22,30 @@ def test_mask_ratios_follow_the_schedule(schedule: str) -> None:
     median = {"cosine": math.cos(math.pi / 4), "linear": 0.5, "square": 0.75, "arccos": math.acos(0.5) / (math.pi / 2)}
     assert ratios.median() == pytest.approx(median[schedule], abs=0.02)
     assert (ratios > 0).all()
+
+
+def test_a_curriculum_begins_with_few_masked_tokens() -> None:
+    learning = Masked("linear", curriculum=0.5, first_ceiling=0.2)
+    assert [learning.ceiling(progress) for progress in (0, 0.25, 0.5, 1)] == pytest.approx([0.2, 0.6, 1, 1])
+    assert Masked("linear").ceiling(0) == 1
+    ratios = draw_masks(Noise(0, torch.arange(20_000)), "linear", 64, ceiling=0.2).float().mean(1)
+    assert ratios.mean() == pytest.approx(0.1, abs=0.01) and ratios.max() <= 0.21
+
+    torch.manual_seed(0)
+    codec, text = ToyCodec("categorical"), ToyText()
+    network = ToyMasked(codec.spec, text.widths)
+    batch = TokenBatch(torch.randint(4, (8, 4)), text(["a"] * 8))
+    early, late, plain = (
+        strategy.loss(network, batch, Noise(5, torch.arange(8)), progress)["loss"].total
+        for strategy, progress in ((learning, 0.0), (learning, 1.0), (Masked("linear"), 0.0))
+    )
+    assert torch.equal(late, plain) and not torch.equal(early, late)
+
+
+@pytest.mark.parametrize("wrong", [{"curriculum": 1.5}, {"curriculum": -0.1}, {"first_ceiling": 0.0}])
+def test_a_curriculum_that_cannot_be_is_an_error(wrong: dict) -> None:
+    with pytest.raises(UserError, match="curriculum"):
+        Masked(**wrong)
 
 
 def test_masked_places_are_uniform() -> None:

@@ -75,7 +75,7 @@ def batch(ids):
 
 def step(module, ids, dropout=True):
     """The loss of one micro-batch of training."""
-    total, weight = module._terms(batch(ids), module.seed, dropout)["loss"]
+    total, weight = module._terms(batch(ids), module.seed, dropout, progress=0.0)["loss"]
     return total / weight
 
 
