@@ -70,6 +70,18 @@ class TrainedModule(lightning.LightningModule):
         self.ema = EMA(ema_decay) if ema_decay else None
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model with one error, before torch lists all that differs."""
+        own, saved = self.state_dict(), checkpoint.get("state_dict", {})
+        shapes = {name: [tuple(x[name].shape) if name in x else None for x in (saved, own)] for name in {**own, **saved}}
+        differing = [name for name, (there, here) in shapes.items() if there != here]
+        if saved and differing:
+            there, here = ("absent" if shape is None else f"of shape {shape}" for shape in shapes[differing[0]])
+            raise UserError(
+                f"the checkpoint is of another model: {differing[0]} is {there} in it and {here} in the recipe's "
+                f"({len(differing)} such differences); give the run another run_dir, or start from it with --init_from"
+            )
+
     def configure_callbacks(self) -> list[Callback]:
         return [callback for callback in (self.ema, self.budget) if callback]
 

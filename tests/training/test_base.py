@@ -92,6 +92,18 @@ def test_a_restart_shares_the_budget(clock, tmp_path):
     assert second.rates[-1] == pytest.approx(0.0, abs=0.01)
 
 
+def test_the_checkpoint_of_another_model_is_one_clear_error(clock, tmp_path):
+    fit(Toy(clock, minutes=1.0), tmp_path, max_steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    for layer, words in (
+        (nn.Linear(2, 3), r"layer.weight is of shape \(2, 2\) in it and of shape \(3, 2\) in the recipe's \(2 such"),
+        (nn.Linear(2, 2, bias=False), r"layer.bias is of shape \(2,\) in it and absent"),
+    ):
+        other = Toy(clock, minutes=1.0)
+        other.layer = layer
+        with pytest.raises(UserError, match=words):
+            fit(other, tmp_path, resume=tmp_path / "two.ckpt")
+
+
 def test_all_ranks_follow_the_clock_of_the_first(clock):
     class OtherRank:
         global_step, should_stop, world_size = 12, False, 2
