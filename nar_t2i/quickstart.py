@@ -190,6 +190,7 @@ class Quickstart:
         few = take(prompts["seen"], PICTURES // 6)
         self._score(shipped, "shipped", "seen", few, pictures)
         write_json(self.folder / "evaluation/samples.json", pictures)
+        self._write_sheet(pictures)
         scores = {
             "tokenizer": tokenizer,
             "generator": generator_metrics(results),
@@ -224,6 +225,14 @@ class Quickstart:
                 pictures.append({**entry, "passed": passed, "set": which, "model": model})
         return result
 
+    def _write_sheet(self, pictures: list[dict[str, Any]]) -> None:
+        """evaluation/sheet.png: what the trained model drew for seen combinations, as it came."""
+        from nar_t2i.generate import contact_sheet
+
+        shown = [entry for entry in pictures if entry["model"] == "quickstart" and entry["set"] == "seen"]
+        images = [Image.open(self.folder / "evaluation" / entry["file"]) for entry in shown]
+        contact_sheet(images, [entry["prompt"] for entry in shown]).save(self.folder / "evaluation/sheet.png")
+
     def finish(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Write metrics.json and the report, say where to look; returns the metrics."""
         from nar_t2i.evaluation.report import write_report
@@ -249,7 +258,7 @@ class Quickstart:
             f"  scene accuracy   {accuracy['seen']['overall']:.3f} seen, {accuracy['held_out']['overall']:.3f} held out, "
             f"{accuracy['shuffled']['overall']:.3f} shuffled\n"
             f"  report           {self.folder / 'report.html'}\n"
-            f"  pictures         {self.folder / 'evaluation/samples'}\n"
+            f"  pictures         {self.folder / 'evaluation/sheet.png'}\n"
             f'Draw your own:     nar-t2i generate --model {self.folder / "generator/model"} --prompt "a red star"'
         )
         return metrics
