@@ -121,7 +121,7 @@ def test_an_unknown_scale_is_named(
 def test_the_check_wants_twice_chance_and_of_shuffled_captions_that_they_fail(
     score: float, shuffled_captions: bool, status: int
 ) -> None:
-    shuffled = {"chance": {"all_pairs": {"overall": 0.125}}}
+    shuffled = {"chance": {"derangement": {"overall": 0.125}}}
     metrics = {"generator": {"scene_accuracy": {"seen": {"overall": score}, "shuffled": shuffled}}}
     assert check_against_chance(metrics, shuffled_captions) == status
 
