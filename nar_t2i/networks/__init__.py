@@ -1,5 +1,6 @@
 """Networks: tokens + text states → a prediction. One file a network."""
 
 from nar_t2i.networks.encoder_decoder import EncoderDecoder
+from nar_t2i.networks.two_way import TwoWayDecoder
 
-__all__ = ["EncoderDecoder"]
+__all__ = ["EncoderDecoder", "TwoWayDecoder"]

@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(y, self.heads) for y in self.kv(text).chunk(2, dim=-1))
         return k, v
 
-    def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         q = split_heads(self.q(x), self.heads)
         return self.out(merge_heads(attend(q, *keys_and_values, mask)))
 

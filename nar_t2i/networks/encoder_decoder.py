@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,6 +59,22 @@ class DecoderBlock(nn.Module):
         x = x + self.cross_attention(self.norm_cross(x), keys_and_values, mask)
         return x + self.mlp(self.norm_mlp(x))
 
+    @property
+    def last_layers(self) -> tuple[nn.Linear, ...]:
+        """Those whose outputs are added to the tokens."""
+        return self.self_attention.out, self.cross_attention.out, self.mlp[-1]
+
+
+def initialise(module: nn.Module, last_layers: Iterable[nn.Linear], depth: int) -> None:
+    """Weights of unit gain; smaller ones in the layers that end a residual branch, of which there are 3 a block."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for layer in last_layers:
+        nn.init.normal_(layer.weight, std=(layer.in_features * 3 * depth) ** -0.5)
+
 
 @part
 class EncoderDecoder(TokenNetwork):
@@ -97,32 +113,28 @@ class EncoderDecoder(TokenNetwork):
         grid = spec.shape if grid_convolution else None
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, activation, grid) for _ in range(depth))
         self.head = TokenHead(spec, width, self.codes)
-        self._initialise(depth)
-
-    def _initialise(self, depth: int) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for last in (block.self_attention.out, block.cross_attention.out, block.mlp[-1]):
-                nn.init.normal_(last.weight, std=(last.in_features * 3 * depth) ** -0.5)
+        initialise(self, [layer for b in self.blocks for layer in b.last_layers], depth)
         nn.init.zeros_(self.head.logits.weight)
         if self.codes:
             nn.init.zeros_(self.head.project.weight)
 
-    def prepare(self, condition: Condition) -> PreparedText:
+    def states_and_mask(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """(B, L, width), the streams side by side, and (B, 1, 1, L)."""
         text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)
-        text = self.text_norm(text)
-        mask = torch.cat(condition.masks, dim=1)[:, None, None, :]
+        return self.text_norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
+
+    def prepare(self, condition: Condition) -> PreparedText:
+        text, mask = self.states_and_mask(condition)
         return PreparedText([block.cross_attention.keys_and_values(text) for block in self.blocks], mask)
+
+    def check_positions(self, state: TokenState) -> None:
+        if state.positions is not None and self.on_grid:
+            raise ValueError("a network with grid_convolution reads all tokens in their order, not chosen positions")
 
     def forward(
         self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
     ) -> Prediction:
-        if state.positions is not None and self.on_grid:
-            raise ValueError("a network with grid_convolution reads all tokens in their order, not chosen positions")
+        self.check_positions(state)
         x = self.embedding(state)
         for block, keys_and_values in zip(self.blocks, prepared.keys_and_values, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():

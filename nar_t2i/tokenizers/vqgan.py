@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.parts import part
-from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder
+from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder, PatternEncoder
 from nar_t2i.tokenizers.quantizers import Quantized, VectorQuantizer
 from nar_t2i.types import Condition, Encoded, TokenCodec, TokenSpec
 
@@ -28,7 +28,8 @@ class VQGAN(TokenCodec):
 
     image_size: pixels a side. channels: of each stage, fine to coarse; one token covers patch · 2^(stages − 1) pixels a
     side. blocks: residual blocks a stage; encoder_blocks: the same in the encoder, where it needs fewer. attention:
-    self-attention at the coarsest stage. local_encoder: each code sees its own pixels alone (see LocalEncoder).
+    self-attention at the coarsest stage. encoder: "convolutional", the usual one; "local", each code from its own pixels
+    alone (see LocalEncoder); "pattern", of these the outlines rather than the colours (see PatternEncoder).
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class VQGAN(TokenCodec):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         encoder_blocks: int | None = None,
-        local_encoder: bool = False,
+        encoder: Literal["convolutional", "local", "pattern"] = "convolutional",
         patch: int = 2,
         attention: bool = True,
         quantizer: VectorQuantizer | None = None,
@@ -51,11 +52,11 @@ class VQGAN(TokenCodec):
         side = image_size // self.downsampling
         self.spec = TokenSpec((side, side), "categorical", self.quantizer.codes)
         width, encoder_blocks = self.quantizer.width, blocks if encoder_blocks is None else encoder_blocks
-        self.encoder = (
-            LocalEncoder(self.downsampling, channels[-1], encoder_blocks, width)
-            if local_encoder
-            else Encoder(channels, encoder_blocks, patch, width, attention)
-        )
+        if encoder == "convolutional":
+            self.encoder: nn.Module = Encoder(channels, encoder_blocks, patch, width, attention)
+        else:
+            kind = PatternEncoder if encoder == "pattern" else LocalEncoder
+            self.encoder = kind(self.downsampling, channels[-1], encoder_blocks, width)
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 

@@ -39,7 +39,7 @@ class Watched(LearningStrategy):
 
     def loss(self, network, batch, noise, progress):
         self.conditions.append(batch.condition)
-        self.masks.append(draw_masks(noise, "cosine", network.spec.length))
+        self.masks.append(draw_masks(noise, "cosine", network.spec.shape))
         return self.inner.loss(network, batch, noise, progress)
 
 
@@ -119,7 +119,7 @@ def test_validation_drops_nothing():
 def test_dropping_and_masking_are_independent():
     noise = Noise(0, torch.arange(20_000))
     dropped = made(caption_dropout=0.5).dropped(noise)
-    ratio = draw_masks(noise, "cosine", 64).double().mean(1)
+    ratio = draw_masks(noise, "cosine", (64,)).double().mean(1)
     difference = float(ratio[dropped].mean() - ratio[~dropped].mean())
     assert abs(difference) < 4 * float(ratio.std()) / 5_000**0.5
 

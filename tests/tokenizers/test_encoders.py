@@ -1,0 +1,62 @@
+"""What the encoders that see each token's own pixels alone make of them."""
+
+import torch
+from torch import Tensor
+
+from nar_t2i.tokenizers.convolutional import LocalEncoder, PatternEncoder
+
+
+def disc(size: int, inside: tuple[float, float, float], outside: tuple[float, float, float]) -> Tensor:
+    """(1, 3, size, size), an anti-aliased disc in the upper left corner."""
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    covered = (0.7 * size - torch.hypot(x, y) + 0.5).clamp(0, 1)
+    colors = [torch.tensor(c).view(3, 1, 1) for c in (inside, outside)]
+    return (covered * colors[0] + (1 - covered) * colors[1]).unsqueeze(0)
+
+
+RED, BLUE, WHITE, BLACK = (0.8, -0.8, -0.8), (-0.7, -0.5, 0.8), (0.9, 0.9, 0.9), (-0.9, -0.9, -0.9)
+
+
+def described(encoder: LocalEncoder, image: Tensor) -> Tensor:
+    return encoder.describe(encoder.fold(image)).flatten()
+
+
+def test_a_pattern_is_the_same_in_all_colours() -> None:
+    pattern, pixels = (kind(8, 16, 1, 4) for kind in (PatternEncoder, LocalEncoder))
+    pictures = [disc(8, RED, WHITE), disc(8, BLUE, WHITE), disc(8, RED, BLACK), disc(8, WHITE, BLUE)]
+    first = described(pattern, pictures[0])
+    for picture in pictures[1:]:
+        assert (described(pattern, picture) - first).abs().max() < 0.2
+        assert (described(pixels, picture) - described(pixels, pictures[0])).abs().max() > 1  # the control: colours
+
+
+def test_another_outline_is_another_pattern() -> None:
+    encoder = PatternEncoder(8, 16, 1, 4)
+    upright = disc(8, RED, WHITE)
+    assert (described(encoder, upright) - described(encoder, upright.flip(-1))).abs().max() > 0.8
+
+
+def test_plain_patches_are_told_apart_by_their_colour() -> None:
+    encoder = PatternEncoder(8, 16, 1, 4)
+    red, blue = (described(encoder, disc(8, c, c)) for c in (RED, BLUE))
+    assert red[:64].abs().max() < 1e-3 and blue[:64].abs().max() < 1e-3
+    assert torch.allclose(red[64:], 2 * torch.tensor(RED), atol=1e-2)
+    assert torch.allclose(blue[64:], 2 * torch.tensor(BLUE), atol=1e-2)
+
+
+def test_gradients_are_finite_on_plain_and_on_patterned_patches() -> None:
+    encoder = PatternEncoder(8, 16, 1, 4)
+    images = torch.cat([torch.full((1, 3, 8, 8), 0.5), disc(8, RED, WHITE)]).requires_grad_()
+    encoder(images).square().sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_a_latent_depends_on_its_own_patch_alone() -> None:
+    encoder = PatternEncoder(8, 16, 1, 4)
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    changed = images.clone()
+    changed[:, :, :8, :8] = 0.5
+    before, after = encoder(images), encoder(changed)
+    assert torch.equal(before[..., 1:], after[..., 1:]) and torch.equal(before[..., 1, :], after[..., 1, :])
+    assert not torch.equal(before[..., 0, 0], after[..., 0, 0])
