@@ -4,6 +4,7 @@
       data/        rendered scenes as shards, and the vocabulary
       tokenizer/   a run folder; model/ is the trained codec
       tokens/      the token caches of the shards
+      text/        a run folder; the text encoder that the generator starts from
       generator/   a run folder; model/ is the pipeline
       evaluation/  scores and pictures
       report.html  metrics.json  stages.json
@@ -47,6 +48,7 @@ class Scale:
     train_scenes: int
     validation_scenes: int
     tokenizer_minutes: float
+    text_minutes: float
     generator_minutes: float
     tokenizer_images: int
     prompts_a_category: int
@@ -55,10 +57,10 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(40_000, 1000, 1.0, 9.5, 1000, 200),
+    "full": Scale(40_000, 1000, 1.0, 2.5, 8.0, 1000, 200),
     # Single objects alone: what can be learned in minutes well enough to tell a working chain from a broken one.
-    "shortened": Scale(20_000, 200, 1.0, 3.5, 200, 200, 1, ("single_object", "colors")),
-    "tiny": Scale(256, 64, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more
+    "shortened": Scale(20_000, 200, 1.0, 0.5, 3.0, 200, 200, 1, ("single_object", "colors")),
+    "tiny": Scale(256, 64, 0.05, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more
 }
 PICTURES = 48  # a set of prompts, in the report
 
@@ -103,6 +105,7 @@ def main(arguments: argparse.Namespace) -> int:
         ("data", "scenes and vocabulary", run.make_data),
         ("tokenizer", "image tokenizer", run.train_tokenizer),
         ("tokens", "token cache", run.encode),
+        ("text", "text encoder", run.train_text),
         ("generator", "generator", run.train_generator),
         ("evaluation", "evaluation", run.evaluate),
     ):
@@ -162,17 +165,26 @@ class Quickstart:
             with self._autocast():
                 encode_tokens(codec, ShardSource(str(self.folder / "data" / split)), self.folder / "tokens" / split, 256)
 
+    def train_text(self) -> None:
+        self._fit("text", f"model.init_args.budget_minutes={self.scale.text_minutes}", *self._tokens_and_captions())
+
     def train_generator(self) -> None:
         self._fit(
             "generator",
             f"model.init_args.budget_minutes={self.scale.generator_minutes}",
+            f"init_from={self.folder}/text",
+            *self._tokens_and_captions(),
+        )
+
+    def _tokens_and_captions(self) -> list[str]:
+        return [
             f"model.init_args.tokenizer={self.folder}/tokenizer/model",
             f"model.init_args.text.init_args.vocabulary={self.folder}/data/vocabulary.model",
             f"data.init_args.train={self.folder}/data/train",
             f"data.init_args.validation={self.folder}/data/validation",
             f"data.init_args.cache={self.folder}/tokens/train",
             f"data.init_args.validation_cache={self.folder}/tokens/validation",
-        )
+        ]
 
     def evaluate(self) -> None:
         from nar_t2i.evaluation.command import generator_metrics
@@ -243,7 +255,7 @@ class Quickstart:
             "install": install,
             "data": seconds["data"] + seconds["tokens"],
             "tokenizer": seconds["tokenizer"],
-            "generator": seconds["generator"],
+            "generator": seconds["text"] + seconds["generator"],
             "evaluation": seconds["evaluation"],
         }
         wall["total"] = sum(wall.values())

@@ -231,12 +231,6 @@ class Term(NamedTuple):
 class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__."""
 
-    def adapt(self, spec: TokenSpec, pooled_width: int) -> None:
-        """Make the layers of one's own that depend on the tokens or on the pooled text (0 = there is none).
-
-        Called once, before the optimizer is made. Nothing is the default.
-        """
-
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         """Named terms, of which "loss" is minimised and the others are logged. progress: 0 to 1 through training."""
         raise NotImplementedError

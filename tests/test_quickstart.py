@@ -16,7 +16,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.quickstart import Quickstart, Stages, check_against_chance
 
-ORDER = ["make_data", "train_tokenizer", "encode", "train_generator", "evaluate"]
+ORDER = ["make_data", "train_tokenizer", "encode", "train_text", "train_generator", "evaluate"]
 ACCURACY = (*CATEGORIES, "overall")
 
 
@@ -138,12 +138,12 @@ def test_the_result_has_the_promised_keys(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / name / "metrics.csv").write_text("step,loss\n1,2.0\n")
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation/scores.json").write_text(json.dumps(scores))
-    seconds = {"data": 10.0, "tokens": 5.0, "tokenizer": 20.0, "generator": 40.0, "evaluation": 8.0}
+    seconds = {"data": 10.0, "tokens": 5.0, "tokenizer": 20.0, "text": 6.0, "generator": 34.0, "evaluation": 8.0}
     metrics = run.finish(seconds)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     wall = metrics["wall_seconds"]
     assert set(wall) == {"install", "data", "tokenizer", "generator", "evaluation", "total"}
-    assert wall["data"] == 15.0 and wall["total"] == pytest.approx(wall["install"] + 83.0, abs=0.2)
+    assert wall["data"] == 15.0 and wall["generator"] == 40.0 and wall["total"] == pytest.approx(wall["install"] + 83.0, abs=0.2)
     assert {"psnr", "codebook_use", "detector_ratio"} <= set(metrics["tokenizer"])
     assert metrics["generator"]["decoder_passes"] == 16
     for which in ("seen", "held_out", "shuffled"):

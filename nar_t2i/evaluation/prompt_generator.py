@@ -103,7 +103,7 @@ def _draw_wording(
             relation,
             rng,
             background=tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if names_background else "",
-            place=tuple(PLACES.values())[rng.integers(len(PLACES))] if alone and rng.random() < 0.2 else "",
+            places=(tuple(PLACES.values())[rng.integers(len(PLACES))],) if alone and rng.random() < 0.2 else (),
             say_size=rng.random() < 0.25,
             attribute=rng.random() < ATTRIBUTE_SHARE.get(category, 0.0),
         )

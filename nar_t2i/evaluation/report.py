@@ -28,7 +28,7 @@ from nar_t2i.evaluation.report_html import Markup, figure, join, meter, page, pi
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import read_json, write_json
 
-STAGES = ("tokenizer", "generator")  # run folders of a quickstart
+STAGES = ("tokenizer", "text", "generator")  # run folders of a quickstart
 MOST_SAMPLES = 96  # cards of a set of prompts; the rest is counted
 STAGE_COLORS = ("#98a2b3", "#7a9bd8", "#2f6fde", "#1b3f8f", "#d9a22b")
 SETS = {"seen": "Seen combinations", "held_out": "Held-out combinations"}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import MaskSchedule, mask_ratio
-from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenSpec, TokenState
+from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
 
 
 def draw_masks(
@@ -60,9 +59,6 @@ class Masked(LearningStrategy):
     regions: the share of images whose masked slots are those nearest to a random point instead of scattered ones. What
     stood there is then gone as a whole, and only the text tells. everything: the share of images that are masked as far
     as the ceiling allows, as they are when decoding begins. Both are our choice.
-    content: the weight of a second loss, by which the pooled text alone foretells which codes the image holds anywhere
-    (binary cross-entropy, the mean over codes). It teaches the words long before attention finds them (our choice; a
-    bag-of-words target as in Ma et al., arXiv 1805.04871). In training only: validation's loss stays comparable.
     """
 
     def __init__(
@@ -72,7 +68,6 @@ class Masked(LearningStrategy):
         first_ceiling: float = 0.4,
         regions: float = 0.0,
         everything: float = 0.0,
-        content: float = 0.0,
     ):
         super().__init__()
         if not (0 <= curriculum <= 1 and 0 < first_ceiling <= 1):
@@ -80,17 +75,7 @@ class Masked(LearningStrategy):
         if not (0 <= regions <= 1 and 0 <= everything <= 1):
             raise UserError(f"Masked: the shares regions {regions} and everything {everything} must be 0 to 1")
         self.schedule, self.curriculum, self.first_ceiling = schedule, curriculum, first_ceiling
-        if content < 0:
-            raise UserError(f"Masked: content {content} is a weight and must be at least 0")
-        self.regions, self.everything, self.content = regions, everything, content
-        self.foretell: nn.Linear | None = None
-
-    def adapt(self, spec: TokenSpec, pooled_width: int) -> None:
-        if not self.content:
-            return
-        if spec.kind != "categorical" or not pooled_width:
-            raise UserError("Masked: content needs categorical tokens and a text encoder with a pooled state")
-        self.foretell = nn.Linear(pooled_width, spec.size)
+        self.regions, self.everything = regions, everything
 
     def ceiling(self, progress: float) -> float:
         """The largest mask ratio at a time of training, 0 to 1."""
@@ -107,13 +92,4 @@ class Masked(LearningStrategy):
         nll = prediction.nll(batch.tokens[masked], noise.at(0, masked))
         per_image = image_means(nll, masked)
         count = torch.tensor(len(per_image), device=nll.device)
-        if self.foretell is None or not self.training:
-            return {"loss": Term(per_image.sum(), count)}
-        content = self._content(batch)
-        return {"loss": Term((per_image + self.content * content).sum(), count), "content": Term(content.sum(), count)}
-
-    def _content(self, batch: TokenBatch) -> Tensor:
-        """(B,) how badly the pooled text foretells which codes occur."""
-        logits = self.foretell(batch.condition.pooled).float()
-        occurs = torch.zeros_like(logits).scatter_(1, batch.tokens, 1.0)
-        return F.binary_cross_entropy_with_logits(logits, occurs, reduction="none").mean(1)
+        return {"loss": Term(per_image.sum(), count)}

@@ -1,6 +1,7 @@
 """Networks: tokens + text states → a prediction. One file a network."""
 
 from nar_t2i.networks.encoder_decoder import EncoderDecoder
+from nar_t2i.networks.text_reader import TextReader
 from nar_t2i.networks.two_way import TwoWayDecoder
 
-__all__ = ["EncoderDecoder", "TwoWayDecoder"]
+__all__ = ["EncoderDecoder", "TextReader", "TwoWayDecoder"]

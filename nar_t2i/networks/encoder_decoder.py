@@ -76,6 +76,11 @@ def initialise(module: nn.Module, last_layers: Iterable[nn.Linear], depth: int) 
         nn.init.normal_(layer.weight, std=(layer.in_features * 3 * depth) ** -0.5)
 
 
+def text_mask(condition: Condition) -> Tensor:
+    """(B, 1, 1, L), True = a word, the streams side by side."""
+    return torch.cat(condition.masks, dim=1)[:, None, None, :]
+
+
 @part
 class EncoderDecoder(TokenNetwork):
     """Tokens + text states → logits at the slots that are read.
@@ -121,7 +126,7 @@ class EncoderDecoder(TokenNetwork):
     def states_and_mask(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """(B, L, width), the streams side by side, and (B, 1, 1, L)."""
         text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)
-        return self.text_norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
+        return self.text_norm(text), text_mask(condition)
 
     def prepare(self, condition: Condition) -> PreparedText:
         text, mask = self.states_and_mask(condition)

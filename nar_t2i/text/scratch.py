@@ -57,7 +57,8 @@ class ScratchTextEncoder(TextEncoder):
 
     vocabulary: a SentencePiece model file (data_prep/train_sentencepiece.py makes one). max_length: tokens kept a
     caption, the end mark included; `truncated` counts the captions that were longer. word_reach: tokens to either side
-    over which every block has a depthwise convolution (see WordConvolution); 0 = none.
+    over which every block has a depthwise convolution (see WordConvolution); 0 = none. trainable: False keeps the weights
+    as they are, which `init_from` has brought from another run.
     """
 
     assets = ("vocabulary",)  # arguments that name files, which travel with a saved pipeline
@@ -70,6 +71,7 @@ class ScratchTextEncoder(TextEncoder):
         heads: int = 4,
         max_length: int = 40,
         word_reach: int = 0,
+        trainable: bool = True,
     ):
         super().__init__()
         if not Path(vocabulary).is_file():
@@ -86,6 +88,8 @@ class ScratchTextEncoder(TextEncoder):
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, word_reach) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.trainable = trainable
+        self.requires_grad_(trainable)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, rounded up to a multiple of 32
@@ -102,9 +106,10 @@ class ScratchTextEncoder(TextEncoder):
     def forward(self, captions: list[str]) -> Condition:
         device = self.position.device
         codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
-        x = self.embedding(codes) + self.position[: codes.shape[1]]
-        for block in self.blocks:
-            x = block(x, mask)
-        x = self.norm(x)
-        pooled = (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            x = self.embedding(codes) + self.position[: codes.shape[1]]
+            for block in self.blocks:
+                x = block(x, mask)
+            x = self.norm(x)
+            pooled = (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         return Condition((x,), (mask,), pooled)

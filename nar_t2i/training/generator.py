@@ -72,7 +72,6 @@ class GeneratorModule(TrainedModule):
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.learning = learning
-        self.learning.adapt(codec.spec, text.pooled_width)
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
         self.sample_prompts = sample_prompts or []
