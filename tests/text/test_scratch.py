@@ -8,6 +8,8 @@ from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare.sentencepiece import train_sentencepiece
 from nar_t2i.text import NullCaption, ScratchTextEncoder
+from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.optim import parameter_groups
 
 SHAPES = ("circle", "square", "star")
 CAPTIONS = [f"{n} {c} {s}" for n in ("a", "two", "three") for c in ("red", "blue") for s in SHAPES]
@@ -128,3 +130,16 @@ def test_the_null_caption_replaces_states_mask_and_pooled_together(text):
     assert nothing.masks[0].sum(1).tolist() == [1, 1, 1]
     assert torch.equal(nothing.states[0][0, 0], null.states[0]) and (nothing.pooled == 2).all()
     assert torch.equal(nothing.states[0][0], nothing.states[0][2]), "the null caption depends on the caption"
+
+
+def test_frozen_weights_come_from_elsewhere_and_stay(vocabulary, text, tmp_path):
+    sizes = {"width": 16, "depth": 2, "heads": 2, "max_length": 24}
+    frozen = ScratchTextEncoder(vocabulary, **sizes, trainable=False)
+    torch.save({"state_dict": text.state_dict()}, tmp_path / "text.ckpt")
+    assert len(load_weights(frozen, tmp_path / "text.ckpt").loaded) == len(text.state_dict())
+    states, expected = (encoder(CAPTIONS).states[0] for encoder in (frozen, text))
+    assert torch.equal(states, expected)
+    assert expected.requires_grad and not states.requires_grad
+    assert parameter_groups([frozen], weight_decay=0.1) == []
+    save_part(frozen, tmp_path / "text")
+    assert torch.equal(load_part(tmp_path / "text")(CAPTIONS).states[0], states)
