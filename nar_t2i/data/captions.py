@@ -104,9 +104,9 @@ def places_of(scene: Scene) -> tuple[str, ...]:
 def describe_scene(scene: Scene, rng: np.random.Generator) -> str:
     """A caption of the scene that training may see. Half of them are *detailed*: they place all objects.
 
-    Terse captions alone leave so much open that words of place, which matter to few slots of few images, were not
-    learned in hours; detailed ones teach them in minutes (for captions of photographs: Betker et al. 2023, "Improving
-    image generation with better captions").
+    Terse captions alone leave so much open that words of place, which matter to few slots of few images, are hardly
+    learned; detailed ones teach them in minutes (for captions of photographs: Betker et al. 2023, "Improving image
+    generation with better captions").
     """
     while True:
         detailed = rng.random() < DETAILED

@@ -6,7 +6,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nar_t2i.data.captions import BACKGROUND_WORDS, RELATION_WORDS, RenderedScenes, describe_scene, reserved, sentence
+from nar_t2i.data.captions import (
+    BACKGROUND_WORDS,
+    DETAILED,
+    RELATION_WORDS,
+    RenderedScenes,
+    describe_scene,
+    places_of,
+    reserved,
+    sentence,
+)
 from nar_t2i.data.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -19,6 +28,7 @@ from nar_t2i.data.scenes import (
     SIZES,
     Group,
     PlacedObject,
+    Scene,
     compose,
     coverage,
     generator,
@@ -172,6 +182,27 @@ def test_captions_name_what_is_there_and_are_never_reserved():
             assert words[group.color] >= 1 and words[group.shape + "s" * (group.count > 1)] >= 1
         for color in set(COLORS) - {group.color for group in scene.groups}:
             assert color not in words
+
+
+def test_half_of_the_captions_say_where_every_object_is():
+    def placed(color, x, y):
+        return PlacedObject(color, "star", x, y, SIZES["small"])
+
+    groups = (Group(2, "red", "star"), Group(1, "blue", "star"))
+    objects = (placed("red", 0.75, 0.25), placed("red", 0.5, 0.8), placed("blue", 0.3, 0.5))
+    scene = Scene(groups, None, "white", objects)
+    assert places_of(scene) == ("at the bottom and in the top right corner", "on the left side")
+    drawn = {(*(group.count for group in scene.groups), scene.relation): scene for scene in scenes("train", 1000)}
+    for kind in ((2, 1, "above"), (1, None), (1, 1, "left of")):
+        rng, said, scene = np.random.default_rng(0), [], drawn[kind]
+        for _ in range(2000):
+            caption = describe_scene(scene, rng)
+            said.append(all(place in caption for place in places_of(scene)))
+            tail = caption.split(places_of(scene)[0])
+            assert not said[-1] or scene.groups[0].color in tail[0]  # a place stands behind the group that it places
+        # A lone object is placed in a fifth of the terse captions as well.
+        expected = DETAILED + (1 - DETAILED) * 0.2 * (kind == (1, None))
+        assert np.mean(said) == pytest.approx(expected, abs=0.06)
 
 
 def test_a_relation_in_words_is_the_relation_of_the_scene():
