@@ -76,9 +76,10 @@ def initialise(module: nn.Module, last_layers: Iterable[nn.Linear], depth: int) 
         nn.init.normal_(layer.weight, std=(layer.in_features * 3 * depth) ** -0.5)
 
 
-def text_mask(condition: Condition) -> Tensor:
-    """(B, 1, 1, L), True = a word, the streams side by side."""
-    return torch.cat(condition.masks, dim=1)[:, None, None, :]
+def states_and_mask(projections: nn.ModuleList, norm: nn.LayerNorm, condition: Condition) -> tuple[Tensor, Tensor]:
+    """(B, L, width), the text streams projected and side by side, and (B, 1, 1, L), True = a word."""
+    text = torch.cat([project(s) for project, s in zip(projections, condition.states, strict=True)], dim=1)
+    return norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
 
 
 @part
@@ -123,13 +124,8 @@ class EncoderDecoder(TokenNetwork):
         if self.codes:
             nn.init.zeros_(self.head.project.weight)
 
-    def states_and_mask(self, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(B, L, width), the streams side by side, and (B, 1, 1, L)."""
-        text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)
-        return self.text_norm(text), text_mask(condition)
-
     def prepare(self, condition: Condition) -> PreparedText:
-        text, mask = self.states_and_mask(condition)
+        text, mask = states_and_mask(self.text, self.text_norm, condition)
         return PreparedText([block.cross_attention.keys_and_values(text) for block in self.blocks], mask)
 
     def check_positions(self, state: TokenState) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_t2i.networks.attention import CrossAttention
-from nar_t2i.networks.encoder_decoder import initialise, text_mask
+from nar_t2i.networks.encoder_decoder import initialise, states_and_mask
 from nar_t2i.networks.tokens import TokenHead, select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
@@ -40,8 +40,8 @@ class TextReader(TokenNetwork):
         nn.init.zeros_(self.predict.logits.weight)
 
     def prepare(self, condition: Condition) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        text = torch.cat([project(s) for project, s in zip(self.text, condition.states, strict=True)], dim=1)
-        return self.cross_attention.keys_and_values(self.text_norm(text)), text_mask(condition)
+        text, mask = states_and_mask(self.text, self.text_norm, condition)
+        return self.cross_attention.keys_and_values(text), mask
 
     def forward(
         self,

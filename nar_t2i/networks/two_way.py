@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.networks.attention import MLP, CrossAttention
-from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, initialise
+from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, initialise, states_and_mask
 from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenSpec, TokenState
@@ -74,7 +74,7 @@ class TwoWayDecoder(EncoderDecoder):
             initialise(block, (block.cross_attention.out, block.mlp[-1]), depth)
 
     def prepare(self, condition: Condition) -> TextStates:
-        return TextStates(*self.states_and_mask(condition))
+        return TextStates(*states_and_mask(self.text, self.text_norm, condition))
 
     def forward(
         self, state: TokenState, prepared: TextStates, read: Tensor | None = None, cache: KVCache | None = None
