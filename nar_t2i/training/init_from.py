@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.folders import WEIGHTS
 from nar_t2i.training.run_folder import latest_checkpoint
 
 MOST_NAMES = 5
@@ -53,9 +54,9 @@ def load_weights(module: nn.Module, path: str | Path) -> LoadReport:
     """Copy into `module`, in place, every tensor of `path` whose name and shape fit.
 
     path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), or a pipeline folder (all its
-    .safetensors, each under its file's name). Position embeddings (named `position`, or with an attribute
-    `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may be missing, without mention.
-    Raises UserError where the source cannot be read or nothing fits.
+    .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`). Position embeddings (named
+    `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may
+    be missing, without mention. Raises UserError where the source cannot be read or nothing fits.
     """
     source, averaged = _read(Path(path))
     target = module.state_dict(keep_vars=True)
@@ -102,7 +103,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"init_from: {path} holds neither a whole checkpoint nor a .safetensors file")
     if len(files) == 1:
         return _read_file(files[0])
-    return {f"{file.stem}.{name}": value for file in files for name, value in _read_file(file)[0].items()}, False
+    tensors = {}
+    for file in files:
+        inside = file.relative_to(path)
+        parts = inside.parent.parts if file.name == WEIGHTS else (*inside.parent.parts, file.stem)
+        tensors.update({".".join((*parts, name)): value for name, value in _read_file(file)[0].items()})
+    return tensors, False
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -93,8 +93,9 @@ def test_a_grid_of_another_form_is_not_guessed(tmp_path):
 
 def test_pipeline_folders(tmp_path):
     source = Net()
-    save_file(source.state_dict(), tmp_path / "network.safetensors")
-    save_file({"w": torch.ones(1)}, tmp_path / "tokenizer.safetensors")
+    for part, state in (("network", source.state_dict()), ("tokenizer", {"w": torch.ones(1)})):
+        (tmp_path / part).mkdir()
+        save_file(state, tmp_path / part / "weights.safetensors")
 
     class Module(nn.Module):
         def __init__(self):
