@@ -1,12 +1,13 @@
 # make quickstart   captions to pictures, on two cores in minutes
-# make test         the tests
+# make test         the tests that take minutes
+# make test-cluster the tests on several ranks, under DDP and ZeRO
 # Both set up .venv by themselves, once, and again when what is installed changes.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-short test clean
+.PHONY: quickstart quickstart-short test test-cluster clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/nar-t2i quickstart
@@ -17,7 +18,10 @@ quickstart-short: $(STAMP)
 	$(VENV)/bin/nar-t2i quickstart --shortened --shuffled-captions --out runs/quickstart-shuffled
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -x -q tests
+	$(VENV)/bin/python -m pytest -x -q tests --ignore tests/cluster
+
+test-cluster: $(STAMP)
+	$(VENV)/bin/python -m pytest -x -q tests/cluster
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache

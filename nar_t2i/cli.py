@@ -22,6 +22,7 @@ LIGHTNING_VERBS = {
 MODULES = {
     "generate": "nar_t2i.generate",
     "evaluate": "nar_t2i.evaluation.command",
+    "export": "nar_t2i.training.export",
     "report": "nar_t2i.evaluation.report",
     "quickstart": "nar_t2i.quickstart",
 }
@@ -88,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", required=True, metavar="FILE", help="where the metrics go, as JSON")
     _add_decoding(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+
+    export = commands.add_parser("export", help="turn a checkpoint into a model folder")
+    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest one")
+    export.add_argument("folder", metavar="FOLDER", help="the model folder to write")
+    export.add_argument("--raw", action="store_true", help="the weights of the last step instead of their average")
 
     report = commands.add_parser("report", help="write report.html and metrics.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from nar_t2i.cli import main
+from nar_t2i.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -47,7 +48,7 @@ def fit(*arguments, verb="fit", recipe="toy.yaml"):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
+    return checkpoints.read(Path(path).resolve())["state_dict"]
 
 
 def metrics(folder):
@@ -119,7 +120,7 @@ def test_fit_again_goes_on(folder, capsys):
     assert fit("--trainer.max_steps=10") == 0
     assert "going on from run/checkpoints/step-00000005.ckpt" in capsys.readouterr().err
     assert [int(row["step"]) for row in metrics(folder)] == list(range(10))
-    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    checkpoint = checkpoints.read(folder / "run/checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 10
     assert (folder / "run/config.1.yaml").is_file()  # the first start's
     assert not (folder / "run/checkpoints/step-00000005.ckpt").exists()
@@ -127,7 +128,7 @@ def test_fit_again_goes_on(folder, capsys):
 
 def test_rows_behind_the_checkpoint_are_written_again_and_stand_once(folder):
     assert fit("--trainer.max_steps=4", "--checkpoint.keep=0", "--checkpoint.every_steps=2") == 0
-    (folder / "run/checkpoints/step-00000004.ckpt").unlink()
+    checkpoints.remove(folder / "run/checkpoints/step-00000004.ckpt")
     assert fit("--trainer.max_steps=4") == 0
     assert [int(row["step"]) for row in metrics(folder)] == [0, 1, 2, 3]
 
@@ -137,17 +138,67 @@ def test_fresh_refuses_to_go_on(folder, capsys):
     assert fit("--ckpt_path=fresh", "--trainer.max_steps=2") == 0
     assert "going on" not in capsys.readouterr().err
     assert [int(row["step"]) for row in metrics(folder)] == [0, 1]
-    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert checkpoints.read(folder / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(folder, capsys):
-    assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
-    path = folder / "run/checkpoints/step-00000006.ckpt"
+def cut_off(checkpoint):
+    path = checkpoint / "run.pt"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_byte(checkpoint):
+    path = checkpoint / "run.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+BREAKS = {
+    "run.pt is missing or cut off": cut_off,
+    "run.pt is not what was written": flip_a_byte,
+    "rank-00000.pt is missing or cut off": lambda checkpoint: (checkpoint / "rank-00000.pt").unlink(),
+    "step-00000006.ckpt has no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("said", BREAKS)
+def test_a_broken_checkpoint_is_passed_over(folder, capsys, said):
+    assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
+    BREAKS[said](folder / "run/checkpoints/step-00000006.ckpt")
     assert fit() == 0
     error = capsys.readouterr().err
-    assert "step-00000006.ckpt is not a whole checkpoint" in error
+    assert f"{said}; trying the checkpoint before" in error
     assert "going on from run/checkpoints/step-00000003" in error
+    assert [int(row["step"]) for row in metrics(folder)] == list(range(6))
+
+
+@pytest.mark.parametrize("said", BREAKS)
+def test_a_broken_checkpoint_that_was_asked_for_is_an_error(folder, capsys, said):
+    assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
+    BREAKS[said](folder / "run/checkpoints/step-00000006.ckpt")
+    assert fit("--ckpt_path=run/checkpoints/step-00000006.ckpt", verb="validate") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_over_unasked(folder, capsys):
+    assert fit() == 0
+    flip_a_byte(folder / "run/checkpoints/step-00000006.ckpt")
+    assert fit() == 2
+    assert "no whole checkpoint is left; ckpt_path=fresh starts over" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(folder):
+    """The limit on a file's size stands in for a disk: both fail in the middle of a write."""
+    assert fit("--trainer.max_steps=3") == 0
+    small = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from nar_t2i.cli import main; main()"
+    command = [sys.executable, "-c", small, "fit", "--config", "toy.yaml", "--trainer.max_steps=6", "--checkpoint.every_steps=2"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "step-00000004.ckpt: could not be written" in result.stderr
+    names = sorted(p.name for p in (folder / "run/checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000003.ckpt"]
+    assert fit("--trainer.max_steps=6") == 0
+    assert [int(row["step"]) for row in metrics(folder)] == list(range(6))
 
 
 def test_keep_limits_the_checkpoints(folder):
@@ -159,7 +210,7 @@ def test_keep_limits_the_checkpoints(folder):
 @pytest.mark.parametrize("given", [[], ["--ckpt_path=run/checkpoints/last.ckpt"]])
 def test_a_checkpoints_hyperparameters_never_override_the_recipe(folder, capsys, given):
     assert fit("--model.init_args.secret=trained") == 0
-    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    checkpoint = checkpoints.read(folder / "run/checkpoints/last.ckpt")
     assert checkpoint["hyper_parameters"]["secret"] == "trained"  # the trap is set
     capsys.readouterr()
     assert fit("--model.init_args.secret=mine", *given, verb="validate") == 0
@@ -187,9 +238,9 @@ def test_ctrl_c_saves_after_the_batch_and_the_same_command_goes_on(folder, capsy
     assert fit("--model.init_args.interrupt_at=3") == 130
     error = capsys.readouterr().err
     assert "interrupted; the same command goes on from the checkpoint in run" in error
-    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert checkpoints.read(folder / "run/checkpoints/last.ckpt")["global_step"] == 4
     assert fit("--model.init_args.interrupt_at=3") == 0
-    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert checkpoints.read(folder / "run/checkpoints/last.ckpt")["global_step"] == 6
     assert [int(row["step"]) for row in metrics(folder)] == list(range(6))
 
 

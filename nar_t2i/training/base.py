@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.training.ema import EMA
 from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.training.zero import gathered
 
 
 class TimeBudget(Callback):
@@ -70,9 +74,30 @@ class TrainedModule(lightning.LightningModule):
         self.ema = EMA(ema_decay) if ema_decay else None
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
 
+    def write(self, folder: Path) -> None:
+        """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
+        raise NotImplementedError
+
+    def on_fit_end(self) -> None:
+        """On all ranks: the averaged weights, whole, are written by the first."""
+        with self.ema.applied(self) if self.ema is not None else nullcontext(), gathered(self):
+            if self.global_rank == 0:
+                self.write(Path(self.trainer.default_root_dir) / "model")
+
+    @property
+    def strict_loading(self) -> bool:
+        return not has_frozen(self)  # `on_load_checkpoint` compares what is not frozen
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Frozen weights are somebody else's: they come with the recipe, and no checkpoint repeats them."""
+        for name in _frozen(self):
+            checkpoint["state_dict"].pop(name, None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model with one error, before torch lists all that differs."""
-        own, saved = self.state_dict(), checkpoint.get("state_dict", {})
+        frozen = _frozen(self)
+        own = {name: value for name, value in self.state_dict().items() if name not in frozen}
+        saved = {name: value for name, value in checkpoint.get("state_dict", {}).items() if name not in frozen}
         shapes = {name: [tuple(x[name].shape) if name in x else None for x in (saved, own)] for name in {**own, **saved}}
         differing = [name for name, (there, here) in shapes.items() if there != here]
         if saved and differing:
@@ -98,3 +123,11 @@ class TrainedModule(lightning.LightningModule):
     def progress(self) -> float:
         """0 at the first step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self.total_steps() - 1))
+
+
+def has_frozen(module: nn.Module) -> bool:
+    return bool(_frozen(module))
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}

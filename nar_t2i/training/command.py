@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,11 @@ import nar_t2i
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import Recipe
+from nar_t2i.training import checkpoints, zero
+from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.init_from import load_weights
-from nar_t2i.training.run_folder import (
-    CheckpointConfig,
-    Interrupt,
-    RunCheckpoint,
-    RunFolder,
-    RunLogger,
-    is_whole,
-    latest_checkpoint,
-)
+from nar_t2i.training.run_folder import CheckpointConfig, Interrupt, RunCheckpoint, RunFolder, RunLogger
 
 INTERRUPTED = 130
 FRESH = ("none", "fresh")
@@ -54,7 +50,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
 
     configs: recipe files or names, later ones on top. overrides: "a.b.c=value". Raises UserError.
     """
-    _quieten()
+    quieten()
+    zero.register()
     recipe = _load(configs, overrides)
     cli = RecipeCLI(recipe)
     if print_config:
@@ -62,11 +59,11 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         return 0
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
-    if checkpoint is not None:
-        print(f"nar-t2i: going on from {checkpoint}", file=sys.stderr)
-    # A run that goes on has weights of its own: those it once started from are not read again.
-    if cli.config.init_from and checkpoint is None:
-        print(load_weights(cli.model, cli.config.init_from), file=sys.stderr)
+    # A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds.
+    if cli.config.init_from and (checkpoint is None or has_frozen(cli.model)):
+        report = load_weights(cli.model, cli.config.init_from)
+        if checkpoint is None:
+            print(report, file=sys.stderr)
     arguments: dict[str, Any] = {"datamodule": cli.datamodule, "ckpt_path": checkpoint, "weights_only": True}
     if subcommand == "predict":
         arguments["return_predictions"] = False
@@ -139,6 +136,10 @@ class RecipeCLI(LightningCLI):
                 raise UserError(str(own)) from error
             raise UserError(f"{self.recipe.name}: cannot be built: {_one_line(error)}") from error
 
+    def build_model(self) -> LightningModule:
+        """The model alone, for which neither data nor devices are needed."""
+        return self.parser.instantiate_classes(self.config).model
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run_dir = Path(self.config.run_dir)
         settings = {**self._get(self.config_init, "trainer"), **kwargs, "default_root_dir": run_dir}
@@ -147,13 +148,18 @@ class RecipeCLI(LightningCLI):
         callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), interrupt]
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
             settings_of = self._get(self.config_init, "checkpoint")
-            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, interrupt))
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, interrupt, config_yaml))
         if self.verb == "fit" and settings["logger"] is not False:
             asked = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
             settings["logger"] = [RunLogger(run_dir), *(logger for logger in asked if isinstance(logger, Logger))]
         elif settings["logger"] is None:
             settings["logger"] = False
-        return self._instantiate_trainer(settings, callbacks)
+        if settings["accelerator"] == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed would find a GPU
+        trainer = self._instantiate_trainer(settings, callbacks)
+        if not isinstance(trainer.strategy, zero.ZeRO):
+            trainer.strategy.checkpoint_io = checkpoints.FolderIO()
+        return trainer
 
 
 def _load(configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
@@ -175,13 +181,15 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
     if asked in FRESH:
         return None
     if asked is not None:
-        path = Path(asked)
+        path = Path(asked).resolve()
         if not path.exists():
             raise recipe.error("ckpt_path", f"{asked!r} does not exist")
-        if not is_whole(path):
+        if path.is_dir():
+            checkpoints.check(path)
+        elif not zipfile.is_zipfile(path):  # torch writes an archive, whose directory comes last
             raise recipe.error("ckpt_path", f"{asked!r} is not a whole checkpoint")
-        return path.resolve()
-    path = latest_checkpoint(config.run_dir)
+        return path
+    path = checkpoints.latest(config.run_dir)
     if path is None and subcommand != "fit" and config.init_from is None:
         raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
     return path
@@ -203,7 +211,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _quieten() -> None:
+def quieten() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     quiet = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -73,11 +74,11 @@ class EMA(Callback):
         if not self.average:
             self._begin(module)
         self._kept = {name: value.detach().clone() for name, value in self._values.items()}
-        _copy(self.average, self._values)
+        self._put(self.average, module)
         try:
             yield
         finally:
-            _copy(self._kept, self._values)
+            self._put(self._kept, module)
             self._kept = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,8 +137,11 @@ class EMA(Callback):
     def _begin(self, module: LightningModule) -> None:
         """Start the average at the module's weights, or at what a checkpoint restored."""
         self._values = _tracked(module, self._names(module))
-        if any(hasattr(value, "ds_id") for value in self._values.values()):
-            raise UserError("EMA: ZeRO-3 partitions the weights over the ranks, and this callback averages whole ones")
+        if (strategy := _dividing(module)) is not None:
+            # Of a parameter's fp32 weights this rank averages the piece that it updates, and no rank tells another.
+            pieces = strategy.weights()
+            whole = {name: value for name, value in self._values.items() if not isinstance(value, nn.Parameter)}
+            self._values = whole | {name: pieces[name] for name in self._values if name in pieces}
         self.average = {name: value.detach().clone().to(_precise(value.dtype)) for name, value in self._values.items()}
         self._adopt_restored()
 
@@ -148,6 +152,14 @@ class EMA(Callback):
                 if name in self._restored:
                     average.copy_(self._restored[name])
             self._restored = {}
+
+    def _put(self, source: Mapping[str, Tensor], module: LightningModule) -> None:
+        """Copy into the module's weights. Under ZeRO all ranks must take part."""
+        with torch.no_grad():
+            for name, value in self._values.items():
+                value.copy_(source[name])
+        if (strategy := _dividing(module)) is not None:
+            strategy.refresh()
 
     def _names(self, module: LightningModule) -> Sequence[str]:
         return getattr(module, "ema_submodules", ()) if self.submodules is None else self.submodules
@@ -170,10 +182,10 @@ def _tracked(module: nn.Module, submodules: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in target.items():
-            value.copy_(source[name])
+def _dividing(module: LightningModule) -> Any:
+    """The strategy, if it divides the weights that it trains over the ranks; else None."""
+    strategy = module._trainer.strategy if module._trainer is not None else None
+    return strategy if hasattr(strategy, "divide") and module._trainer.state.fn == TrainerFn.FITTING else None
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

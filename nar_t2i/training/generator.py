@@ -137,14 +137,6 @@ class GeneratorModule(TrainedModule):
         """The generator as it stands, as a pipeline that shares its weights."""
         return TextToImage(self.codec, self.text, self.null, self.network, self.inference, self.guidance)
 
-    def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.export(Path(self.trainer.default_root_dir) / "model")
-
-    def export(self, folder: Path) -> None:
-        """Write the pipeline folder, with averaged weights if there are any."""
-        if self.ema is None:
-            self.pipeline().save_pretrained(folder)
-        else:
-            with self.ema.applied(self):
-                self.pipeline().save_pretrained(folder)
+    def write(self, folder: Path) -> None:
+        """Save the pipeline folder, with the weights that the module holds."""
+        self.pipeline().save_pretrained(folder)

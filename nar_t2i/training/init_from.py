@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import WEIGHTS
-from nar_t2i.training.run_folder import latest_checkpoint
+from nar_t2i.training import checkpoints
 
 MOST_NAMES = 5
 
@@ -50,15 +51,16 @@ class LoadReport:
         return "\n".join(lines + [f"  {kind}: {_listed(names)}" for kind, names in kinds.items() if names])
 
 
-def load_weights(module: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> LoadReport:
     """Copy into `module`, in place, every tensor of `path` whose name and shape fit.
 
     path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), or a pipeline folder (all its
     .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`). Position embeddings (named
     `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may
-    be missing, without mention. Raises UserError where the source cannot be read or nothing fits.
+    be missing, without mention. averaged: prefer averaged weights where there are some. Raises UserError where the source
+    cannot be read or nothing fits.
     """
-    source, averaged = _read(Path(path))
+    source, averaged = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
     report = LoadReport(str(path), averaged)
     used = set()
@@ -87,33 +89,30 @@ def load_weights(module: nn.Module, path: str | Path) -> LoadReport:
     return report
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
+def _read(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
     """All tensors by name, and whether they are averaged ones."""
     if not path.exists():
         raise UserError(f"init_from: {path} does not exist")
     if path.is_file():
-        return _read_file(path)
-    checkpoint = latest_checkpoint(path if (path / "checkpoints").is_dir() else path.parent)
-    if checkpoint is not None and (path / "checkpoints").is_dir():
-        return _read_file(checkpoint)
-    if checkpoint is not None and path.name == "checkpoints":
-        return _read_file(checkpoint)
+        return _read_file(path, averaged)
+    run = path.parent if path.name == "checkpoints" else path
+    checkpoint = path if (path / checkpoints.MANIFEST).is_file() else checkpoints.latest(run)
+    if checkpoint is not None:
+        return _read_checkpoint(checkpoint, averaged)
     files = sorted(path.rglob("*.safetensors"))
     if not files:
         raise UserError(f"init_from: {path} holds neither a whole checkpoint nor a .safetensors file")
     if len(files) == 1:
-        return _read_file(files[0])
+        return _read_file(files[0], averaged)
     tensors = {}
     for file in files:
         inside = file.relative_to(path)
         parts = inside.parent.parts if file.name == WEIGHTS else (*inside.parent.parts, file.stem)
-        tensors.update({".".join((*parts, name)): value for name, value in _read_file(file)[0].items()})
+        tensors.update({".".join((*parts, name)): value for name, value in _read_file(file, averaged)[0].items()})
     return tensors, False
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
-    if path.is_dir():
-        raise UserError(f"init_from: {path} is a sharded checkpoint; gather it into one file first")
+def _read_file(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path), False
@@ -124,11 +123,22 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"init_from: {path} is not a whole checkpoint") from error
     if not isinstance(content, Mapping):
         raise UserError(f"init_from: {path} holds no state dict")
+    return _weights(content, averaged)
+
+
+def _read_checkpoint(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
+    try:
+        return _weights(checkpoints.read(path), averaged)
+    except checkpoints.Broken as error:
+        raise UserError(f"init_from: {error}; {path} is not a whole checkpoint") from error
+
+
+def _weights(content: Mapping[str, Any], averaged: bool) -> tuple[dict[str, Tensor], bool]:
     tensors = {_plain(k): v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)}
     averages = [
         state["average"]
         for name, state in content.get("callbacks", {}).items()
-        if name.startswith("EMA") and isinstance(state, Mapping) and state.get("average")
+        if averaged and name.startswith("EMA") and isinstance(state, Mapping) and state.get("average")
     ]
     for average in averages:
         tensors.update({_plain(k): v for k, v in average.items()})

@@ -4,20 +4,19 @@
       config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
       versions.json    packages, Python, platform, git commit
       metrics.csv      everything logged, continued across restarts
-      checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest
+      checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import platform
 import signal
 import subprocess
-import sys
 import threading
-import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +25,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 import nar_t2i
 from nar_t2i.errors import UserError
+from nar_t2i.training import checkpoints
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
             "pillow", "safetensors", "sentencepiece", "torchmetrics", "wandb")
@@ -46,21 +47,6 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     keep: int = 1
-
-
-def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. A file that was cut off is passed over, and said so."""
-    found = [path for path in Path(run_dir, "checkpoints").glob("*.ckpt") if not path.is_symlink()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        if is_whole(path):
-            return path
-        print(f"nar-t2i: {path} is not a whole checkpoint; trying the one before", file=sys.stderr)
-    return None
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: torch writes a zip archive, whose directory comes last."""
-    return path.is_dir() or zipfile.is_zipfile(path)
 
 
 def versions() -> dict[str, Any]:
@@ -116,16 +102,56 @@ class RunCheckpoint(Checkpoint):
     the save is at the end of a batch: the one place from which Lightning counts on correctly.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig, interrupt: Interrupt) -> None:
+    def __init__(self, folder: str | Path, config: CheckpointConfig, interrupt: Interrupt, recipe: str) -> None:
         if config.every_steps < 1 or config.keep < 0:
             raise UserError(f"key checkpoint: every_steps must be at least 1 and keep at least 0, not {config}")
         self.folder = Path(folder)
         self.config = config
         self.interrupt = interrupt
+        self.recipe = hashlib.sha256(recipe.encode()).hexdigest()
         self.saved_step = 0
+        self._random: dict[str, Any] | None = None
+        self._stale: list[Path] = []  # checkpoints that are not of this run's past: it started anew, or they are broken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"micro_batches": self._micro_batches}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    @property
+    def _micro_batches(self) -> int:
+        """For one optimizer step, on each rank."""
+        accumulation = getattr(self._trainer.datamodule, "accumulation", None)
+        return accumulation() if accumulation is not None else self._trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count micro-batches as this run takes them, from the last whole optimizer step on."""
+        saved = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn != TrainerFn.FITTING or saved is None:
+            return
+        if not checkpoint.get("optimizer_states", True):
+            raise UserError("ckpt_path: the checkpoint was written under ZeRO; go on under ZeRO, or start with init_from")
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            pending = counts["processed"] - counts["completed"]  # of hooks, where the checkpoint was saved in one
+            whole = counts["processed"] // saved["micro_batches"] * self._micro_batches
+            counts.update(ready=whole, started=whole, processed=whole, completed=whole - pending)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
+        found = checkpoints.newest_first(self.folder)
+        if trainer.ckpt_path is None:
+            self._stale = found
+        else:
+            self._random = checkpoints.loaded_random_state(trainer)
+            self._stale = [path for path in found if checkpoints.step_of(path) > trainer.global_step]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # As late as this: loaders and the validation before training have drawn numbers that the first run did not.
+        if self._random is not None:
+            checkpoints.set_random_state(self._random)
+            self._random = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -148,9 +174,9 @@ class RunCheckpoint(Checkpoint):
         """Save unless this step is saved already. All ranks must call it."""
         if trainer.global_step == self.saved_step or trainer.fast_dev_run:
             return
-        self.saved_step = trainer.global_step
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)  # with optimizer states
+        checkpoints.save(trainer, path, {"step": trainer.global_step, "recipe": self.recipe})
+        self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._link_and_prune(path)
 
@@ -158,10 +184,16 @@ class RunCheckpoint(Checkpoint):
         link = self.folder / "last.new"
         link.unlink(missing_ok=True)
         link.symlink_to(newest.name)
-        link.replace(self.folder / "last.ckpt")
-        older = sorted((p for p in self.folder.glob("step-*.ckpt") if p != newest), key=lambda p: p.stat().st_mtime)
-        for path in older[: len(older) - self.config.keep + 1] if self.config.keep else ():
-            _remove(path)
+        last = self.folder / "last.ckpt"
+        if last.is_dir() and not last.is_symlink():  # the run's folder was copied without regard to links
+            checkpoints.remove(last)
+        link.replace(last)
+        for path in self._stale:
+            if path != newest:
+                checkpoints.remove(path)
+        self._stale = []
+        for path in checkpoints.newest_first(self.folder)[self.config.keep :] if self.config.keep else ():
+            checkpoints.remove(path)
 
 
 class Interrupt(Callback):
@@ -276,13 +308,3 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint: a file, or the folder that a sharded one is."""
-    if path.is_dir():
-        for inner in path.iterdir():
-            _remove(inner)
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)

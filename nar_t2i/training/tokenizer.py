@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -71,7 +71,7 @@ class TokenizerModule(TrainedModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
-        if "deepspeed" in type(strategy).__name__.lower():
+        if isinstance(strategy, DeepSpeedStrategy):
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
         if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
             # Each of the two backward passes leaves the other's parameters without a gradient.
@@ -182,14 +182,6 @@ class TokenizerModule(TrainedModule):
         self.log("codebook_use", (used > 0).double().mean().float())
         self.log("codebook_perplexity", perplexity.float())
 
-    def on_fit_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.export(Path(self.trainer.default_root_dir) / "model")
-
-    def export(self, folder: Path) -> None:
-        """Write the codec, averaged weights if there are any, as a part folder."""
-        if self.ema is None:
-            save_part(self.codec, folder)
-        else:
-            with self.ema.applied(self):
-                save_part(self.codec, folder)
+    def write(self, folder: Path) -> None:
+        """Save the codec as a part folder, with the weights that the module holds."""
+        save_part(self.codec, folder)

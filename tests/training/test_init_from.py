@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.folders import write_json
+from nar_t2i.training import checkpoints
 from nar_t2i.training.init_from import load_weights
 
 
@@ -117,9 +119,11 @@ def test_a_bare_network_file_fits_a_module_that_holds_it(tmp_path):
 
 def test_run_folders_give_their_newest_checkpoint(tmp_path):
     source = Net()
-    (tmp_path / "checkpoints").mkdir()
-    checkpoint(tmp_path / "checkpoints", source)
-    for path in (tmp_path, tmp_path / "checkpoints"):
+    folder = tmp_path / "checkpoints/step-00000003.ckpt"
+    folder.mkdir(parents=True)
+    files = {checkpoints.RUN: checkpoints.write_file(folder / checkpoints.RUN, {"state_dict": source.state_dict()})}
+    write_json(folder / checkpoints.MANIFEST, {"format": checkpoints.FORMAT, "files": files})
+    for path in (tmp_path, tmp_path / "checkpoints", folder):
         target = Net()
         load_weights(target, path)
         assert torch.equal(target.linear.weight, source.linear.weight)

@@ -1,6 +1,5 @@
 """Tokenizer training: what steps when, that ranks and micro-batches do not matter, and what is logged and exported."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from safetensors.torch import save_file
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
-from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.pixels import to_float
 from nar_t2i.tokenizers import VQGAN, VectorQuantizer
@@ -225,10 +223,3 @@ def test_perception_with_local_weights(tmp_path, capsys):
     assert "off" not in capsys.readouterr().out.split("perceptual")[0]
     names = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert all(name.startswith("codec.") for name in names), "a frozen network is in the checkpoint"
-
-
-def test_deepspeed_is_refused(monkeypatch):
-    strategy = type("DeepSpeedStrategy", (), {})()
-    monkeypatch.setattr(TokenizerModule, "trainer", property(lambda self: SimpleNamespace(strategy=strategy)))
-    with pytest.raises(UserError, match="trainer.strategy.*use ddp"):
-        made().setup("fit")

@@ -1,0 +1,45 @@
+"""`nar-t2i export`: any checkpoint of a run, under whatever strategy and on however many ranks, as a model folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nar_t2i import recipe as recipes
+from nar_t2i.errors import UserError
+from nar_t2i.training import checkpoints
+from nar_t2i.training.command import RecipeCLI, quieten
+from nar_t2i.training.init_from import load_weights
+
+CONFIG = "config.yaml"
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Raises UserError where the checkpoint, its run's configuration or the folder cannot be used."""
+    quieten()
+    checkpoint, folder = _checkpoint(Path(arguments.checkpoint)), Path(arguments.folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; export into a new folder")
+    config = checkpoint.parents[1] / CONFIG
+    if not config.is_file():
+        raise UserError(f"{config}: a checkpoint is exported with its run's configuration, and there is none")
+    cli = RecipeCLI(recipes.load([str(config)], []))
+    model = cli.build_model()
+    if cli.config.init_from:
+        load_weights(model, cli.config.init_from)  # frozen weights, which no checkpoint holds
+    averaged = load_weights(model, checkpoint, averaged=not arguments.raw).averaged
+    if not hasattr(model, "write"):
+        raise UserError(f"{config}: {type(model).__name__} has no model folder")
+    model.write(folder)
+    print(f"{folder}: {'averaged' if averaged else 'raw'} weights of step {checkpoints.manifest(checkpoint)['step']}")
+    return 0
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or a run's newest."""
+    if (path / checkpoints.MANIFEST).is_file():
+        return path.resolve()
+    found = checkpoints.latest(path)
+    if found is None:
+        raise UserError(f"{path} is neither a whole checkpoint nor a run that has one")
+    return found.resolve()
