@@ -28,9 +28,9 @@ from nar_t2i.training import checkpoints, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.init_from import load_weights
-from nar_t2i.training.run_folder import CheckpointConfig, Interrupt, RunCheckpoint, RunFolder, RunLogger
+from nar_t2i.training.preemption import Signals, StallWatch
+from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
 
-INTERRUPTED = 130
 FRESH = ("none", "fresh")
 # What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
 _WARNINGS = (
@@ -76,7 +76,12 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
-        return _say_interrupted(cli.config.run_dir)
+        signals = cli.signals
+        print(
+            f"nar-t2i: {signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
+            file=sys.stderr,
+        )
+        return signals.status
     return 0
 
 
@@ -108,6 +113,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str, help="the run's folder")
         parser.add_argument("--init_from", type=str | None, default=None, help="weights to start from")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--stall_minutes", type=float | None, default=30.0, help="without a batch: give up; null: never")
         parser.add_argument("--checkpoint", type=CheckpointConfig, default=CheckpointConfig())
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -144,11 +150,13 @@ class RecipeCLI(LightningCLI):
         run_dir = Path(self.config.run_dir)
         settings = {**self._get(self.config_init, "trainer"), **kwargs, "default_root_dir": run_dir}
         config_yaml = self.config_yaml
-        interrupt = Interrupt()
-        callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), interrupt]
+        self.signals = Signals()
+        callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), self.signals]
+        if self.config.stall_minutes is not None:
+            callbacks.append(StallWatch(self.config.stall_minutes))
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
             settings_of = self._get(self.config_init, "checkpoint")
-            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, interrupt, config_yaml))
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml))
         if self.verb == "fit" and settings["logger"] is not False:
             asked = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
             settings["logger"] = [RunLogger(run_dir), *(logger for logger in asked if isinstance(logger, Logger))]
@@ -193,11 +201,6 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
     if path is None and subcommand != "fit" and config.init_from is None:
         raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
     return path
-
-
-def _say_interrupted(run_dir: str) -> int:
-    print(f"nar-t2i: interrupted; the same command goes on from the checkpoint in {run_dir}", file=sys.stderr)
-    return INTERRUPTED
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

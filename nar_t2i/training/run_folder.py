@@ -14,9 +14,7 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import subprocess
-import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import nar_t2i
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
+from nar_t2i.training.preemption import Signals
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
             "pillow", "safetensors", "sentencepiece", "torchmetrics", "wandb")
@@ -102,12 +101,12 @@ class RunCheckpoint(Checkpoint):
     the save is at the end of a batch: the one place from which Lightning counts on correctly.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig, interrupt: Interrupt, recipe: str) -> None:
+    def __init__(self, folder: str | Path, config: CheckpointConfig, signals: Signals, recipe: str) -> None:
         if config.every_steps < 1 or config.keep < 0:
             raise UserError(f"key checkpoint: every_steps must be at least 1 and keep at least 0, not {config}")
         self.folder = Path(folder)
         self.config = config
-        self.interrupt = interrupt
+        self.signals = signals
         self.recipe = hashlib.sha256(recipe.encode()).hexdigest()
         self.saved_step = 0
         self._random: dict[str, Any] | None = None
@@ -158,7 +157,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         # Several optimizers may step in one batch, so that no count can be relied on to be a multiple.
         due = trainer.global_step // self.config.every_steps > self.saved_step // self.config.every_steps
-        if due or trainer.global_step == trainer.max_steps or self.interrupt.asked:
+        if due or trainer.global_step == trainer.max_steps or self.signals.agreed:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,9 +165,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # After an error on one rank the others cannot be expected to join in a save.
-        if trainer.training or trainer.validating:
-            if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt):
-                self.save(trainer)
+        if (trainer.training or trainer.validating) and (trainer.world_size == 1 or self.signals.agreed):
+            self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Save unless this step is saved already. All ranks must call it."""
@@ -194,45 +192,6 @@ class RunCheckpoint(Checkpoint):
         self._stale = []
         for path in checkpoints.newest_first(self.folder)[self.config.keep :] if self.config.keep else ():
             checkpoints.remove(path)
-
-
-class Interrupt(Callback):
-    """The first Ctrl-C lets the present batch finish and be logged, so that nothing is lost; a second one does not."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._in_batch = False
-        self._previous: Any = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._stop_if_asked()
-        self._in_batch = True
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._in_batch = False
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_asked()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def _stop_if_asked(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked or not self._in_batch:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 class RunLogger(CSVLogger):

@@ -1,0 +1,47 @@
+"""Whichever rank is told to stop, all do, after the same step and with a checkpoint of it; a rank that hangs ends the run."""
+
+import json
+
+import pytest
+import torch
+
+from nar_t2i.training import checkpoints
+from tests.cluster.test_resume import fit, result, went_well
+
+STATUS = {"SIGUSR1": 85, "SIGUSR2": 85, "SIGTERM": 143, "SIGINT": 130}
+
+
+def fault(kind, **arguments):
+    return f"--trainer.callbacks={json.dumps([{'class_path': f'tests.cluster.faults.{kind}', 'init_args': arguments}])}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    went_well(fit(folder, 2, "ddp"))
+    return result(folder)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [*((name, "ddp") for name in STATUS), ("SIGUSR1", "deepspeed_stage_2")])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, whole, name, strategy):
+    ended = fit(tmp_path, 2, strategy, fault("SignalAt", step=4, rank=1, name=name))
+    assert ended.status == [STATUS[name]] * 2, ended.errors[0][-2000:]
+    assert "the same command goes on from the checkpoint in run" in ended.errors[0]
+    last = checkpoints.read(tmp_path / "run/checkpoints/last.ckpt")
+    assert 5 <= last["global_step"] <= 6  # the step that was being taken, or, once all have heard of it, the next
+    again = fit(tmp_path, 2, strategy)
+    went_well(again)
+    if strategy == "ddp":
+        found, _, losses = result(tmp_path)
+        assert losses == whole[2] and all(torch.equal(found[name], whole[0][name]) for name in found)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_a_rank_that_stalls_is_shown_and_ends_the_run(tmp_path, strategy):
+    ended = fit(tmp_path, 2, strategy, fault("StallAt", step=4, rank=1), "--stall_minutes=0.15")
+    assert all(status == 1 for status in ended.status)
+    assert all("Timeout (0:00:09" in error for error in ended.errors)
+    assert "faults.py" in ended.errors[1] and "on_train_batch_start" in ended.errors[1]  # where it hangs
+    assert "faults.py" not in ended.errors[0] and "training_step" in ended.errors[0] or "backward" in ended.errors[0]
+    went_well(fit(tmp_path, 2, strategy))
+    result(tmp_path)
