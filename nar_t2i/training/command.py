@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -158,10 +159,12 @@ class RecipeCLI(LightningCLI):
             settings_of = self._get(self.config_init, "checkpoint")
             callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml))
         if self.verb == "fit" and settings["logger"] is not False:
-            asked = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
-            settings["logger"] = [RunLogger(run_dir), *(logger for logger in asked if isinstance(logger, Logger))]
+            asked = [logger for logger in _listed(settings["logger"]) if isinstance(logger, Logger)]
+            settings["logger"] = [RunLogger(run_dir), *asked]
         elif settings["logger"] is None:
             settings["logger"] = False
+        if SLURMEnvironment.detect():  # Lightning's own requeueing saves inside of its signal handler
+            settings["plugins"] = [*_listed(settings["plugins"]), SLURMEnvironment(auto_requeue=False)]
         if settings["accelerator"] == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed would find a GPU
         trainer = self._instantiate_trainer(settings, callbacks)
@@ -208,6 +211,10 @@ def _user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,6 +193,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 def check_build_tools() -> None:
     """UserError where DeepSpeed's parts for CPUs, which it compiles at their first use, cannot be compiled."""
+    beside = str(Path(sys.executable).parent)  # where pip puts ninja, whether or not the environment is activated
+    if beside not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + beside
     missing = [tool for command, tool in BUILD_TOOLS.items() if shutil.which(command) is None]
     if missing:
         raise UserError(

@@ -38,3 +38,13 @@ class StallAt(Callback):
     def on_train_batch_start(self, trainer, *arguments) -> None:
         while trainer.global_step == self.step and trainer.global_rank == self.rank:
             time.sleep(60)
+
+
+class Slow(Callback):
+    """Every step takes so many seconds longer."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        time.sleep(self.seconds)

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Train a recipe on a Slurm cluster:
+#
+#   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 slurm/train.sh recipes/NAME.yaml [--KEY=VALUE …]
+#
+# Submit it from the project's folder; options of sbatch win over the ones below. One task is one rank, on one GPU.
+# Before its time is over, or when it is told to (SIGUSR1), the run saves itself and is queued again; submitting the same
+# command again goes on, too. A run that fails is not queued again, and neither is one that was cancelled.
+#
+# NAR_T2I_PYTHON     the Python to run                       (default: .venv/bin/python of the project)
+# NAR_T2I_CONTAINER  an Apptainer image to run it in         (default: none)
+#
+#SBATCH --job-name=nar-t2i
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
+set -euo pipefail
+readonly REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/training/preemption.py
+
+fail() { echo "train.sh: $*" >&2; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "submit it: sbatch slurm/train.sh RECIPE [--KEY=VALUE …]"
+root=${SLURM_SUBMIT_DIR}
+[ -d "$root/nar_t2i" ] || fail "submit it from the project's folder: there is no nar_t2i in $root"
+cd "$root"
+if [ "${1:-}" = --one-of ]; then  # an array of recipes: see ablate.sh
+  shift
+  recipes=("$@")
+  set -- "${recipes[${SLURM_ARRAY_TASK_ID:?--one-of is for array jobs}]}"
+fi
+[ $# -ge 1 ] || fail "name a recipe: sbatch slurm/train.sh RECIPE [--KEY=VALUE …]"
+recipe=$1
+shift
+
+python=${NAR_T2I_PYTHON:-$root/.venv/bin/python}
+command=("$python" -m nar_t2i)
+[ -z "${NAR_T2I_CONTAINER:-}" ] || command=(apptainer exec --nv "$NAR_T2I_CONTAINER" "${command[@]}")
+
+# One task a rank. Where GPUs were asked for, there must be as many tasks.
+tasks=${SLURM_NTASKS_PER_NODE:-1}
+gpus=${SLURM_GPUS_ON_NODE:-0}
+[ "$gpus" -eq 0 ] || [ "$gpus" -eq "$tasks" ] || fail "$gpus GPUs and $tasks tasks a node: add --ntasks-per-node=$gpus"
+settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
+
+# What is edited while the job waits to go on changes nothing: recipe and code are those of its first start.
+pointer=runs/.slurm/$SLURM_JOB_ID
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
+  resolved=$("${command[@]}" fit --config "$recipe" "${settings[@]}" "$@" --print_config)
+  run=$(sed -n "s/^run_dir: *['\"]\{0,1\}\(.*[^'\"]\)['\"]\{0,1\}\$/\1/p" <<<"$resolved")
+  [ "${run:0:1}" = / ] || run=$root/$run
+  snapshot=$run/slurm/$SLURM_JOB_ID
+  mkdir -p "$snapshot" runs/.slurm
+  cp -r nar_t2i "$snapshot"
+  find "$snapshot" -name __pycache__ -prune -exec rm -rf {} +
+  printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
+  printf '%s\n' "$run" > "$pointer.part"
+  mv "$pointer.part" "$pointer"
+fi
+run=$(cat "$pointer")
+snapshot=$run/slurm/$SLURM_JOB_ID
+
+export PYTHONPATH="$snapshot${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+
+echo "train.sh: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_JOB_NUM_NODES nodes × $tasks ranks, $run"
+before=$(readlink "$run/checkpoints/last.ckpt" || true)
+status=0
+# Ranks that leave with a status of their own do so within moments of each other; after a minute the rest is stuck.
+srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" || status=$?
+
+if [ "$status" -eq "$REQUEUE" ]; then
+  # A run that gets no further between two requeues never would.
+  if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" = "$before" ]; then
+    fail "no step was finished since the last start; not queued again"
+  fi
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  echo "train.sh: queueing ${job:-$SLURM_JOB_ID} again"
+  scontrol requeue "${job:-$SLURM_JOB_ID}"
+  sleep 600  # Slurm ends this script
+fi
+exit "$status"

@@ -1,0 +1,117 @@
+"""slurm/train.sh on a real Slurm with two nodes: it finishes, goes on after a requeue, and stays cancelled."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from nar_t2i.training import checkpoints
+from tests.cluster.ranks import ROOT
+from tests.cluster.slurm import Cluster, missing
+from tests.cluster.test_resume import result
+
+SLOW = f"--trainer.callbacks={json.dumps([{'class_path': 'tests.cluster.faults.Slow', 'init_args': {'seconds': 0.6}}])}"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if missing() and os.environ.get("NAR_T2I_REQUIRE_SLURM") != "1":
+        pytest.skip(f"no Slurm on this machine ({', '.join(missing())}); Debian: apt install slurm-wlm munge")
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield started
+    started.stop()
+
+
+def submit(cluster, folder, *overrides, strategy="ddp"):
+    line = ["slurm/train.sh", "tests/cluster/tiny.yaml", f"--run_dir={folder}/run", f"--trainer.strategy={strategy}", *overrides]
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/job.log"]
+    python = {"NAR_T2I_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    return cluster.call("sbatch", *options, *line, cwd=ROOT, **python)
+
+
+def wait_for_step(folder, step, timeout=180):
+    deadline = time.monotonic() + timeout
+    while not any(checkpoints.step_of(path) >= step for path in checkpoints.newest_first(folder / "run/checkpoints")):
+        assert time.monotonic() < deadline, log(folder)
+        time.sleep(0.2)
+
+
+def log(folder):
+    path = folder / "job.log"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_a_job_on_two_nodes_finishes(cluster, tmp_path, strategy):
+    number = submit(cluster, tmp_path, strategy=strategy)
+    cluster.wait(number, "COMPLETED", "FAILED")
+    assert cluster.job(number)["JobState"] == "COMPLETED", log(tmp_path)
+    result(tmp_path)
+    manifest = checkpoints.manifest(tmp_path / "run/checkpoints/last.ckpt")
+    assert manifest["world_size"] == 2
+    snapshot = tmp_path / "run/slurm" / number
+    assert (snapshot / "recipe.yaml").is_file() and (snapshot / "nar_t2i/training/preemption.py").is_file()
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal=USR1"])
+def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how):
+    number = submit(cluster, tmp_path, SLOW)
+    wait_for_step(tmp_path, 3)
+    cluster.call(*how.split(), number)
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(tmp_path)
+    said = log(tmp_path)
+    assert "start 0" in said and "start 1" in said  # one log, continued
+    assert "going on from" in said
+    assert ("train.sh: queueing" in said) == ("scancel" in how)
+    result(tmp_path)
+
+
+def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):
+    number = submit(cluster, tmp_path, SLOW, "--checkpoint.every_steps=1000", "--trainer.max_steps=100")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.csv").exists():
+        assert time.monotonic() < deadline, log(tmp_path)
+        time.sleep(0.2)
+    cluster.call("scancel", number)
+    job = cluster.wait(number, "CANCELLED", "COMPLETED", "FAILED")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    wait_for_step(tmp_path, 1, timeout=40)
+    time.sleep(5)
+    assert cluster.job(number)["JobState"] == "CANCELLED"
+
+
+def test_a_job_that_fails_is_not_queued_again(cluster, tmp_path):
+    number = submit(cluster, tmp_path, "--data.init_args.global_batch_size=15")
+    job = cluster.wait(number, "FAILED", "COMPLETED")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert "nar-t2i: error" in log(tmp_path)
+
+
+def test_the_same_command_again_goes_on(cluster, tmp_path):
+    first = submit(cluster, tmp_path, "--trainer.max_steps=6")
+    cluster.wait(first, "COMPLETED")
+    second = submit(cluster, tmp_path)
+    cluster.wait(second, "COMPLETED")
+    assert "going on from" in log(tmp_path) and "step-00000006.ckpt" in log(tmp_path)
+    result(tmp_path)
+
+
+def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
+    recipes = []
+    for name in ("one", "two"):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"extends: {ROOT}/tests/cluster/tiny.yaml\nrun_dir: {tmp_path}/{name}/run\nseed_everything: {len(name)}\n")
+        recipes.append(str(recipe))
+    said = cluster.call(
+        "slurm/ablate.sh", "--parsable", f"--output={tmp_path}/job-%a.log", *recipes, cwd=ROOT, AT_ONCE="1",
+        NAR_T2I_PYTHON=sys.executable, PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    for task in (0, 1):
+        job = cluster.wait(f"{said}_{task}", "COMPLETED", "FAILED")
+        assert job["JobState"] == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()
+    for name in ("one", "two"):
+        assert (tmp_path / name / "run/config.yaml").read_text().count(f"{tmp_path}/{name}/run") == 1
+        assert (tmp_path / name / "run/checkpoints/last.ckpt").exists()
