@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -159,11 +160,13 @@ class CountedLoader:
 
     make_loader: builds the DataLoader of `Read`s, anew for each pass, since where a pass begins is known only then.
     length: batches an epoch as the trainer sees it; None where there is no end.
+    yielded, waited: batches handed over, and the seconds that the trainer spent asking for them.
     """
 
     def __init__(self, make_loader: Callable[[], DataLoader], ledger: LossLedger, length: int | None = None):
         self._make_loader, self._ledger, self._length = make_loader, ledger, length
         self.yielded = 0
+        self.waited = 0.0
 
     def __len__(self) -> int:
         if self._length is None:
@@ -171,12 +174,15 @@ class CountedLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
+        asked = time.perf_counter()
         for read in reads(self._make_loader()):
             self._ledger.note(read.tried, read.failed, read.losses)
             if read.batch is None:
                 self._ledger.refuse_empty()
             self.yielded += 1
+            self.waited += time.perf_counter() - asked
             yield read.batch
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict:
         """Empty: the data module keeps the count. Lightning asks for it before it trusts a loader to resume."""

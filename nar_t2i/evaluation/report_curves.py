@@ -25,6 +25,11 @@ CHARTS = (
     ("Codebook perplexity", ("codebook_perplexity",)),
     ("Discriminator", ("discriminator_loss", "discriminator_real", "discriminator_fake")),
     ("Learning rate", ("learning_rate",)),
+    ("Gradient norm", ("gradient_norm",)),
+    ("Images a second", ("images_per_second",)),
+    ("Tokens a second", ("tokens_per_second",)),
+    ("Shares of the time", ("data_wait", "goodput")),
+    ("Memory, GiB", ("memory_gib",)),
 )
 COLORS = ("#2f6fde", "#d9622b", "#12805c")
 SMOOTHED_FROM = 60  # points; fewer are drawn as they are

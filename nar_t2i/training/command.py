@@ -29,6 +29,7 @@ from nar_t2i.training import checkpoints, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
 
@@ -155,9 +156,12 @@ class RecipeCLI(LightningCLI):
         callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), self.signals]
         if self.config.stall_minutes is not None:
             callbacks.append(StallWatch(self.config.stall_minutes))
+        monitor = Monitor(run_dir)
+        if self.verb == "fit" and settings["logger"] is not False:
+            callbacks.append(monitor)
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
             settings_of = self._get(self.config_init, "checkpoint")
-            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml))
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml, monitor))
         if self.verb == "fit" and settings["logger"] is not False:
             asked = [logger for logger in _listed(settings["logger"]) if isinstance(logger, Logger)]
             settings["logger"] = [RunLogger(run_dir), *asked]

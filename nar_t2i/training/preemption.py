@@ -57,7 +57,8 @@ class Signals(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._alone = trainer.world_size == 1
-        self._listen()
+        if stage == "fit":  # the other verbs have nothing to save, and end at once
+            self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()  # Lightning has put its own handlers in the place of these

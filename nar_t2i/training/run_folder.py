@@ -4,6 +4,7 @@
       config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
       versions.json    packages, Python, platform, git commit
       metrics.csv      everything logged, continued across restarts
+      started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
       checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import nar_t2i
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
+from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
@@ -101,12 +104,12 @@ class RunCheckpoint(Checkpoint):
     the save is at the end of a batch: the one place from which Lightning counts on correctly.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig, signals: Signals, recipe: str) -> None:
+    def __init__(self, folder: str | Path, config: CheckpointConfig, signals: Signals, recipe: str, monitor: Monitor) -> None:
         if config.every_steps < 1 or config.keep < 0:
             raise UserError(f"key checkpoint: every_steps must be at least 1 and keep at least 0, not {config}")
         self.folder = Path(folder)
         self.config = config
-        self.signals = signals
+        self.signals, self.monitor = signals, monitor
         self.recipe = hashlib.sha256(recipe.encode()).hexdigest()
         self.saved_step = 0
         self._random: dict[str, Any] | None = None
@@ -172,11 +175,12 @@ class RunCheckpoint(Checkpoint):
         """Save unless this step is saved already. All ranks must call it."""
         if trainer.global_step == self.saved_step or trainer.fast_dev_run:
             return
-        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        path, start = self.folder / f"step-{trainer.global_step:08d}.ckpt", time.perf_counter()
         checkpoints.save(trainer, path, {"step": trainer.global_step, "recipe": self.recipe})
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._link_and_prune(path)
+        self.monitor.skip(time.perf_counter() - start)
 
     def _link_and_prune(self, newest: Path) -> None:
         link = self.folder / "last.new"
