@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ from typing import BinaryIO
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a temporary name and rename it once it is complete and on disk.
 
-    The name holds the process id, so that two ranks that write the same file do not mix their bytes.
+    Two processes that write the same file, on whichever nodes, do not mix their bytes; the last one's stand.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -25,6 +27,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other running process takes. What killed ones of this node left there is deleted."""
+    node = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(node)}.*.tmp"):
+        if not Path("/proc", left.suffixes[-2][1:]).exists() and Path("/proc/self").exists():
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{node}.{os.getpid()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -27,3 +29,25 @@ def run(work: Callable[[], object]) -> int:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_shard_range(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--shard-range", metavar="FIRST:LAST", default="0:",
+        help="only these shards, LAST apart; `array`: this task's share of them in a Slurm array (default: all). What an "
+        "earlier run has finished is not done again, and the run that finishes the last shard writes the manifest",
+    )  # fmt: skip
+
+
+def shard_range(text: str, count: int) -> range:
+    """The shards, of `count`, that this process is to do. Raises UserError where `text` says nothing of the kind."""
+    if text == "array":
+        try:
+            task, first, tasks = (int(os.environ[f"SLURM_ARRAY_TASK_{x}"]) for x in ("ID", "MIN", "COUNT"))
+        except (KeyError, ValueError):
+            raise UserError("--shard-range array: this is no task of a Slurm array (sbatch --array=0-9 …)") from None
+        return range((task - first) * count // tasks, (task - first + 1) * count // tasks)
+    found = re.fullmatch(r"(\d+):(\d*)", text)
+    if not found or (found[2] and int(found[2]) <= int(found[1])):
+        raise UserError(f"--shard-range {text!r}: must be FIRST:LAST, such as 0:100, or array")
+    return range(count)[int(found[1]) : int(found[2] or count)]

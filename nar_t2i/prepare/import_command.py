@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nar_t2i.data.shards import ShardSource
-from nar_t2i.prepare.command import run
+from nar_t2i.prepare.command import add_shard_range, run
 from nar_t2i.prepare.importing import Options, Summary
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 
@@ -19,16 +19,19 @@ def add_import_options(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
     arguments.add_argument("--max-size", type=int, help="shrink larger images to this shorter side, in pixels")
     arguments.add_argument("--workers", type=int, default=4, help="threads that read images; default: 4")
+    add_shard_range(arguments)
     arguments.add_argument(
         "--vocab-size", type=int, metavar="N", help=f"also train a SentencePiece model of N pieces: OUT/{VOCABULARY}"
     )
 
 
-def run_import(parsed: argparse.Namespace, work: Callable[[Options], Summary]) -> int:
+def run_import(parsed: argparse.Namespace, work: Callable[[Options], Summary | None]) -> int:
     """Import with the parsed options, then train the vocabulary that was asked for. Returns the exit status."""
 
     def both() -> str:
-        summary = work(Options(parsed.samples_per_shard, parsed.max_size, parsed.workers))
+        summary = work(Options(parsed.samples_per_shard, parsed.max_size, parsed.workers, parsed.shard_range))
+        if summary is None:
+            return f"{parsed.out}: these shards are done; others are not yet"
         if parsed.vocab_size is None:
             return str(summary)
         path = Path(parsed.out) / VOCABULARY

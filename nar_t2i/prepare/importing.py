@@ -24,6 +24,7 @@ from nar_t2i.data.files import whole_file
 from nar_t2i.data.images import ImageError, decode_image
 from nar_t2i.data.shard_index import IMAGE_SUFFIXES
 from nar_t2i.errors import UserError
+from nar_t2i.prepare.command import shard_range
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are stored as PNG
@@ -53,12 +54,13 @@ class Dropped(NamedTuple):
 class Options:
     """samples_per_shard: items of a chunk. max_size: larger images are shrunk to this shorter side, in pixels.
 
-    workers: threads that read and check images.
+    workers: threads that read and check images. shards: those to write (see `shard_range`).
     """
 
     samples_per_shard: int = 1000
     max_size: int | None = None
     workers: int = 4
+    shards: str = "0:"
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,10 @@ def text_problem(captions: Sequence[str]) -> str:
     return ""
 
 
-def import_items(items: Sequence[Item], folder: str | Path, options: Options = Options()) -> Summary:
+def import_items(items: Sequence[Item], folder: str | Path, options: Options = Options()) -> Summary | None:
     """Write the items as shards into a folder, or go on where an interrupted run stopped.
 
-    Writes `summary.json` beside the shards. Raises UserError when the folder holds another import, or nothing is kept.
+    Writes `summary.json` beside the shards once all are there, and returns None before. Raises UserError when the folder holds another import, or nothing is kept.
     """
     folder = Path(folder)
     if not items:
@@ -106,11 +108,16 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
     claim_folder(folder, {"items": _fingerprint(items), **made_from})
     kept, dropped = 0, []
     starts = range(0, len(items), options.samples_per_shard)
-    bar = tqdm(total=len(items), desc=f"→ {folder}", unit="image", mininterval=0.5)
+    chosen = shard_range(options.shards, len(starts))
+    chunks = [items[start : start + options.samples_per_shard] for start in starts]
+    bar = tqdm(total=sum(len(chunks[shard]) for shard in chosen), desc=f"→ {folder}", unit="image", mininterval=0.5)
     with bar, ThreadPoolExecutor(options.workers) as pool:
-        for shard, start in enumerate(starts):
-            chunk = items[start : start + options.samples_per_shard]
-            lost = _import_chunk(chunk, folder, shard, options, pool, bar)
+        for shard in chosen:
+            _import_chunk(chunks[shard], folder, shard, options, pool, bar)
+        if not all(_is_imported(folder, shard) for shard in range(len(chunks))):
+            return None
+        for shard, chunk in enumerate(chunks):
+            lost = _dropped_from(folder, shard)
             kept, dropped = kept + len(chunk) - len(lost), dropped + lost
     summary = Summary(kept, dropped, len(starts))
     write_json(folder / SUMMARY, {"kept": kept, "shards": len(starts), "reasons": summary.reasons, "dropped": dropped})
@@ -151,14 +158,13 @@ def _fingerprint(items: Sequence[Item]) -> str:
 
 def _import_chunk(
     chunk: Sequence[Item], folder: Path, shard: int, options: Options, pool: ThreadPoolExecutor, bar: tqdm
-) -> list[Dropped]:
+) -> None:
     """One shard; what was dropped is kept beside it, so that a later run can tell it again."""
-    tar, record = folder / f"{shard:05d}.tar", folder / f"{shard:05d}.dropped.json"
-    if is_finished(tar) and record.exists():
+    if _is_imported(folder, shard):
         bar.update(len(chunk))
-        return [Dropped(*entry) for entry in json.loads(record.read_text())]
+        return
     dropped = []
-    with ShardFile(tar) as file:
+    with ShardFile(folder / f"{shard:05d}.tar") as file:
         for row, (item, loaded) in enumerate(_load_all(chunk, options, pool)):
             if isinstance(loaded, str):
                 dropped.append(Dropped(item.name, loaded))
@@ -166,8 +172,19 @@ def _import_chunk(
                 size = {"original_width": float(loaded.width), "original_height": float(loaded.height)}
                 file.add(f"{shard:05d}{row:06d}", loaded.data, loaded.suffix, item.captions, size, item.name)
             bar.update()
-        write_json(record, dropped)  # before the tar appears: a finished shard always has its record
-    return dropped
+        write_json(_record(folder, shard), dropped)  # before the tar appears: a finished shard always has its record
+
+
+def _is_imported(folder: Path, shard: int) -> bool:
+    return is_finished(folder / f"{shard:05d}.tar") and _record(folder, shard).exists()
+
+
+def _record(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.dropped.json"
+
+
+def _dropped_from(folder: Path, shard: int) -> list[Dropped]:
+    return [Dropped(*entry) for entry in json.loads(_record(folder, shard).read_text())]
 
 
 class _Loaded(NamedTuple):

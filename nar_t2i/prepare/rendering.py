@@ -12,26 +12,34 @@ from tqdm import tqdm
 
 from nar_t2i.data.source import Sample, SampleError, Source
 from nar_t2i.errors import UserError
+from nar_t2i.prepare.command import shard_range
 from nar_t2i.prepare.importing import SUMMARY, Dropped, Summary, claim_folder, encode_png, write_json
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
 
-def write_source(source: Source, folder: str | Path, samples_per_shard: int = 1000, workers: int = 0) -> Summary:
+def write_source(
+    source: Source, folder: str | Path, samples_per_shard: int = 1000, workers: int = 0, shards: str = "0:"
+) -> Summary | None:
     """Write every sample of a source into shards; finished shards are kept, so it can be interrupted.
 
-    workers: processes that read and encode. Raises UserError when the folder holds shards of another source.
+    workers: processes that read and encode. shards: those to write (see `shard_range`). Returns None while others are to
+    be written. Raises UserError when the folder holds shards of another source.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     identities = [source.identity(block) for block in range(len(source.blocks))]
     claim_folder(folder, {"source": identities, "samples_per_shard": samples_per_shard})
     chunks = [range(s, min(s + samples_per_shard, len(source))) for s in range(0, len(source), samples_per_shard)]
-    missing = [shard for shard in range(len(chunks)) if not is_finished(folder / f"{shard:05d}.tar")]
+    chosen = shard_range(shards, len(chunks))
+    missing = [shard for shard in chosen if not is_finished(folder / f"{shard:05d}.tar")]
     todo = [index for shard in missing for index in chunks[shard]]
     encoded = iter(DataLoader(_Encoding(source), batch_size=None, sampler=todo, num_workers=workers))
-    with tqdm(total=len(source), initial=len(source) - len(todo), desc=f"→ {folder}", unit="image") as bar:
+    total = sum(len(chunks[shard]) for shard in chosen)
+    with tqdm(total=total, initial=total - len(todo), desc=f"→ {folder}", unit="image") as bar:
         for shard in missing:
             _write_shard(folder, shard, islice(encoded, len(chunks[shard])), bar)
+    if not all(is_finished(folder / f"{shard:05d}.tar") for shard in range(len(chunks))):
+        return None
     records = [json.loads((folder / f"{shard:05d}.dropped.json").read_text()) for shard in range(len(chunks))]
     dropped = [Dropped(*entry) for record in records for entry in record]
     if len(dropped) == len(source):

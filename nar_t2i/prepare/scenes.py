@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from nar_t2i.data.captions import RenderedScenes
-from nar_t2i.prepare.command import parser, run
+from nar_t2i.prepare.command import add_shard_range, parser, run
 from nar_t2i.prepare.rendering import write_source
 
 
@@ -25,9 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--captions", type=int, default=2, help="wordings of each scene; default: 2")
     arguments.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
     arguments.add_argument("--workers", type=int, default=0, help="processes that draw; default: 0")
+    add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
     source = RenderedScenes(parsed.split, parsed.count, parsed.seed, parsed.image_size, parsed.captions)
-    return run(lambda: write_source(source, parsed.out, parsed.samples_per_shard, parsed.workers))
+
+    def work() -> str:
+        summary = write_source(source, parsed.out, parsed.samples_per_shard, parsed.workers, parsed.shard_range)
+        return f"{parsed.out}: these shards are done; others are not yet" if summary is None else str(summary)
+
+    return run(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nar_t2i.data.files import sync_folder
+from nar_t2i.data.files import sync_folder, temporary_name
 from nar_t2i.data.shard_index import Row, index_path, open_index, write_index
 from nar_t2i.errors import UserError
 
@@ -22,7 +22,7 @@ class ShardFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = temporary_name(path)
         self._file = open(self._temporary, "wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[Row] = []
@@ -79,6 +79,9 @@ class ShardFile:
 def is_finished(path: Path) -> bool:
     """Whether a tar and its index are there and belong together."""
     try:
-        return path.exists() and index_path(path).exists() and bool(open_index(path))
+        if not (path.exists() and index_path(path).exists()):
+            return False
+        open_index(path)
     except UserError:
         return False
+    return True

@@ -26,7 +26,7 @@ from nar_t2i.data.source import Source
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.pixels import to_float
-from nar_t2i.prepare.command import parser, run
+from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
 from nar_t2i.types import TokenCodec, TokenSpec
 
@@ -42,11 +42,13 @@ def encode_tokens(
     workers: int = 0,
     device: str | torch.device = "cpu",
     float_dtype: str = "float16",
-) -> dict[str, Any]:
+    shards: str = "0:",
+) -> dict[str, Any] | None:
     """Encode every image of a source, block by block; blocks that are finished are kept, so it can be interrupted.
 
     batch_size: images a pass. workers: processes that read. float_dtype: "float16" or "float32", of continuous tokens.
-    Returns the manifest. Raises UserError when the folder holds the tokens of another codec or of other data.
+    shards: the blocks to do (see `shard_range`). Returns the manifest, or None while other blocks are to be done. Raises
+    UserError when the folder holds the tokens of another codec or of other data.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,14 +60,19 @@ def encode_tokens(
         "preprocessing": PREPROCESSING.format(size=codec.image_size),
         "float_dtype": float_dtype if codec.spec.kind == "continuous" else None,
     }
-    blocks, start = [], 0
-    with tqdm(total=len(source), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
+    starts = np.concatenate([[0], np.cumsum(source.blocks)])
+    chosen = shard_range(shards, len(source.blocks))
+    blocks = []
+    with tqdm(total=int(sum(source.blocks[number] for number in chosen)), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
         for number, length in enumerate(source.blocks):
             name = source.block_name(number)
             block = {"name": name, "length": length, "identity": source.identity(number)}
             finished = _finished(folder, {**made_by, **block})
+            if number not in chosen:
+                blocks.append(finished)
+                continue
             if finished is None:
-                indices = np.arange(start, start + length)
+                indices = np.arange(starts[number], starts[number + 1])
                 tokens, lost = _encode_block(codec, source, indices, batch_size, workers, device, bar)
                 with whole_file(folder / f"{name}.tokens.npy") as file:
                     np.save(file, pack(tokens, codec.spec, float_dtype), allow_pickle=False)
@@ -73,9 +80,11 @@ def encode_tokens(
                 write_json(folder / f"{name}.tokens.json", finished)  # last: it says that the block is whole
             else:
                 bar.update(length)
-            blocks.append({key: finished[key] for key in ("name", "length", "identity", "lost")})
-            start += length
-    manifest = {**made_by, "source": source.name, "blocks": blocks}
+            blocks.append(finished)
+    if None in blocks:
+        return None
+    told = [{key: block[key] for key in ("name", "length", "identity", "lost")} for block in blocks]
+    manifest = {**made_by, "source": source.name, "blocks": told}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -146,13 +155,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens"
     )
+    add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
 
     def work() -> str:
         codec = load_part(find_tokenizer(parsed.tokenizer))
         source = open_source(parsed.shards)
-        options = parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype
+        options = parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype, parsed.shard_range
         manifest = encode_tokens(codec, source, parsed.out, *options)
+        if manifest is None:
+            return f"{parsed.out}: these shards are done; others are not yet"
         lost = sum(len(block["lost"]) for block in manifest["blocks"])
         return f"{parsed.out}: tokens of {len(source) - lost} images; {lost + len(source.lost)} could not be read"
 
