@@ -29,8 +29,8 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from nar_t2i.data.files import sync_folder, whole_file
 from nar_t2i.errors import UserError
-from nar_t2i.folders import write_json
 from nar_t2i.training import fragments
 
 FORMAT = 1
@@ -220,13 +220,12 @@ def save(trainer: Trainer, folder: Path, facts: dict[str, Any]) -> None:
 def _seal(beside: Path, folder: Path, content: dict[str, Any]) -> str | None:
     """Write the manifest and give the folder its name; what went wrong, if anything."""
     try:
-        write_json(beside / MANIFEST, content)
-        _flush(beside / MANIFEST)
-        _flush(beside)
+        with whole_file(beside / MANIFEST) as file:
+            file.write(json.dumps(content, indent=2).encode())
         if folder.exists():
             remove(folder)
         beside.rename(folder)
-        _flush(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         return f"{folder}: could not be written: {error.strerror}"
     return None
@@ -236,14 +235,6 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint; from the first moment on it no longer counts as one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class FolderIO(TorchCheckpointIO):
