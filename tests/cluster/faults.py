@@ -2,12 +2,9 @@
 
 import os
 import signal
-import sys
 import time
 
 from lightning.pytorch import Callback
-
-from nar_t2i.training import checkpoints
 
 
 class KillAt(Callback):
@@ -51,23 +48,3 @@ class Slow(Callback):
 
     def on_train_batch_start(self, trainer, *arguments) -> None:
         time.sleep(self.seconds)
-
-
-class SlowSaves(Callback):
-    """Checkpoints take longer to write, and their first byte and their manifest are told."""
-
-    def __init__(self, seconds: float) -> None:
-        write, seal = checkpoints.write_file, checkpoints._seal
-
-        def slowly(path, content):
-            print(f"first byte of {path}", file=sys.stderr, flush=True)
-            time.sleep(seconds)
-            return write(path, content)
-
-        def sealed(beside, folder, content):
-            time.sleep(seconds)
-            problem = seal(beside, folder, content)
-            print(f"sealed {folder}", file=sys.stderr, flush=True)
-            return problem
-
-        checkpoints.write_file, checkpoints._seal = slowly, sealed
