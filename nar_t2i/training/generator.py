@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.inference.confidence import Confidence
 from nar_t2i.noise import Noise
