@@ -1,8 +1,6 @@
 """`python -m nar_t2i` is `nar-t2i`."""
 
-import sys
-
-from nar_t2i.cli import main
+from nar_t2i.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

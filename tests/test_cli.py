@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,32 @@ def test_help_is_quick_and_imports_no_torch():
     assert result.returncode == 0, result.stderr
     for command in ("fit", "validate", "test", "predict", "generate", "evaluate", "report", "quickstart"):
         assert re.search(rf"^\s+{command}\b", result.stdout, re.M)
+
+
+LEAVING = """
+import atexit, threading, time, torch
+from nar_t2i.cli import leave
+
+def work():
+    x = torch.randn(200, 200)
+    while True:
+        x @ x
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+atexit.register(print, "registered")
+time.sleep(0.3)
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [("leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)])
+def test_threads_that_want_pythons_lock_do_not_abort_a_process_that_leaves(ending, status):
+    code = LEAVING.replace("leave(3)", ending)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "registered\n"
+    if ending.startswith("leave") or sys.version_info < (3, 14):  # from then on such threads wait instead
+        assert result.returncode == status  # the second is the control: what Python does by itself
 
 
 def test_help_of_a_verb(capsys):

@@ -137,6 +137,29 @@ class PatternEncoder(LocalEncoder):
         return torch.cat([share * pattern, 2 * (1 - share) * mean], dim=1)
 
 
+class OutlineEncoder(PatternEncoder):
+    """A PatternEncoder without a trace of colour in outlines, and without a trace of specks in colours.
+
+    A code that an outline has in one colour alone is a code that a pair of colour and shape which training never shows
+    would need, and never learns. With m the median colour, and t the SPECK-th largest of the pixels' differences from
+    it, of length r: s = r² / (r² + CONTRAST²), and the colour is m. So a patch of which fewer than SPECK pixels differ
+    counts as plain; the decoder sees from its neighbours what belongs there.
+    """
+
+    SPECK = 6
+
+    def describe(self, patches: Tensor) -> Tensor:
+        x = patches.float().unflatten(1, (3, -1))  # (B, 3, f · f, h, w)
+        mean, median = x.mean(2, keepdim=True), x.median(2, keepdim=True).values
+        difference = x - mean
+        farthest = difference.square().sum(1).argmax(1)[:, None, None].expand(-1, 3, -1, -1, -1)
+        main = difference.gather(2, farthest)  # (B, 3, 1, h, w)
+        pattern = (difference * main).sum(1) / (main.square().sum(1) + 1e-4)
+        contrast = (x - median).square().sum(1).topk(self.SPECK, dim=1).values[:, -1:]  # r²
+        share = contrast / (contrast + self.CONTRAST**2)
+        return torch.cat([share * pattern, 2 * (1 - share) * median.squeeze(2)], dim=1)
+
+
 class Upsample(nn.Module):
     """Twice the resolution: a 1×1 convolution to four times the channels, unfolded, so no pixel is computed twice."""
 

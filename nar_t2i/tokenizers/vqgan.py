@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.parts import part
-from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder, PatternEncoder
+from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder, OutlineEncoder, PatternEncoder
 from nar_t2i.tokenizers.quantizers import Quantized, VectorQuantizer
 from nar_t2i.types import Condition, Encoded, TokenCodec, TokenSpec
 
@@ -29,7 +29,8 @@ class VQGAN(TokenCodec):
     image_size: pixels a side. channels: of each stage, fine to coarse; one token covers patch · 2^(stages − 1) pixels a
     side. blocks: residual blocks a stage; encoder_blocks: the same in the encoder, where it needs fewer. attention:
     self-attention at the coarsest stage. encoder: "convolutional", the usual one; "local", each code from its own pixels
-    alone (see LocalEncoder); "pattern", of these the outlines rather than the colours (see PatternEncoder).
+    alone (see LocalEncoder); "pattern", of these the outlines rather than the colours (see PatternEncoder); "outline",
+    the same with stricter bounds between the two (see OutlineEncoder).
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class VQGAN(TokenCodec):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         encoder_blocks: int | None = None,
-        encoder: Literal["convolutional", "local", "pattern"] = "convolutional",
+        encoder: Literal["convolutional", "local", "pattern", "outline"] = "convolutional",
         patch: int = 2,
         attention: bool = True,
         quantizer: VectorQuantizer | None = None,
@@ -55,8 +56,8 @@ class VQGAN(TokenCodec):
         if encoder == "convolutional":
             self.encoder: nn.Module = Encoder(channels, encoder_blocks, patch, width, attention)
         else:
-            kind = PatternEncoder if encoder == "pattern" else LocalEncoder
-            self.encoder = kind(self.downsampling, channels[-1], encoder_blocks, width)
+            kinds = {"local": LocalEncoder, "pattern": PatternEncoder, "outline": OutlineEncoder}
+            self.encoder = kinds[encoder](self.downsampling, channels[-1], encoder_blocks, width)
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 

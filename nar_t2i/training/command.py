@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -84,6 +85,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
             file=sys.stderr,
         )
         return signals.status
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nar_t2i.errors import UserError
-
 KEY = "fragments"  # of what run.pt says about them
 WEIGHT, AVERAGE, START = "weight", "average", "start"
 
@@ -59,8 +57,6 @@ def _of_stage_3(optimizer: Any) -> Iterator[tuple[Tensor, Fragment]]:
             partition = optimizer.fp32_partitioned_groups_flat[index]
             start = rank * size
             count = max(0, min(size, p.ds_numel - start))  # the last ranks' are padded
-            if count and not partition.numel():
-                raise UserError("trainer.strategy: states that are offloaded to NVMe cannot be saved; offload to the CPU")
             if count:
                 yield p, Fragment(start, partition.narrow(0, offset, count), partition, offset)
 

@@ -80,6 +80,11 @@ class Signals(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_agreed()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sent is not None:
+            self._sent[1].wait()
+            self._sent = None
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

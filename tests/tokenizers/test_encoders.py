@@ -1,9 +1,10 @@
 """What the encoders that see each token's own pixels alone make of them."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from nar_t2i.tokenizers.convolutional import LocalEncoder, PatternEncoder
+from nar_t2i.tokenizers.convolutional import LocalEncoder, OutlineEncoder, PatternEncoder
 
 
 def disc(size: int, inside: tuple[float, float, float], outside: tuple[float, float, float]) -> Tensor:
@@ -30,30 +31,50 @@ def test_a_pattern_is_the_same_in_all_colours() -> None:
         assert (described(pixels, picture) - described(pixels, pictures[0])).abs().max() > 1  # the control: colours
 
 
-def test_another_outline_is_another_pattern() -> None:
-    encoder = PatternEncoder(8, 16, 1, 4)
+def test_an_outline_keeps_no_trace_of_its_colours() -> None:
+    pictures = [disc(8, RED, WHITE), disc(8, BLUE, WHITE), disc(8, RED, BLACK), disc(8, WHITE, BLUE)]
+    outline, pattern = ([described(kind(8, 16, 1, 4), p) for p in pictures] for kind in (OutlineEncoder, PatternEncoder))
+    assert all((found - outline[0]).abs().max() < 0.005 for found in outline[1:])
+    assert max((found - pattern[0]).abs().max() for found in pattern[1:]) > 0.05  # the control: four times as much
+
+
+@pytest.mark.parametrize("pixels", [0, 1, OutlineEncoder.SPECK - 1, OutlineEncoder.SPECK])
+def test_a_speck_leaves_a_patch_plain(pixels: int) -> None:
+    encoder = OutlineEncoder(8, 16, 1, 4)
+    image = disc(8, RED, RED)
+    image[0, :, 0, :pixels] = torch.tensor(WHITE).unsqueeze(1)
+    plain = torch.cat([torch.zeros(64), 2 * torch.tensor(RED)])
+    assert torch.allclose(described(encoder, image), plain, atol=1e-5) == (pixels < OutlineEncoder.SPECK)
+
+
+@pytest.mark.parametrize("kind", [PatternEncoder, OutlineEncoder])
+def test_another_outline_is_another_pattern(kind: type[LocalEncoder]) -> None:
+    encoder = kind(8, 16, 1, 4)
     upright = disc(8, RED, WHITE)
     assert (described(encoder, upright) - described(encoder, upright.flip(-1))).abs().max() > 0.8
 
 
-def test_plain_patches_are_told_apart_by_their_colour() -> None:
-    encoder = PatternEncoder(8, 16, 1, 4)
+@pytest.mark.parametrize("kind", [PatternEncoder, OutlineEncoder])
+def test_plain_patches_are_told_apart_by_their_colour(kind: type[LocalEncoder]) -> None:
+    encoder = kind(8, 16, 1, 4)
     red, blue = (described(encoder, disc(8, c, c)) for c in (RED, BLUE))
     assert red[:64].abs().max() < 1e-3 and blue[:64].abs().max() < 1e-3
     assert torch.allclose(red[64:], 2 * torch.tensor(RED), atol=1e-2)
     assert torch.allclose(blue[64:], 2 * torch.tensor(BLUE), atol=1e-2)
 
 
-def test_gradients_are_finite_on_plain_and_on_patterned_patches() -> None:
-    encoder = PatternEncoder(8, 16, 1, 4)
+@pytest.mark.parametrize("kind", [PatternEncoder, OutlineEncoder])
+def test_gradients_are_finite_on_plain_and_on_patterned_patches(kind: type[LocalEncoder]) -> None:
+    encoder = kind(8, 16, 1, 4)
     images = torch.cat([torch.full((1, 3, 8, 8), 0.5), disc(8, RED, WHITE)]).requires_grad_()
     encoder(images).square().sum().backward()
     assert images.grad is not None and images.grad.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
-def test_a_latent_depends_on_its_own_patch_alone() -> None:
-    encoder = PatternEncoder(8, 16, 1, 4)
+@pytest.mark.parametrize("kind", [PatternEncoder, OutlineEncoder])
+def test_a_latent_depends_on_its_own_patch_alone(kind: type[LocalEncoder]) -> None:
+    encoder = kind(8, 16, 1, 4)
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     changed = images.clone()
     changed[:, :, :8, :8] = 0.5

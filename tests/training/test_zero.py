@@ -1,7 +1,6 @@
 """What ZeRO refuses before anything runs. That it trains like DDP is shown on several ranks, in tests/cluster."""
 
-import re
-import shutil
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.strategies import StrategyRegistry
@@ -39,13 +38,21 @@ def test_there_is_no_fourth_stage():
         zero.ZeRO(stage=4)
 
 
-@pytest.mark.parametrize("missing", [["g++"], ["ninja"], ["g++", "ninja"]])
-def test_missing_compilers_are_said_before_the_run_starts(monkeypatch, tmp_path, missing):
-    monkeypatch.setattr(shutil, "which", lambda command: None if command in missing else f"/usr/bin/{command}")
-    tools = " and ".join(zero.BUILD_TOOLS[tool] for tool in missing)
-    with pytest.raises(UserError, match=re.escape(f"needs {tools};")):
-        trainer = tiny.trainer("deepspeed_stage_2", 1, 1, default_root_dir=tmp_path)
-        trainer.fit(tiny.Generator(), datamodule=tiny.data())
+def test_offload_to_nvme_is_refused():
+    made = StrategyRegistry["deepspeed_stage_3_offload_nvme"]
+    with pytest.raises(UserError, match="what is offloaded to NVMe cannot be saved; offload to the CPU"):
+        made["strategy"](**made["init_params"])
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3_offload"])
+def test_no_compiler_is_needed_and_nothing_stays_in_shared_memory(strategy, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    before = set(Path("/dev/shm").glob("deepspeed*"))
+    trainer = tiny.trainer(strategy, 1, 1, default_root_dir=tmp_path)
+    trainer.fit(tiny.Generator(), datamodule=tiny.data())
+    assert trainer.global_step > 0
+    assert not (tmp_path / "built").exists() and set(Path("/dev/shm").glob("deepspeed*")) == before
 
 
 def test_a_tokenizer_is_told_to_use_ddp(tmp_path):
