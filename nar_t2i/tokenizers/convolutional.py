@@ -142,7 +142,7 @@ class OutlineEncoder(PatternEncoder):
 
     A code that an outline has in one colour alone is a code that a pair of colour and shape which training never shows
     would need, and never learns. With m the median colour, and t the SPECK-th largest of the pixels' differences from
-    it, of length r: s = r² / (r² + CONTRAST²), and the colour is m. So a patch of which fewer than SPECK pixels differ
+    it, of length r: s = r² / (r² + CONTRAST²), and the features are s·p and 4(1 − s)·m. So a patch of which fewer than SPECK pixels differ
     counts as plain; the decoder sees from its neighbours what belongs there.
     """
 
@@ -157,7 +157,7 @@ class OutlineEncoder(PatternEncoder):
         pattern = (difference * main).sum(1) / (main.square().sum(1) + 1e-4)
         contrast = (x - median).square().sum(1).topk(self.SPECK, dim=1).values[:, -1:]  # r²
         share = contrast / (contrast + self.CONTRAST**2)
-        return torch.cat([share * pattern, 2 * (1 - share) * median.squeeze(2)], dim=1)
+        return torch.cat([share * pattern, 4 * (1 - share) * median.squeeze(2)], dim=1)
 
 
 class Upsample(nn.Module):

@@ -29,6 +29,8 @@ class VectorQuantizer(nn.Module):
     codes: K. width: D. update: "ema" (van den Oord et al., arXiv 1711.00937, appendix A) or "loss" (‖sg(z) − e‖²).
     commitment: β. decay: of the moving averages. revive_below: a code whose moving count of uses falls under this share
     of the mean count is dead and takes the place of a latent of the current batch (our choice); 0 switches it off.
+    revive_steps: none is revived after so many updates; an average of the codebook, which is what a run exports, has no
+    meaning while codes change their places.
 
     Statistics are summed over ranks and revived codes are drawn from the latents of all ranks, so that one and two
     ranks give the same codebook. `step()` must be called once after every optimizer step, on all ranks, after the same
@@ -43,10 +45,11 @@ class VectorQuantizer(nn.Module):
         commitment: float = 0.25,
         decay: float = 0.97,
         revive_below: float = 0.03,
+        revive_steps: int | None = None,
     ):
         super().__init__()
         self.codes, self.width, self.update = codes, width, update
-        self.commitment, self.decay, self.revive_below = commitment, decay, revive_below
+        self.commitment, self.decay, self.revive_below, self.revive_steps = commitment, decay, revive_below, revive_steps
         start = F.normalize(torch.randn(codes, width), dim=1)
         if update == "loss":
             self.codebook = nn.Parameter(start)
@@ -99,7 +102,8 @@ class VectorQuantizer(nn.Module):
             self.sums.lerp_(sums, 1 - self.decay)
             alive = self.counts > 1e-6
             self.codebook[alive] = F.normalize(self.sums[alive], dim=1)
-        self._revive(latents)
+        if self.revive_steps is None or self.updates < self.revive_steps:
+            self._revive(latents)
         self.updates += 1
         return used
 

@@ -26,13 +26,15 @@ import nar_t2i
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import Recipe
-from nar_t2i.training import checkpoints, zero
+from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
+from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.init_from import load_weights
 from nar_t2i.training.monitor import Monitor
-from nar_t2i.training.preemption import Signals, StallWatch
+from nar_t2i.training.preemption import REQUEUE, Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
+from nar_t2i.training.wandb_run import WandbConfig
 
 FRESH = ("none", "fresh")
 # What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
@@ -55,7 +57,7 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     """
     quieten()
     zero.register()
-    recipe = _load(configs, overrides)
+    recipe = _load(subcommand, configs, overrides)
     cli = RecipeCLI(recipe)
     if print_config:
         print(cli.config_yaml, end="")
@@ -80,6 +82,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
         signals = cli.signals
+        if signals.status == REQUEUE:
+            wandb_run.leave_for_another_start(cli.trainer.loggers, REQUEUE)
         print(
             f"nar-t2i: {signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
             file=sys.stderr,
@@ -120,6 +124,8 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
         parser.add_argument("--stall_minutes", type=float | None, default=30.0, help="without a batch: give up; null: never")
         parser.add_argument("--checkpoint", type=CheckpointConfig, default=CheckpointConfig())
+        parser.add_argument("--bad_steps", type=GuardConfig, default=GuardConfig())
+        parser.add_argument("--wandb", type=WandbConfig | None, default=None, help="log to Weights & Biases")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -159,17 +165,17 @@ class RecipeCLI(LightningCLI):
         callbacks = [RunFolder(run_dir, config_yaml, yaml.safe_load(config_yaml)), self.signals]
         if self.config.stall_minutes is not None:
             callbacks.append(StallWatch(self.config.stall_minutes))
+        guard_config = self._get(self.config_init, "bad_steps")
+        if self.verb == "fit" and guard_config.policy != "ignore":
+            callbacks.append(Guard(guard_config))
         monitor = Monitor(run_dir)
         if self.verb == "fit" and settings["logger"] is not False:
             callbacks.append(monitor)
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
             settings_of = self._get(self.config_init, "checkpoint")
             callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml, monitor))
-        if self.verb == "fit" and settings["logger"] is not False:
-            asked = [logger for logger in _listed(settings["logger"]) if isinstance(logger, Logger)]
-            settings["logger"] = [RunLogger(run_dir), *asked]
-        elif settings["logger"] is None:
-            settings["logger"] = False
+        if settings["logger"] is not False:
+            settings["logger"] = self._loggers(run_dir, settings["logger"]) or False
         if SLURMEnvironment.detect():  # Lightning's own requeueing saves inside of its signal handler
             settings["plugins"] = [*_listed(settings["plugins"]), SLURMEnvironment(auto_requeue=False)]
         if settings["accelerator"] == "cpu":
@@ -180,7 +186,15 @@ class RecipeCLI(LightningCLI):
         return trainer
 
 
-def _load(configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    def _loggers(self, run_dir: Path, asked: Any) -> list[Logger]:
+        loggers = [logger for logger in _listed(asked) if isinstance(logger, Logger)]
+        wandb_config = self._get(self.config_init, "wandb")
+        on_wandb = wandb_run.logger(run_dir, wandb_config, continued=self.config.ckpt_path not in FRESH)
+        own = RunLogger(run_dir) if self.verb == "fit" else None
+        return [logger for logger in (own, *loggers, on_wandb) if logger is not None]
+
+
+def _load(subcommand: str, configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The resolved recipe, with a run folder, and without what would contradict one."""
     recipe = recipes.load(configs, overrides)
     trainer = recipe.config.get("trainer")
@@ -190,6 +204,9 @@ def _load(configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
     if recipe.config.get("run_dir") is None:
         recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
+    trial = wandb_run.trial()
+    if trial is not None and subcommand == "fit":  # the trials of a sweep would go on from one another
+        recipe.config["run_dir"] = str(Path(recipe.config["run_dir"], "sweeps", *trial))
     return recipe
 
 

@@ -19,13 +19,15 @@ from nar_t2i.recipe import Recipe
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_HINTS = 12
+REQUIRED = "is required"
 
 
 def explain(recipe: Recipe, error: Exception, parser: ArgumentParser) -> UserError:
     """The error to show for `error`, which `parser` raised about `recipe.config`."""
     for prefix, node in _class_nodes("", recipe.config):
         found = _check(node)
-        if found is not None:
+        # What a factory is given only when it is called, a class by itself requires, too; then the error does not say so.
+        if found is not None and (found[1] != REQUIRED or found[0].removeprefix("init_args.") in str(error)):
             key, reason = found
             return recipe.error(f"{prefix}.{key}", reason)
     key, reason = _read(str(error), parser, recipe.config)
@@ -76,7 +78,7 @@ def _read(message: str, parser: ArgumentParser, config: dict[str, Any]) -> tuple
         inside = [name[len(group) + 1:] for name in names if name.startswith(f"{group}.")]
         return f"{group}.{option}", _unknown(option, sorted(inside))
     if match := re.match(r"the following arguments are required: ([^\s,]+)", message):
-        return match[1], "is required"
+        return match[1], REQUIRED
     if match := re.match(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         key, reason = match[1], _reason(match[2])
         is_class = isinstance(_at(config, key), dict) and "class_path" in _at(config, key)

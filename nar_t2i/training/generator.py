@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.detector import MIN_SIDE
+from nar_t2i.evaluation.scene_accuracy import verdicts
+from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.folders import load_part
 from nar_t2i.inference.confidence import Confidence
 from nar_t2i.noise import Noise
@@ -41,7 +46,9 @@ class GeneratorModule(TrainedModule):
     trained along. network: made from the tokens' spec and the text's widths. learning, inference, guidance: strategies;
     inference and guidance only draw the sample grids and become the exported pipeline's defaults.
     caption_dropout: the probability that an image's caption is replaced by the null caption, for guidance.
-    seed: of masks and caption dropout. sample_prompts: drawn at every validation.
+    seed: of masks and caption dropout. sample_prompts: drawn at every validation. scene_prompts: how many scene prompts
+    of each category are drawn and scored at every validation, as `validation_scene_accuracy`; the prompts are those that
+    travel with the package, of combinations that training has seen.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -60,6 +67,7 @@ class GeneratorModule(TrainedModule):
         ema_decay: float = 0.999,
         seed: int = 0,
         sample_prompts: list[str] | None = None,
+        scene_prompts: int = 0,
         budget_minutes: float | None = None,
     ):
         super().__init__(optimizer, ema_decay, budget_minutes)
@@ -74,6 +82,9 @@ class GeneratorModule(TrainedModule):
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
         self.sample_prompts = sample_prompts or []
+        self.scene_prompts = take(committed("seen"), scene_prompts)
+        if scene_prompts and codec.image_size < MIN_SIDE:
+            raise UserError(f"scene_prompts: the detector needs {MIN_SIDE} pixels a side, and images have {codec.image_size}")
 
     @property
     def codec(self) -> TokenCodec:
@@ -131,6 +142,22 @@ class GeneratorModule(TrainedModule):
         if self.sample_prompts and not self.trainer.sanity_checking:
             images = self.pipeline().sample(self.sample_prompts).images
             log_picture(self, "samples", rows_of(images.cpu(), columns=8))
+        if self.scene_prompts and not self.trainer.sanity_checking:
+            self.log("validation_scene_accuracy", self._scene_accuracy(), sync_dist=True, prog_bar=True)
+
+    def _scene_accuracy(self) -> float:
+        """The mean over the categories. Prompt i is drawn with seed i, by rank i modulo their number."""
+        ranks, total = self.trainer.world_size, len(self.scene_prompts)
+        # As many on every rank: under ZeRO-3 their passes must meet.
+        indices = [i % total for i in range(self.global_rank, -(-total // ranks) * ranks, ranks)]
+        prompts = [self.scene_prompts[i] for i in indices]
+        images = self.pipeline().sample([prompt.prompt for prompt in prompts], seed=indices).images
+        right = torch.full((total,), -1.0, device=self.device)
+        right[indices] = torch.tensor(verdicts(images.permute(0, 2, 3, 1).cpu().numpy(), prompts), device=self.device).float()
+        right = self.all_gather(right).view(ranks, total).amax(0).tolist()
+        categories = [prompt.category for prompt in self.scene_prompts]
+        of_each = [mean(r for r, c in zip(right, categories, strict=True) if c == known) for known in sorted(set(categories))]
+        return mean(of_each)
 
     def pipeline(self) -> TextToImage:
         """The generator as it stands, as a pipeline that shares its weights."""

@@ -4,6 +4,7 @@
       config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
       versions.json    packages, Python, platform, git commit
       metrics.csv      everything logged, continued across restarts
+      wandb_id         of the run on W&B, where there is one (see `nar_t2i.training.wandb_run`)
       started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
       checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
@@ -24,13 +25,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 import nar_t2i
 from nar_t2i.errors import UserError
-from nar_t2i.training import checkpoints
+from nar_t2i.training import checkpoints, wandb_run
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals
 
@@ -76,6 +78,9 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):
+                logger.log_hyperparams(self.config)
         if stage != "fit":
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +91,8 @@ class RunFolder(Callback):
         _write(path, self.config_yaml)
         _write(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
         for logger in trainer.loggers:
-            if not isinstance(logger, RunLogger):
-                logger.log_hyperparams(self.config)
+            if isinstance(logger, WandbLogger):
+                _write(self.folder / wandb_run.ID_FILE, f"{logger.version}\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:

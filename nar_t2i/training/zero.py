@@ -101,6 +101,20 @@ class ZeRO(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def skip_step(self) -> None:
+        """Let the engine's next step change nothing, as it does after an overflow in fp16."""
+        optimizer = self.deepspeed_engine.optimizer
+        name = "_overflow_check_and_loss_scale_update" if self.stage == 3 else "check_overflow"
+        checks = getattr(optimizer, "check_grad_overflow", None)
+
+        def overflow(*args: Any, **kwargs: Any) -> bool:
+            delattr(optimizer, name)  # of the instance, in front of the class's
+            optimizer.check_grad_overflow = checks
+            optimizer.overflow = True
+            return True
+
+        setattr(optimizer, name, overflow)
+        optimizer.check_grad_overflow = True
 
     # Checkpoints: see `nar_t2i.training.checkpoints`
 

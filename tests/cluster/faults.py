@@ -2,9 +2,12 @@
 
 import os
 import signal
+import sys
 import time
 
 from lightning.pytorch import Callback
+
+from nar_t2i.training import checkpoints
 
 
 class KillAt(Callback):
@@ -48,3 +51,39 @@ class Slow(Callback):
 
     def on_train_batch_start(self, trainer, *arguments) -> None:
         time.sleep(self.seconds)
+
+
+class SlowSaves(Callback):
+    """Checkpoints take longer to write, and their first byte and their manifest are told."""
+
+    def __init__(self, seconds: float) -> None:
+        write, seal = checkpoints.write_file, checkpoints._seal
+
+        def slowly(path, content):
+            print(f"first byte of {path}", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+            return write(path, content)
+
+        def sealed(beside, folder, content):
+            time.sleep(seconds)
+            problem = seal(beside, folder, content)
+            print(f"sealed {folder}", file=sys.stderr, flush=True)
+            return problem
+
+        checkpoints.write_file, checkpoints._seal = slowly, sealed
+
+
+class BadLoss(Callback):
+    """One rank's loss is multiplied, or made nan, or its gradient is, at certain steps."""
+
+    def __init__(self, step: int | list[int], rank: int, factor: str | float) -> None:
+        self.steps, self.rank, self.factor = [step] if isinstance(step, int) else step, rank, factor
+
+    def _due(self, trainer) -> bool:
+        return trainer.global_step in self.steps and trainer.global_rank == self.rank
+
+    def on_before_backward(self, trainer, module, loss) -> None:
+        if self._due(trainer) and self.factor == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        elif self._due(trainer):
+            loss.data.mul_(float(self.factor))

@@ -131,6 +131,17 @@ def test_revival_can_be_switched_off():
     assert off.counts.min() < 0.01 < q.counts.min()
 
 
+def test_revival_ends_after_so_many_updates():
+    q, on = quantizer(64, decay=0.5, revive_steps=3), quantizer(64, decay=0.5)
+    for step in range(12):
+        for module in (q, on):
+            module(latents(40, 4))
+            module.step()
+        if step == 2:
+            assert all(torch.equal(value, on.state_dict()[name]) for name, value in q.state_dict().items())
+    assert q.counts.min() < 0.01 < on.counts.min()
+
+
 def test_more_dead_codes_than_latents():
     q = quantizer(64, decay=0.01)
     for _ in range(3):

@@ -1,0 +1,82 @@
+"""How much memory training takes on each GPU, from the sizes of the weights alone.
+
+Weights, gradients and optimizer states are counted as DDP and DeepSpeed lay them out, padding included; a test compares
+them with what the two really hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STAGES = {"ddp": 0, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
+BUCKET = 200_000_000  # elements, Lightning's default of reduce_bucket_size
+PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole
+LIVE = 1_000_000_000  # elements that ZeRO-3 holds whole at once, at most
+DDP_BUCKETS = "of DDP, which copies gradients into them"
+
+
+@dataclass
+class Held:
+    """Bytes on one GPU, between two steps but for `buffers` and `gradients`, which live during one.
+
+    weights: what the network computes with, frozen ones included. gradients: at the end of the backward passes.
+    optimizer: its states, and the fp32 weights that it updates where they are others. average: the EMA. buffers:
+    what gradients are sent from, and under ZeRO-3 the weights that are whole for a while.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    buffers: int
+
+    @property
+    def lasting(self) -> int:
+        return self.weights + self.optimizer + self.average
+
+    def peak(self, activations: int, accumulates: bool) -> int:
+        """activations: bytes saved for the backward pass, which frees them as gradients come; accumulated gradients are
+        there from the start."""
+        with_them = self.gradients if accumulates else 0
+        return self.lasting + self.buffers + max(activations + with_them, self.gradients)
+
+
+def held(
+    groups: Sequence[Sequence[int]], frozen: int, ranks: int, stage: int, half: bool, averaged: bool, states: int = 2
+) -> Held:
+    """What a rank of `ranks` holds.
+
+    groups: the sizes of the trained parameters, by the optimizer's groups. frozen: bytes of frozen weights. stage: of
+    ZeRO; 0 = DDP. half: whether weights are computed with in 16 bits, which under DDP are converted on the way and
+    under ZeRO are kept beside fp32 ones. averaged: whether there is an EMA. states: fp32 numbers that the optimizer keeps
+    for each weight.
+    """
+    total = sum(map(sum, groups))
+    if stage == 0:
+        buckets = 4 * total if ranks > 1 else 0
+        return Held(4 * total + frozen, 4 * total, 4 * states * total + _counters(groups, states), 4 * total * averaged, buckets)
+    width = 2 if half else 4
+    if stage < 3:
+        padded = [_up(sum(group), 2 * ranks) for group in groups]
+        own = sum(padded) // ranks
+        # Stage 1 keeps whole gradients, and both keep what they update in fp32.
+        gradients = width * (sum(padded) if stage == 1 else own) + 4 * own
+        buffers = 2 * width * BUCKET if stage == 2 else width * BUCKET
+        return Held(width * sum(padded) + frozen, gradients, 4 * (1 + states) * own + _counters(groups, states), 4 * own * averaged, buffers)
+    sizes = [size for group in groups for size in group]
+    own = sum(math.ceil(size / ranks) for size in sizes)
+    whole = sum(size for size in sizes if size < PERSISTENT)
+    live = min(LIVE, total) - min(whole, LIVE)
+    return Held(width * (own + whole) + frozen, (width + 4) * own, 4 * (1 + states) * own + _counters(groups, states),
+                4 * own * averaged, width * (BUCKET + live))  # fmt: skip
+
+
+def _counters(groups: Sequence[Sequence[int]], states: int) -> int:
+    """AdamW's count of steps is a number a tensor; a few bytes that are left out."""
+    return 0
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
