@@ -23,6 +23,7 @@ LIGHTNING_VERBS = {
 MODULES = {
     "generate": "nar_t2i.generate",
     "evaluate": "nar_t2i.evaluation.command",
+    "doctor": "nar_t2i.training.doctor",
     "export": "nar_t2i.training.export",
     "report": "nar_t2i.evaluation.report",
     "quickstart": "nar_t2i.quickstart",
@@ -39,6 +40,7 @@ usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
   --init_from PATH           start from the weights of a checkpoint, a run or a model folder
   --print_config             print the resolved configuration and stop
 """
+DOCTOR_USAGE = "nar-t2i doctor RECIPE [--nodes N] [--gpus-per-node G] [--gpu-memory-gib M] [--KEY VALUE …]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in LIGHTNING_VERBS:
             return _lightning(arguments[0], arguments[1:])
-        namespace = _parser().parse_args(arguments)
+        if arguments and arguments[0] == "doctor":
+            namespace, rest = _parser().parse_known_args(arguments)
+            configs, namespace.overrides, _ = _recipe(rest)
+            namespace.recipes = [namespace.recipe, *configs]
+        else:
+            namespace = _parser().parse_args(arguments)
         return importlib.import_module(MODULES[namespace.command]).main(namespace) or 0
     except UserError as error:
         if os.environ.get("NAR_T2I_TRACEBACK") == "1":
@@ -108,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
 
+    doctor = commands.add_parser("doctor", help="what a recipe needs, and what is wrong with it", usage=DOCTOR_USAGE)
+    doctor.add_argument("recipe", metavar="RECIPE")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="default: the recipe's")
+    doctor.add_argument("--gpus-per-node", type=int, metavar="G", help="default: the recipe's")
+    doctor.add_argument("--gpu-memory-gib", type=float, metavar="M", help="of each, for the largest micro-batch that fits")
+
     export = commands.add_parser("export", help="turn a checkpoint into a model folder")
     export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest one")
     export.add_argument("folder", metavar="FOLDER", help="the model folder to write")
@@ -130,15 +143,23 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _lightning(verb: str, arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(RECIPE_HELP.format(verb=verb, what=LIGHTNING_VERBS[verb].capitalize()), end="")
+        return 0
+    configs, overrides, print_config = _recipe(arguments)
+    if not configs:
+        raise UserError(f"command line: {verb} needs --config RECIPE; see nar-t2i {verb} --help")
+    return importlib.import_module("nar_t2i.training.command").run(verb, configs, overrides, print_config)
+
+
+def _recipe(arguments: list[str]) -> tuple[list[str], list[str], bool]:
+    """Recipes, overrides as KEY=VALUE, and whether --print_config is among them."""
     configs: list[str] = []
     overrides: list[str] = []
     print_config = False
     while arguments:
         argument = arguments.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
-        if argument in ("-h", "--help"):
-            print(RECIPE_HELP.format(verb=verb, what=LIGHTNING_VERBS[verb].capitalize()), end="")
-            return 0
         if argument == "--print_config":
             print_config = True
             continue
@@ -152,9 +173,7 @@ def _lightning(verb: str, arguments: list[str]) -> int:
             configs.append(value)
         else:
             overrides.append(f"{name}={value}")
-    if not configs:
-        raise UserError(f"command line: {verb} needs --config RECIPE; see nar-t2i {verb} --help")
-    return importlib.import_module("nar_t2i.training.command").run(verb, configs, overrides, print_config)
+    return configs, overrides, print_config
 
 
 def _message(error: UserError) -> str:

@@ -46,6 +46,7 @@ _WARNINGS = (
     r".*The number of training batches \(\d+\) is smaller than the logging interval.*",
     r".*have no `val_dataloader`.*",
     r".*Trying to infer the `batch_size`.*",
+    r".*The `srun` command is available on your system but is not used.*",
 )
 _INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt")
 
@@ -78,6 +79,13 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         raise UserError(f"{recipe.name}: {_one_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{checkpoint}: holds more than tensors and plain values; it is not loaded") from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch says so wherever the training process stands
+            raise
+        raise UserError(
+            f"{_one_line(error)} Often memory ran out: take fewer data.init_args.workers. The same command goes on from the "
+            f"newest checkpoint in {cli.config.run_dir}"
+        ) from error
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise

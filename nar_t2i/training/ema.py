@@ -118,7 +118,7 @@ class EMA(Callback):
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+        return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]

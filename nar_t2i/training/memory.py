@@ -14,7 +14,6 @@ STAGES = {"ddp": 0, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_s
 BUCKET = 200_000_000  # elements, Lightning's default of reduce_bucket_size
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole
 LIVE = 1_000_000_000  # elements that ZeRO-3 holds whole at once, at most
-DDP_BUCKETS = "of DDP, which copies gradients into them"
 
 
 @dataclass
@@ -53,29 +52,27 @@ def held(
     under ZeRO are kept beside fp32 ones. averaged: whether there is an EMA. states: fp32 numbers that the optimizer keeps
     for each weight.
     """
-    total = sum(map(sum, groups))
-    if stage == 0:
-        buckets = 4 * total if ranks > 1 else 0
-        return Held(4 * total + frozen, 4 * total, 4 * states * total + _counters(groups, states), 4 * total * averaged, buckets)
-    width = 2 if half else 4
-    if stage < 3:
-        padded = [_up(sum(group), 2 * ranks) for group in groups]
-        own = sum(padded) // ranks
-        # Stage 1 keeps whole gradients, and both keep what they update in fp32.
-        gradients = width * (sum(padded) if stage == 1 else own) + 4 * own
-        buffers = 2 * width * BUCKET if stage == 2 else width * BUCKET
-        return Held(width * sum(padded) + frozen, gradients, 4 * (1 + states) * own + _counters(groups, states), 4 * own * averaged, buffers)
     sizes = [size for group in groups for size in group]
-    own = sum(math.ceil(size / ranks) for size in sizes)
-    whole = sum(size for size in sizes if size < PERSISTENT)
-    live = min(LIVE, total) - min(whole, LIVE)
-    return Held(width * (own + whole) + frozen, (width + 4) * own, 4 * (1 + states) * own + _counters(groups, states),
-                4 * own * averaged, width * (BUCKET + live))  # fmt: skip
-
-
-def _counters(groups: Sequence[Sequence[int]], states: int) -> int:
-    """AdamW's count of steps is a number a tensor; a few bytes that are left out."""
-    return 0
+    total = sum(sizes)
+    if stage == 0:  # DDP copies gradients into buckets
+        return Held(4 * total + frozen, 4 * total, 4 * states * total, 4 * total * averaged, 4 * total * (ranks > 1))
+    width = 2 if half else 4
+    if stage == 3:
+        own = sum(math.ceil(size / ranks) for size in sizes)
+        kept = whole = sum(size for size in sizes if size <= PERSISTENT)
+        live = min(LIVE, total - whole)
+        gradients = (width + 4) * own
+    else:
+        padded = [_up(sum(group), 2 * ranks) for group in groups]
+        own, kept, live = sum(padded) // ranks, sum(padded) - sum(padded) // ranks, 0
+        gradients = width * (sum(padded) if stage == 1 else own) + 4 * own
+    return Held(
+        weights=width * (own + kept) + frozen,
+        gradients=gradients,
+        optimizer=4 * (1 + states) * own,
+        average=4 * own * averaged,
+        buffers=width * (2 * BUCKET + live),  # two, so that one is filled while the other is sent
+    )
 
 
 def _up(size: int, multiple: int) -> int:

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
+from nar_t2i.hardware import matrix_rate
 
 STARTED = "started.json"  # when the run was first started, and how often
 
@@ -24,6 +26,10 @@ class Monitor(Callback):
     - `images_per_second`, `tokens_per_second`: over all ranks, since the last logged step; validation and saving apart.
     - `data_wait`: the share of that time in which this rank asked its loader for a batch.
     - `gradient_norm`: over all trained weights, before clipping.
+    - `model_flops_utilisation`: three times the operations of a forward pass, which is what a step takes, over the
+      seconds of a step, as a share of the rate of a large matrix product in the run's precision on the same device. That
+      rate is measured at each start and stands in started.json; the forward pass is counted in the first step, and with
+      it the images and positions that it left out.
     - `memory_gib`: the most that torch held on this rank's GPU, or that its process held where there is none.
     - `goodput`: the share of the time since the run was first started that went into steps which it still stands on;
       waiting in a queue, starting, validating, saving, and steps that were lost with a killed process are the rest.
@@ -37,6 +43,9 @@ class Monitor(Callback):
         self._mark = self._paused = self._seconds = self._waited = 0.0
         self._batches = 0
         self._norm: Tensor | None = None
+        self._counter: FlopCounterMode | None = None
+        self._operations = 0  # of the forward pass of one micro-batch
+        self._rate = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"productive": self.productive}
@@ -45,11 +54,22 @@ class Monitor(Callback):
         self.productive, self._resumed = state_dict["productive"], True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.half if "16" in str(trainer.precision) else torch.float32
+        self._rate = matrix_rate(trainer.strategy.root_device, dtype)
         self._first = self._note_start() if trainer.is_global_zero else 0.0
+        self._operations = 0
         self._begin(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._norm = None
+        if not self._operations and self._counter is None:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._operations, self._counter = self._counter.get_total_flops(), None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._norm is None and trainer._logger_connector.should_update_logs and not hasattr(trainer.strategy, "deepspeed_engine"):
@@ -73,6 +93,8 @@ class Monitor(Callback):
             values["images_per_second"] = rate
             if (codec := getattr(pl_module, "codec", None)) is not None:
                 values["tokens_per_second"] = rate * codec.spec.length
+        operations = 3 * self._operations * self._batches
+        values["model_flops_utilisation"] = operations / max(self._seconds, 1e-9) / self._rate
         if (waited := getattr(loader, "waited", None)) is not None:
             values["data_wait"] = min(1.0, (waited - self._waited) / max(self._seconds, 1e-9))
         if hasattr(trainer.strategy, "deepspeed_engine"):
@@ -107,7 +129,7 @@ class Monitor(Callback):
             known = read_json(self.path)
             if not isinstance(known, dict) or not {"first", "starts"} <= known.keys():
                 raise UserError(f"{self.path}: not what a run writes; delete it, and goodput counts from now on")
-        write_json(self.path, {**known, "starts": known["starts"] + 1})
+        write_json(self.path, {**known, "starts": known["starts"] + 1, "matrix_flops_per_second": self._rate})
         return known["first"]
 
 

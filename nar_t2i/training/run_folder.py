@@ -78,12 +78,13 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" or trainer.loggers:
+            self.folder.mkdir(parents=True, exist_ok=True)
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 logger.log_hyperparams(self.config)
         if stage != "fit":
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
         if path.is_file() and path.read_text(encoding="utf-8") != self.config_yaml:
             number = 1 + len(list(self.folder.glob("config.*.yaml")))

@@ -69,7 +69,8 @@ def logger(run_dir: Path, config: WandbConfig | None, continued: bool) -> WandbL
         project=os.environ.get("WANDB_PROJECT", config.project),
         **{key: value for key in ("entity", "group", "tags") if (value := getattr(config, key))},
     )
-    del made._wandb_init["anonymous"]  # which W&B warns of
+    for key in ("anonymous", *(("id", "project") if trial() is not None else ())):
+        del made._wandb_init[key]  # which W&B warns of; a trial's come from its agent
     return made
 
 

@@ -1,5 +1,6 @@
 """What goes wrong on purpose, as callbacks that a recipe can name."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ class KillAt(Callback):
         self.step = step
 
     def on_train_batch_end(self, trainer, *arguments) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step >= self.step:  # which several optimizers may pass by
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -87,3 +88,15 @@ class BadLoss(Callback):
             loss.register_hook(lambda gradient: gradient * float("nan"))
         elif self._due(trainer):
             loss.data.mul_(float(self.factor))
+
+
+class KillWorkerAt(Callback):
+    """One of this rank's data workers dies, as one does for which memory ran out."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(0.5)

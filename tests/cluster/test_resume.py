@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ KILL = json.dumps([{"class_path": "tests.cluster.faults.KillAt", "init_args": {"
 STEPS = 12
 
 
-def fit(folder, count, strategy, *overrides, verb="fit"):
-    shutil.copyfile(Path(__file__).parent / "tiny.yaml", folder / "tiny.yaml")
-    line = ["-m", "nar_t2i", verb, "--config", "tiny.yaml", f"--trainer.devices={count}", f"--trainer.strategy={strategy}"]
+def fit(folder, count, strategy, *overrides, verb="fit", recipe="tiny.yaml"):
+    shutil.copyfile(Path(__file__).parent / recipe, folder / recipe)
+    line = ["-m", "nar_t2i", verb, "--config", recipe, f"--trainer.devices={count}", f"--trainer.strategy={strategy}"]
     return ranks.run(count, [*line, *overrides], folder)
 
 
@@ -38,6 +40,22 @@ def result(folder):
     return checkpoint["state_dict"], average, losses
 
 
+def assert_exactly(found, expected):
+    """Two results of `result` are the same bit for bit."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])), name
+
+
+def assert_closely(found, expected):
+    """Weights and averages are the same up to rounding."""
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
 @pytest.fixture(scope="module", params=STRATEGIES)
 def runs(request, tmp_path_factory):
     """The same run on two ranks, uninterrupted, and killed at step 8."""
@@ -49,16 +67,20 @@ def runs(request, tmp_path_factory):
     return request.param, whole, killed
 
 
+def test_saving_changes_nothing(runs, tmp_path):
+    """The uninterrupted run saved at every third step, and this one saves at its end only."""
+    strategy, whole, _ = runs
+    went_well(fit(tmp_path, 2, strategy, "--checkpoint.every_steps=1000"))
+    assert_exactly(result(tmp_path), result(whole))
+
+
 def test_the_same_ranks_end_bit_for_bit_alike(runs, tmp_path):
     strategy, whole, killed = runs
     folder = shutil.copytree(killed, tmp_path / "again")
     ended = fit(folder, 2, strategy)
     went_well(ended)
     assert "going on from run/checkpoints/step-00000006.ckpt" in ended.errors[0]
-    for found, expected in zip(result(folder), result(whole), strict=True):
-        assert found.keys() == expected.keys()
-        for name in found:
-            assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])), name
+    assert_exactly(result(folder), result(whole))
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -67,14 +89,48 @@ def test_another_number_of_ranks_ends_alike_up_to_rounding(runs, tmp_path, count
     folder = shutil.copytree(killed, tmp_path / "again")
     # Micro-batches of a size of their own, so that one rank accumulates.
     went_well(fit(folder, count, strategy, "--data.init_args.micro_batch_size=4"))
-    (weights, average, _), (expected, expected_average, _) = result(folder), result(whole)
-    for found, there in ((weights, expected), (average, expected_average)):
-        assert found.keys() == there.keys()
-        for name in found:
-            torch.testing.assert_close(found[name], there[name], rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    assert_closely(result(folder), result(whole))
+    weights = result(folder)[0]
     # The control: six steps without the optimizer's states are told apart.
     start = checkpoints.read(killed / "run/checkpoints/step-00000006.ckpt")["state_dict"]
     assert max(float((start[name] - weights[name]).abs().max()) for name in start) > 1e-3
+
+
+def test_one_rank_goes_on_as_two(runs, tmp_path):
+    strategy, whole, _ = runs
+    assert fit(tmp_path, 1, strategy, f"--trainer.callbacks={KILL}").status == [-9]
+    went_well(fit(tmp_path, 2, strategy))
+    assert_closely(result(tmp_path), result(whole))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_take_the_same_steps_and_go_on(tmp_path, stage):
+    kept, killed = tmp_path / "kept", tmp_path / "killed"
+    for folder in (kept, killed):
+        folder.mkdir()
+    went_well(fit(kept, 2, f"deepspeed_stage_{stage}"))
+    strategy = f"deepspeed_stage_{stage}_offload"
+    assert fit(killed, 2, strategy, f"--trainer.callbacks={KILL}").status == [-9, -9]
+    went_well(fit(killed, 2, strategy))
+    assert_closely(result(killed), result(kept))
+
+
+def test_a_tokenizer_that_was_killed_ends_bit_for_bit_alike(tmp_path):
+    ends = []
+    for name, overrides in {"whole": [], "killed": [f"--trainer.callbacks={KILL}"]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        ended = fit(folder, 2, "ddp", *overrides, recipe="tiny_tokenizer.yaml")
+        if overrides:
+            assert ended.status == [-9, -9], ended.errors
+            ended = fit(folder, 2, "ddp", recipe="tiny_tokenizer.yaml")
+            assert "going on from" in ended.errors[0]
+        went_well(ended)
+        checkpoint = checkpoints.read(folder / "run/checkpoints/last.ckpt")
+        average = next(state["average"] for key, state in checkpoint["callbacks"].items() if key.startswith("EMA"))
+        assert any(key.startswith("discriminator.") for key in checkpoint["state_dict"])
+        ends.append((checkpoint["state_dict"], average))
+    assert_exactly(*ends)
 
 
 def test_export_is_the_model_that_the_run_wrote(runs, tmp_path):
@@ -130,3 +186,29 @@ def test_a_broken_part_of_one_rank_makes_all_ranks_fall_back(runs, tmp_path, los
     assert "going on from run/checkpoints/step-00000003.ckpt" in ended.errors[0]
     for name, value in result(folder)[0].items():
         assert torch.equal(value, result(whole)[0][name])
+
+
+def test_a_data_worker_that_dies_is_one_clear_error_and_the_run_goes_on(tmp_path):
+    fault = json.dumps([{"class_path": "tests.cluster.faults.KillWorkerAt", "init_args": {"step": 7, "rank": 1}}])
+    ended = fit(tmp_path, 2, "ddp", "--data.init_args.workers=1", f"--trainer.callbacks={fault}")
+    assert ended.status[1] == 2 and ended.status[0] != 0
+    assert "nar-t2i: error: DataLoader worker (pid " in ended.errors[1] and "is killed by signal: Killed." in ended.errors[1]
+    assert "take fewer data.init_args.workers" in ended.errors[1]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    went_well(fit(whole, 2, "ddp"))
+    went_well(fit(tmp_path, 2, "ddp", "--data.init_args.workers=1"))
+    assert_exactly(result(tmp_path), result(whole))
+
+
+def test_one_shard_is_enough_for_two_ranks_of_two_workers(tmp_path):
+    """And gives what one process that reads for itself gives."""
+    prepare = [sys.executable, str(ranks.ROOT / "data_prep/render_scenes.py"), str(tmp_path / "shards"), "--count", "40", "--image-size", "48"]
+    subprocess.run(prepare, check=True, capture_output=True)
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
+    data = [f"--data.init_args.train={tmp_path}/shards", "--data.init_args.validation=null"]
+    one, four = tmp_path / "one", tmp_path / "four"
+    for folder, count, workers in ((one, 1, 0), (four, 2, 2)):
+        folder.mkdir()
+        went_well(fit(folder, count, "ddp", *data, f"--data.init_args.workers={workers}"))
+    assert_closely(result(four), result(one))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -11,6 +12,7 @@ from nar_t2i.training import checkpoints
 from tests.cluster.ranks import ROOT
 from tests.cluster.slurm import Cluster, missing
 from tests.cluster.test_resume import result
+from tests.cluster.wandb_server import Server
 
 SLOW = f"--trainer.callbacks={json.dumps([{'class_path': 'tests.cluster.faults.Slow', 'init_args': {'seconds': 0.6}}])}"
 
@@ -24,9 +26,9 @@ def cluster(tmp_path_factory):
     started.stop()
 
 
-def submit(cluster, folder, *overrides, strategy="ddp"):
+def submit(cluster, folder, *overrides, strategy="ddp", nodes=2):
     line = ["slurm/train.sh", "tests/cluster/tiny.yaml", f"--run_dir={folder}/run", f"--trainer.strategy={strategy}", *overrides]
-    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/job.log"]
+    options = ["--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={folder}/job.log"]
     python = {"NAR_T2I_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     return cluster.call("sbatch", *options, *line, cwd=ROOT, **python)
 
@@ -43,9 +45,9 @@ def log(folder):
     return path.read_text() if path.exists() else ""
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
-def test_a_job_on_two_nodes_finishes(cluster, tmp_path, strategy):
-    number = submit(cluster, tmp_path, strategy=strategy)
+@pytest.mark.parametrize(("strategy", "nodes"), [("ddp", 2), ("deepspeed_stage_2", 2), ("ddp", 1)])
+def test_a_job_of_two_ranks_finishes(cluster, tmp_path, strategy, nodes):
+    number = submit(cluster, tmp_path, strategy=strategy, nodes=nodes)
     cluster.wait(number, "COMPLETED", "FAILED")
     assert cluster.job(number)["JobState"] == "COMPLETED", log(tmp_path)
     result(tmp_path)
@@ -115,3 +117,31 @@ def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
     for name in ("one", "two"):
         assert (tmp_path / name / "run/config.yaml").read_text().count(f"{tmp_path}/{name}/run") == 1
         assert (tmp_path / name / "run/checkpoints/last.ckpt").exists()
+
+
+def test_the_trials_of_a_sweep_are_tasks_of_an_array_and_a_preempted_one_goes_on(cluster, tmp_path):
+    shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", tmp_path / "tiny.yaml")
+    command = ["${env}", "${interpreter}", "-m", "nar_t2i", "fit", "--config", str(tmp_path / "tiny.yaml"),
+               f"--run_dir={tmp_path}/run", SLOW, "${args}"]  # fmt: skip
+    trials = [{"model.init_args.caption_dropout": 0.2}, {"model.init_args.caption_dropout": 0.3}]
+    with Server({"method": "grid", "parameters": {}, "command": command}, trials) as server:
+        options = ["--parsable", "--array=0-1%1", f"--output={tmp_path}/job.log"]
+        environment = {"NAR_T2I_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WANDB_MODE": "online",
+                       **server.environment}  # fmt: skip
+        number = cluster.call("sbatch", *options, "slurm/sweep.sh", "team/project/sweep", cwd=ROOT, **environment)
+        first = tmp_path / "run/sweeps/sweep/trial000"
+        deadline = time.monotonic() + 180
+        while not any(checkpoints.step_of(path) >= 3 for path in checkpoints.newest_first(first / "checkpoints")):
+            assert time.monotonic() < deadline, log(tmp_path)
+            time.sleep(0.2)
+        cluster.call("scancel", "--signal=USR1", f"{number}_0")
+        for task in (0, 1):
+            job = cluster.wait(f"{number}_{task}", "COMPLETED", "FAILED", "CANCELLED")
+            assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(1 - task)), log(tmp_path)
+        assert "asked to make room" in log(tmp_path) and "going on from" in log(tmp_path)
+        assert [(name, run["exit"], run.get("preempted")) for name, run in server.runs.items()] == \
+               [("trial000", 0, True), ("trial001", 0, None)]  # fmt: skip
+        for trial, dropout in (("trial000", 0.2), ("trial001", 0.3)):
+            assert server.runs[trial]["config"]["model"]["init_args"]["caption_dropout"] == dropout
+            assert [row["trainer/global_step"] for row in server.runs[trial]["history"] if "loss" in row] == list(range(12))
+            assert checkpoints.manifest(tmp_path / "run/sweeps/sweep" / trial / "checkpoints/last.ckpt")["step"] == 12

@@ -50,7 +50,7 @@ def test_a_run_that_goes_on_is_one_run_that_holds_the_whole_recipe(folder):
         first = fit(folder, f"--trainer.callbacks={USR1}", **server.environment)
         assert first.returncode == 85, first.stderr
         [(name, run)] = server.runs.items()
-        assert run["preempting"] and run["exit"] == 85
+        assert run["preempted"] and run["exit"] == 85
         second = fit(folder, **server.environment)
         assert second.returncode == 0, second.stderr
         validated = fit(folder, verb="validate", **server.environment)

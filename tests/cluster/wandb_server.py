@@ -18,7 +18,8 @@ KEY = "0123456789" * 4
 class Server:
     """A context: listens while it is open. `environment` is what a client needs.
 
-    trials: what an agent is handed out, one after the other: the values of a sweep's parameters.
+    trials: what an agent is handed out, one after the other: the values of a sweep's parameters. One that was preempted
+    is handed out again.
 
     runs: {id: {"config": …, "history": [{…}], "exit": status}}, as clients told it. operations: the names of what was asked.
     """
@@ -26,6 +27,7 @@ class Server:
     def __init__(self, sweep: dict[str, Any] | None = None, trials: list[dict[str, Any]] | None = None) -> None:
         self.sweep = sweep
         self.trials = [("trial%03d" % number, values) for number, values in enumerate(trials or [])]
+        self.handed: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
         self.runs: dict[str, dict[str, Any]] = defaultdict(lambda: {"config": {}, "history": [], "starts": 0})
 
@@ -96,6 +98,7 @@ class Server:
             commands = [{"type": "exit"}]
             if self.trials:
                 name, values = self.trials.pop(0)
+                self.handed[name] = values
                 arguments = {key: {"value": value} for key, value in values.items()}
                 commands = [{"type": "run", "run_id": name, "program": "nar-t2i", "args": arguments}]
         return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
@@ -106,6 +109,10 @@ class Server:
             self.runs[run]["history"].append(json.loads(line))
         if told.get("complete"):
             self.runs[run]["exit"] = told.get("exitcode")
+            if self.runs[run].pop("preempting", False) and self.runs[run]["exit"]:
+                self.runs[run]["preempted"] = True
+                if run in self.handed:
+                    self.trials.insert(0, (run, self.handed[run]))  # another agent's
         if told.get("preempting"):
             self.runs[run]["preempting"] = True
 

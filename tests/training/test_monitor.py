@@ -58,6 +58,27 @@ def test_validation_and_saving_do_not_slow_it_down(folder, monkeypatch):
     assert max(logged(folder, "goodput").values()) < 0.5
 
 
+def test_the_utilisation_is_that_of_three_forward_passes_at_the_rate_that_was_measured(folder, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from nar_t2i.training.generator import GeneratorModule
+
+    counted, step = [], GeneratorModule.training_step
+
+    def noted(self, *arguments):
+        with FlopCounterMode(display=False) as counter:
+            loss = step(self, *arguments)
+        counted.append(counter.get_total_flops())
+        return loss
+
+    monkeypatch.setattr(GeneratorModule, "training_step", noted)
+    assert fit() == 0
+    rate = json.loads((folder / "run/started.json").read_text())["matrix_flops_per_second"]
+    shares, images = logged(folder, "model_flops_utilisation"), logged(folder, "images_per_second")
+    for step_number, share in shares.items():
+        assert share * rate / images[step_number] * 16 == pytest.approx(3 * counted[0], rel=1e-4)
+
+
 def test_the_gradient_norm_is_that_before_clipping(folder):
     norms = []
     from nar_t2i.training.generator import GeneratorModule

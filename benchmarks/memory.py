@@ -1,0 +1,83 @@
+"""The doctor's estimate of memory beside what training takes on this machine's GPU.
+
+    python benchmarks/memory.py
+
+Trains a few generators of Emage's shape for three steps each under DDP and ZeRO 1 to 3 on one GPU, each in a process of
+its own, and writes docs/results/memory.json: the peak that torch allocated, the estimate, and their ratio.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nar_t2i.folders import write_json
+from nar_t2i.hardware import describe_machine
+from nar_t2i.training import doctor, zero
+from nar_t2i.training.memory import STAGES, held
+
+ROOT = Path(__file__).parents[1]
+BASE = """
+seed_everything: 0
+model:
+  class_path: nar_t2i.training.GeneratorModule
+  init_args:
+    tokenizer:
+      class_path: nar_t2i.tokenizers.VQGAN
+      init_args: {{image_size: 256, channels: [32, 64], patch: 4, quantizer: {{class_path: nar_t2i.tokenizers.VectorQuantizer, init_args: {{codes: 1024, width: 16}}}}}}
+    text: {{class_path: nar_t2i.text.ScratchTextEncoder, init_args: {{vocabulary: {vocabulary}, width: {width}, depth: 4, heads: 8}}}}
+    network: {{class_path: nar_t2i.networks.EncoderDecoder, init_args: {{width: {width}, depth: {depth}, heads: 16}}}}
+    learning: {{class_path: nar_t2i.learning.Masked}}
+data:
+  class_path: nar_t2i.data.CaptionedImages
+  init_args:
+    image_size: 256
+    global_batch_size: {batch}
+    train: {{class_path: nar_t2i.data.captions.RenderedScenes, init_args: {{count: 1000, image_size: 256}}}}
+trainer: {{max_steps: 3, log_every_n_steps: 1, enable_progress_bar: false, enable_model_summary: false, precision: bf16-mixed}}
+checkpoint: {{every_steps: 1000}}
+"""
+CASES = [dict(width=512, depth=8, batch=8), dict(width=1024, depth=20, batch=8), dict(width=1024, depth=20, batch=32)]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("no GPU: what DDP and DeepSpeed hold on CPUs is compared in tests/cluster/test_memory.py")
+    zero.register()
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            vocabulary = ROOT / "nar_t2i/assets/model/text/vocabulary.model"
+            recipe = Path(folder, "recipe.yaml")
+            recipe.write_text(BASE.format(vocabulary=vocabulary, **case))
+            cli, first = doctor.probe([recipe], [], 1)
+            _, second = doctor.probe([recipe], [], 2)
+            activations = first + (case["batch"] - 1) * (second - first)
+            optimizer, module = cli.trainer.optimizers[0], cli.trainer.lightning_module
+            groups = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
+            frozen = doctor.frozen_bytes(module, [optimizer])
+            for strategy, stage in STAGES.items():
+                run = Path(folder, strategy)
+                line = [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
+                        "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]  # fmt: skip
+                subprocess.run(line, check=True, cwd=ROOT)
+                measured = 2**30 * max(_column(run / "metrics.csv", "memory_gib"))
+                estimate = held(groups, frozen, 1, stage, True, True).peak(activations, False)
+                rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, groups)), "measured_mib": measured / 2**20,
+                             "estimate_mib": estimate / 2**20, "ratio": estimate / measured})  # fmt: skip
+                print(rows[-1], flush=True)
+    write_json(ROOT / "docs/results/memory.json", {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows})
+
+
+def _column(path: Path, name: str) -> list[float]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+if __name__ == "__main__":
+    main()
