@@ -7,8 +7,8 @@
 # Before its time is over, or when it is told to (SIGUSR1), the run saves itself and is queued again; submitting the same
 # command again goes on, too. A run that fails is not queued again, and neither is one that was cancelled.
 #
-# NAR_T2I_PYTHON     the Python to run                       (default: .venv/bin/python of the project)
-# NAR_T2I_CONTAINER  an Apptainer image to run it in         (default: none)
+# NAR_T2I_PYTHON     the Python to run          (default: .venv/bin/python of the project; in a container, its python3)
+# NAR_T2I_CONTAINER  an Apptainer image to run it in, which holds what the package depends on (default: none)
 #
 #SBATCH --job-name=nar-t2i
 #SBATCH --nodes=1
@@ -35,9 +35,12 @@ fi
 recipe=$1
 shift
 
-python=${NAR_T2I_PYTHON:-$root/.venv/bin/python}
-command=("$python" -m nar_t2i)
-[ -z "${NAR_T2I_CONTAINER:-}" ] || command=(apptainer exec --nv "$NAR_T2I_CONTAINER" "${command[@]}")
+if [ -n "${NAR_T2I_CONTAINER:-}" ]; then
+  [ -e "$NAR_T2I_CONTAINER" ] || fail "NAR_T2I_CONTAINER: there is no $NAR_T2I_CONTAINER"
+  command=(apptainer exec --nv --bind "$root" --pwd "$root" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}" -m nar_t2i)
+else
+  command=("${NAR_T2I_PYTHON:-$root/.venv/bin/python}" -m nar_t2i)
+fi
 
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
 tasks=${SLURM_NTASKS_PER_NODE:-1}

@@ -315,9 +315,6 @@ MISTAKES = {
     "not a class": (
         ["--model.init_args.network=3"], "key model.init_args.network: expected a class_path of a Module, got 3"
     ),
-    "wrong item": (
-        ["--model.init_args.sample_prompts=[a, null]"], "key model.init_args.sample_prompts: expected str or null, got None"
-    ),
     "missing argument": (["--model.init_args.network=null"], "key model.init_args.network: is required"),
     "missing model": (["--model=null"], "command line: key model: is required"),
     "wrong list item": (

@@ -58,7 +58,7 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     """
     quieten()
     zero.register()
-    recipe = _load(subcommand, configs, overrides)
+    recipe = load_recipe(subcommand, configs, overrides)
     cli = RecipeCLI(recipe)
     if print_config:
         print(cli.config_yaml, end="")
@@ -165,6 +165,10 @@ class RecipeCLI(LightningCLI):
         """The model alone, for which neither data nor devices are needed."""
         return self.parser.instantiate_classes(self.config).model
 
+    def build_data(self) -> LightningDataModule:
+        """The data module alone."""
+        return self.parser.instantiate_classes(self.config).data
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run_dir = Path(self.config.run_dir)
         settings = {**self._get(self.config_init, "trainer"), **kwargs, "default_root_dir": run_dir}
@@ -202,7 +206,7 @@ class RecipeCLI(LightningCLI):
         return [logger for logger in (own, *loggers, on_wandb) if logger is not None]
 
 
-def _load(subcommand: str, configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
+def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The resolved recipe, with a run folder, and without what would contradict one."""
     recipe = recipes.load(configs, overrides)
     trainer = recipe.config.get("trainer")

@@ -78,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     zero.register()
     configs, overrides = arguments.recipes, arguments.overrides
-    recipe = command._load("fit", configs, overrides)
+    recipe = command.load_recipe("fit", configs, overrides)
     cli = command.RecipeCLI(recipe)  # the recipe as it is: its keys and types
     trainer = cli.config.trainer
     nodes = _count(arguments.nodes, trainer.num_nodes, "--nodes")
@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
     ranks = nodes * gpus
     wrong: list[str] = []
 
-    data = cli.parser.instantiate_classes(cli.config).data
+    data = cli.build_data()
     print(f"recipe       {recipe.name}: {nodes} × {gpus} = {ranks} ranks, {trainer.precision}, {trainer.strategy}")
     _tell_data(data, cli.config, ranks, wrong)
     one, first = probe(configs, overrides, 1)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -100,3 +101,15 @@ class KillWorkerAt(Callback):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.5)
+
+
+class FullDisk(Callback):
+    """From a step on, one rank cannot write files above some size, as if its disk were full in the middle of one."""
+
+    def __init__(self, step: int, rank: int, size: int = 20_000) -> None:
+        self.step, self.rank, self.size = step, rank, size
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))

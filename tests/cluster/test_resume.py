@@ -188,6 +188,22 @@ def test_a_broken_part_of_one_rank_makes_all_ranks_fall_back(runs, tmp_path, los
         assert torch.equal(value, result(whole)[0][name])
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_a_disk_that_fills_up_on_one_rank_ends_all_and_loses_nothing(tmp_path, strategy):
+    rank = 0 if strategy == "ddp" else 1
+    fault = json.dumps([{"class_path": "tests.cluster.faults.FullDisk", "init_args": {"step": 7, "rank": rank}}])
+    ended = fit(tmp_path, 2, strategy, f"--trainer.callbacks={fault}")
+    assert ended.status == [2, 2], ended.errors
+    assert all("step-00000009.ckpt: could not be written" in error for error in ended.errors)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000003.ckpt", "step-00000006.ckpt"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    went_well(fit(whole, 2, strategy))
+    went_well(fit(tmp_path, 2, strategy))
+    assert_exactly(result(tmp_path), result(whole))
+
+
 def test_a_data_worker_that_dies_is_one_clear_error_and_the_run_goes_on(tmp_path):
     fault = json.dumps([{"class_path": "tests.cluster.faults.KillWorkerAt", "init_args": {"step": 7, "rank": 1}}])
     ended = fit(tmp_path, 2, "ddp", "--data.init_args.workers=1", f"--trainer.callbacks={fault}")

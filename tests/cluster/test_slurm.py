@@ -26,11 +26,11 @@ def cluster(tmp_path_factory):
     started.stop()
 
 
-def submit(cluster, folder, *overrides, strategy="ddp", nodes=2):
+def submit(cluster, folder, *overrides, strategy="ddp", nodes=2, **environment):
     line = ["slurm/train.sh", "tests/cluster/tiny.yaml", f"--run_dir={folder}/run", f"--trainer.strategy={strategy}", *overrides]
     options = ["--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={folder}/job.log"]
     python = {"NAR_T2I_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    return cluster.call("sbatch", *options, *line, cwd=ROOT, **python)
+    return cluster.call("sbatch", *options, *line, cwd=ROOT, **{**python, **environment})
 
 
 def wait_for_step(folder, step, timeout=180):
@@ -98,6 +98,31 @@ def test_the_same_command_again_goes_on(cluster, tmp_path):
     second = submit(cluster, tmp_path)
     cluster.wait(second, "COMPLETED")
     assert "going on from" in log(tmp_path) and "step-00000006.ckpt" in log(tmp_path)
+    result(tmp_path)
+
+
+APPTAINER = """#!/bin/bash
+# What `apptainer exec --nv --bind FOLDER --pwd FOLDER IMAGE …` does, without the image.
+[ "$1 $2 $3 $5 $7" = "exec --nv --bind --pwd {image}" ] || {{ echo "apptainer: $*" >&2; exit 9; }}
+cd "$6" && shift 7 && echo "in the container: $1" >&2 && exec "$@"
+"""
+
+
+def test_a_job_runs_in_the_container_that_is_named(cluster, tmp_path):
+    """Apptainer itself is not at hand; the script in its place checks how it is called."""
+    image, programs = tmp_path / "image.sif", tmp_path / "bin"
+    programs.mkdir()
+    (programs / "apptainer").write_text(APPTAINER.format(image=image))
+    (programs / "apptainer").chmod(0o755)
+    environment = {"NAR_T2I_CONTAINER": str(image), "PATH": f"{programs}:{os.environ['PATH']}"}
+    missing_image = submit(cluster, tmp_path, **environment)
+    cluster.wait(missing_image, "FAILED", "COMPLETED")
+    assert f"train.sh: NAR_T2I_CONTAINER: there is no {image}" in log(tmp_path)
+    image.touch()
+    number = submit(cluster, tmp_path, "--trainer.max_steps=12", **environment)
+    job = cluster.wait(number, "FAILED", "COMPLETED")
+    assert job["JobState"] == "COMPLETED", log(tmp_path)
+    assert log(tmp_path).count(f"in the container: {sys.executable}") == 3  # to resolve the recipe, and each rank
     result(tmp_path)
 
 

@@ -50,6 +50,8 @@ def test_overrides_count(capsys):
     (["--data.init_args.train=nowhere"], "nowhere"),
     (["--model.init_args.network.init_args.width=2048", "--gpu-memory-gib", "0.1"], "MiB of 102: set data.init_args.micro_batch_size"),
     (["--model.init_args.ema_decay=often"], "ema_decay: expected float"),
+    # Beside a part that is only complete once it is called with more.
+    (["--model.init_args.sample_prompts=[a, null]"], "key model.init_args.sample_prompts: expected str or null, got None"),
     (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(capsys, arguments, message):
