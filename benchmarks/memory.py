@@ -55,20 +55,16 @@ def main() -> None:
             vocabulary = ROOT / "nar_t2i/assets/model/text/vocabulary.model"
             recipe = Path(folder, "recipe.yaml")
             recipe.write_text(BASE.format(vocabulary=vocabulary, **case))
-            cli, first = doctor.probe([recipe], [], 1)
-            _, second = doctor.probe([recipe], [], 2)
-            activations = first + (case["batch"] - 1) * (second - first)
-            optimizer, module = cli.trainer.optimizers[0], cli.trainer.lightning_module
-            groups = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
-            frozen = doctor.frozen_bytes(module, [optimizer])
+            one, two = (doctor.probe([recipe], [], size) for size in (1, 2))
+            activations = one.activations + (case["batch"] - 1) * (two.activations - one.activations)
             for strategy, stage in STAGES.items():
                 run = Path(folder, strategy)
                 line = [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
                         "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]  # fmt: skip
                 subprocess.run(line, check=True, cwd=ROOT)
                 measured = 2**30 * max(_column(run / "metrics.csv", "memory_gib"))
-                estimate = held(groups, frozen, 1, stage, True, True).peak(activations, False)
-                rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, groups)), "measured_mib": measured / 2**20,
+                estimate = held(one.trained, 1, stage, True).peak(activations, False)
+                rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, one.trained.groups)), "measured_mib": measured / 2**20,
                              "estimate_mib": estimate / 2**20, "ratio": estimate / measured})  # fmt: skip
                 print(rows[-1], flush=True)
     write_json(ROOT / "docs/results/memory.json", {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows})

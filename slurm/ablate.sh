@@ -20,5 +20,12 @@ done
 for recipe in "${recipes[@]}"; do
   [ -f "$recipe" ] || { echo "ablate.sh: there is no recipe $recipe" >&2; exit 2; }
 done
+# Recipes inherit run_dir, and two runs in one folder would be one.
+python=${NAR_T2I_PYTHON:-.venv/bin/python}
+folders=$(for recipe in "${recipes[@]}"; do
+  "$python" -m nar_t2i fit --config "$recipe" --print_config | sed -n 's/^run_dir: *//p'
+done)
+twice=$(sort <<<"$folders" | uniq -d)
+[ -z "$twice" ] || { echo "ablate.sh: several recipes have the run_dir $twice; give each its own" >&2; exit 2; }
 exec sbatch --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" "${options[@]}" \
   slurm/train.sh --one-of "${recipes[@]}"

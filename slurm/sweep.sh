@@ -31,21 +31,21 @@ python=${NAR_T2I_PYTHON:-$root/.venv/bin/python}
 export PATH="$(dirname "$python"):$PATH" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 mkdir -p runs/.slurm
-preempted=$root/runs/.slurm/$SLURM_JOB_ID.preempted
-rm -f "$preempted"
+export NAR_T2I_PREEMPTED=$root/runs/.slurm/$SLURM_JOB_ID.preempted  # written by a trial that leaves to go on later
+rm -f "$NAR_T2I_PREEMPTED"
 
 # The agent outlives the signal, which is for its trial. Without SLURM_NTASKS Lightning starts a trial's ranks itself.
 one_trial='
-  trap "touch \"$2\"; pkill -USR1 -P \$agent || true" USR1
+  trap "pkill -USR1 -P \$agent || true" USR1
   (trap "" USR1; unset SLURM_NTASKS; exec wandb agent --count 1 "$1") &
   agent=$!
   while status=0; wait "$agent" || status=$?; kill -0 "$agent" 2>/dev/null; do :; done
   exit "$status"
 '
 echo "sweep.sh: task $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, a trial of $1"
-srun --ntasks=1 bash -c "$one_trial" trial "$1" "$preempted"
-if [ -e "$preempted" ]; then
-  rm "$preempted"
+srun --ntasks=1 bash -c "$one_trial" trial "$1"
+if [ -e "$NAR_T2I_PREEMPTED" ]; then
+  rm "$NAR_T2I_PREEMPTED"
   task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   echo "sweep.sh: queueing ${task:-$SLURM_JOB_ID} again"
   scontrol requeue "${task:-$SLURM_JOB_ID}"

@@ -104,7 +104,7 @@ def test_recipes_and_assets_travel_in_the_wheel(installed):
 
 def test_the_command_works_from_the_wheel(installed, tmp_path):
     entry = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    assert "nar-t2i = nar_t2i.cli:main" in entry.read_text()
+    assert "nar-t2i = nar_t2i.cli:program" in entry.read_text()
     assert run(installed, tmp_path, "-m", "nar_t2i", "--help").returncode == 0
     code = "import nar_t2i.recipe as r; print(r.__file__); print(r.shipped())"
     file, folder = run(installed, tmp_path, "-c", code).stdout.split()

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import load, shipped
@@ -131,7 +133,8 @@ def test_not_utf8_is_named(tmp_path):
         load(tmp_path / "a.yaml")
 
 
-RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+SWEEPS = sorted((Path(__file__).parents[1] / "recipes/sweeps").glob("*.yaml"))
+RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if path not in SWEEPS)
 
 
 def built(path):
@@ -165,6 +168,17 @@ def test_every_shipped_recipe_resolves_and_builds(path, tmp_path, monkeypatch):
     if "model" in load(path).config:
         cli = built(path)
         assert cli.model is not None and cli.datamodule is not None and cli.trainer is not None
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_parameters_of_a_sweep_are_keys_of_its_recipe(path):
+    """tests/cluster/test_wandb.py lets W&B's agent run them."""
+    sweep = yaml.safe_load(path.read_text())
+    recipe = load(sweep["command"][sweep["command"].index("--config") + 1])
+    for key, parameter in sweep["parameters"].items():
+        assert len(parameter["values"]) > 1
+        parent = OmegaConf.select(OmegaConf.create(recipe.config), key.rpartition(".")[0])
+        assert parent is not None and key.rpartition(".")[2] in parent, key
 
 
 def test_a_shipped_recipe_is_found_by_its_name():

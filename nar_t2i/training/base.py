@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nar_t2i.errors import UserError
 from nar_t2i.training.ema import EMA
+from nar_t2i.training.guard import Guard
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.zero import gathered
 
@@ -73,6 +75,7 @@ class TrainedModule(lightning.LightningModule):
         self.optimizer_config = optimizer
         self.ema = EMA(ema_decay) if ema_decay else None
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
+        self.gradient_norm: Tensor | None = None  # before clipping, where the module clips by itself
 
     def write(self, folder: Path) -> None:
         """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
@@ -109,6 +112,13 @@ class TrainedModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [callback for callback in (self.ema, self.budget) if callback]
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raises BadStep where the gradients are not such that an update should be made; for modules that make their
+        updates themselves."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Guard):
+                callback.check(self.trainer, optimizer)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; an estimate under a time budget."""

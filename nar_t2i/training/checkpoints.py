@@ -20,6 +20,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,7 +196,8 @@ def save(trainer: Trainer, folder: Path, facts: dict[str, Any]) -> None:
     beside = folder.with_name(folder.name + PART)
     if trainer.is_global_zero:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        with suppress(OSError):  # which the next write tells of
+            beside.mkdir(parents=True)
     trainer.strategy.barrier("checkpoint folder")
     written: dict[str, Any] = {}
     problem = None

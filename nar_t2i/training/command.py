@@ -8,9 +8,9 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import yaml
@@ -37,6 +37,7 @@ from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFold
 from nar_t2i.training.wandb_run import WandbConfig
 
 FRESH = ("none", "fresh")
+T = TypeVar("T")
 # What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
 _WARNINGS = (
     r".*does not have many workers.*",
@@ -63,6 +64,11 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     if print_config:
         print(cli.config_yaml, end="")
         return 0
+    if subcommand == "fit":
+        try:
+            Path(cli.config.run_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise recipe.error("run_dir", f"{cli.config.run_dir}: {error.strerror}") from error
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
     # A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds.
@@ -75,6 +81,9 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         arguments["return_predictions"] = False
     try:
         getattr(cli.trainer, subcommand)(cli.model, **arguments)
+    except UserError:
+        wandb_run.finish(cli.trainer.loggers, 2)
+        raise
     except MisconfigurationException as error:
         raise UserError(f"{recipe.name}: {_one_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -91,7 +100,9 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
             raise
         signals = cli.signals
         if signals.status == REQUEUE:
-            wandb_run.leave_for_another_start(cli.trainer.loggers, REQUEUE)
+            wandb_run.finish(cli.trainer.loggers, REQUEUE, preempted=True)
+            if marker := os.environ.get("NAR_T2I_PREEMPTED"):  # for slurm/sweep.sh, which sees its agent's status alone
+                Path(marker).touch()
         print(
             f"nar-t2i: {signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
             file=sys.stderr,
@@ -152,8 +163,12 @@ class RecipeCLI(LightningCLI):
     def build(self, subcommand: str) -> None:
         """Make the data module, the model and the trainer."""
         self.verb = subcommand
+        self._told(super().instantiate_classes)
+
+    def _told(self, build: Callable[[], T]) -> T:
+        """What `build` returns; what goes wrong in it, as UserError."""
         try:
-            super().instantiate_classes()
+            return build()
         except (ValueError, TypeError, MisconfigurationException) as error:
             # jsonargparse tells of an error in a list's item as one of several refused alternatives.
             own = _user_error(error)
@@ -163,11 +178,18 @@ class RecipeCLI(LightningCLI):
 
     def build_model(self) -> LightningModule:
         """The model alone, for which neither data nor devices are needed."""
-        return self.parser.instantiate_classes(self.config).model
+        return self._built("model")
+
+    def _built(self, key: str) -> Any:
+        """One part of the configuration, without the others, which may need what is not there."""
+        config = self.config.clone()
+        for other in {"model", "data"} - {key}:
+            config[other] = None
+        return self._told(lambda: self.parser.instantiate_classes(config))[key]
 
     def build_data(self) -> LightningDataModule:
         """The data module alone."""
-        return self.parser.instantiate_classes(self.config).data
+        return self._built("data")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run_dir = Path(self.config.run_dir)

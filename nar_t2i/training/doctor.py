@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nar_t2i import recipe as recipes
+from nar_t2i.data.opening import is_remote
 from nar_t2i.errors import UserError
 from nar_t2i.training import command, zero
-from nar_t2i.training.memory import STAGES, Held, held
+from nar_t2i.training.memory import STAGES, Held, Trained, held
 
 MIB = 2**20
 # How the recipe is run here.
@@ -60,17 +62,29 @@ class Activations(Callback):
             self._hooks, self.bytes = None, sum(self._storages.values())
 
 
-def probe(configs: Sequence[str], overrides: Sequence[str], size: int) -> tuple[command.RecipeCLI, int]:
-    """One step of `size` images on this CPU: what it was made of, and the bytes that it saved for its backward pass."""
+class Probed(NamedTuple):
+    """What one step was made of, and the bytes that it saved for its backward pass."""
+
+    trained: Trained
+    activations: int
+
+
+def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) -> Probed:
+    """Take one step of `size` images on this CPU. Raises UserError, and KeyboardInterrupt."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**PROBE, "run_dir": folder, "data.init_args.global_batch_size": str(size)}
-        recipe = recipes.load(configs, [*overrides, *(f"{key}={value}" for key, value in settings.items())])
-        cli = command.RecipeCLI(recipe)
+        cli = command.RecipeCLI(recipes.load(configs, [*overrides, *(f"{key}={value}" for key, value in settings.items())]))
         cli.build("fit")
+        cli.model.write = lambda folder: None
         counter = Activations()
         cli.trainer.callbacks.append(counter)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return cli, counter.bytes
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
+        if cli.signals.received:
+            raise KeyboardInterrupt
+    return Probed(_trained(cli.model, cli.trainer.optimizers), counter.bytes)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -81,42 +95,26 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = command.load_recipe("fit", configs, overrides)
     cli = command.RecipeCLI(recipe)  # the recipe as it is: its keys and types
     trainer = cli.config.trainer
-    nodes = _count(arguments.nodes, trainer.num_nodes, "--nodes")
-    gpus = _count(arguments.gpus_per_node, trainer.devices, "--gpus-per-node")
-    ranks = nodes * gpus
-    wrong: list[str] = []
-
-    data = cli.build_data()
-    print(f"recipe       {recipe.name}: {nodes} × {gpus} = {ranks} ranks, {trainer.precision}, {trainer.strategy}")
-    _tell_data(data, cli.config, ranks, wrong)
-    one, first = probe(configs, overrides, 1)
-    _, second = probe(configs, overrides, 2)
-    per_image, fixed = max(0, second - first), max(0, 2 * first - second)
-    model = one.trainer.lightning_module
-    optimizers = one.trainer.optimizers
-    groups = [[p.numel() for p in group["params"]] for optimizer in optimizers for group in optimizer.param_groups]
-    frozen = frozen_bytes(model, optimizers)
-    print(f"parameters   {sum(map(sum, groups)):,} trained; {frozen / MIB:,.1f} MiB of frozen ones and buffers")
-    print(f"activations  {per_image / MIB:,.1f} MiB an image and {fixed / MIB:,.1f} MiB a step, counted on this CPU")
-    accumulates = False
-    micro = None
+    nodes = _positive("--nodes", trainer.num_nodes if arguments.nodes is None else arguments.nodes)
+    gpus = _positive("--gpus-per-node", _devices(trainer.devices) if arguments.gpus_per_node is None else arguments.gpus_per_node)
+    ranks, strategy = nodes * gpus, _strategy(trainer.strategy)
+    half = "16" in str(trainer.precision)
+    limit = arguments.gpu_memory_gib and arguments.gpu_memory_gib * 1024 * MIB
+    print(f"recipe       {recipe.name}: {nodes} × {gpus} = {ranks} ranks, {trainer.precision}, {strategy}")
+    wrong = [f"{key}: {path} does not exist" for key in ("init_from", "ckpt_path")
+             if (path := cli.config[key]) not in (None, *command.FRESH) and not Path(path).exists()]  # fmt: skip
+    if refusal := _refusal(strategy, cli.config):
+        wrong.append(refusal)
     try:
-        micro, accumulates = data.micro_batch_size(ranks), data.accumulation(ranks) > 1
+        data = cli.build_data()
+        _tell_data(data, cli.config, ranks, wrong)
+        one, two = (probe(configs, overrides, size) for size in (1, 2))
     except UserError as error:
         wrong.append(str(error))
-    stages = STAGES if _divisible(cli.config) else {"ddp": 0}
-    half = "16" in str(trainer.precision)
-    averaged = model.ema is not None
-    limit = arguments.gpu_memory_gib and arguments.gpu_memory_gib * 1024 * MIB
-    _table({name: held(groups, frozen, ranks, stage, half, averaged) for name, stage in stages.items()},
-           micro, accumulates, per_image, fixed, limit)  # fmt: skip
-    if micro is not None and limit:
-        name = trainer.strategy if trainer.strategy in stages else "ddp"
-        need = held(groups, frozen, ranks, stages[name], half, averaged).peak(micro * per_image + fixed, accumulates)
-        if need > limit:
-            wrong.append(f"{name} needs {need / MIB:,.0f} MiB of {limit / MIB:,.0f}: set data.init_args.micro_batch_size")
-    for problem in wrong:
-        print(f"wrong        {problem}")
+    else:
+        wrong += _tell_memory(one, two, data, cli.config, strategy, ranks, half, limit)
+    for problem in dict.fromkeys(wrong):
+        print(f"wrong        {' '.join(problem.split())}")
     return 2 if wrong else 0
 
 
@@ -127,6 +125,9 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
         asked = config.data.init_args.get(split)
         if asked is None:
             continue
+        if isinstance(asked, str) and is_remote(asked):
+            print(f"{split:<12} {asked}: streamed")
+            continue
         try:
             source = data.source(split)
         except (UserError, OSError) as error:
@@ -136,57 +137,115 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
         total = len(source) if split == "train" else total
     try:
         micro, accumulation = data.micro_batch_size(ranks), data.accumulation(ranks)
-    except UserError:
-        return  # said later
+    except UserError as error:
+        wrong.append(str(error))
+        return
     seen = f"; {steps:,} steps see {steps * batch:,} images" if steps > 0 else ""
     epochs = f", {steps * batch / total:,.1f} times each" if steps > 0 and total else ""
     print(f"batch        {batch} images a step = {ranks} ranks × {micro} × {accumulation} in turn{seen}{epochs}")
 
 
+def _tell_memory(
+    one: Probed, two: Probed, data: Any, config: Any, strategy: str, ranks: int, half: bool, limit: float | None
+) -> list[str]:
+    """Print the table; what is wrong."""
+    per_image, fixed = max(0, two.activations - one.activations), max(0, 2 * one.activations - two.activations)
+    trained = one.trained
+    print(f"parameters   {sum(map(sum, trained.groups)):,} trained, {sum(trained.frozen):,} frozen")
+    print(f"activations  {per_image / MIB:,.1f} MiB an image and {fixed / MIB:,.1f} MiB a step, counted on this CPU")
+    try:
+        micro, accumulates = data.micro_batch_size(ranks), data.accumulation(ranks) > 1
+    except UserError:
+        micro, accumulates = 1, False  # what is wrong with it is told already
+    names = [name for name in STAGES if name == "ddp" or _refusal(name, config) is None]
+    rows = {name: held(trained, ranks, STAGES[name], half) for name in names}
+    _table(rows, micro, accumulates, -(-data.global_batch_size // ranks), per_image, fixed, limit)
+    row = rows.get(strategy.removesuffix("_offload"))
+    need = row.peak(micro * per_image + fixed, accumulates) if row and limit else 0
+    if not limit or need <= limit or strategy.endswith("_offload"):
+        return []
+    return [f"{strategy} needs {need / MIB:,.0f} MiB of {limit / MIB:,.0f}: set data.init_args.micro_batch_size"]
+
+
 def _table(
-    rows: dict[str, Held], micro: int | None, accumulates: bool, per_image: int, fixed: int, limit: float | None
+    rows: Mapping[str, Held], micro: int, accumulates: bool, share: int, per_image: int, fixed: int, limit: float | None
 ) -> None:
-    """Print MiB a GPU by strategy."""
-    activations = (micro or 1) * per_image + fixed
+    """Print MiB a GPU by strategy. share: images of a step for each rank."""
+    activations = micro * per_image + fixed
     names = ["weights", "gradients", "optimizer", "average", "buffers"]
-    print(f"MiB a GPU, at a micro-batch of {micro or 1}:")
+    print(f"MiB a GPU, at a micro-batch of {micro}:")
     largest = "largest micro-batch" if limit else ""
     print(f"{'':<20}" + "".join(f"{name:>12}" for name in [*names, "activations", "peak"]) + f"  {largest}")
     for strategy, row in rows.items():
         values = [*(getattr(row, name) for name in names), activations, row.peak(activations, accumulates)]
-        fits = ""
-        if limit:
-            fits = str(_largest(row, limit, accumulates, per_image, fixed) or "none fits")
+        fits = str(largest_micro_batch(row, limit, share, per_image, fixed) or "none fits") if limit else ""
         print(f"{strategy:<20}" + "".join(f"{value / MIB:>12,.0f}" for value in values) + f"  {fits}")
 
 
-def _largest(row: Held, limit: float, accumulates: bool, per_image: int, fixed: int) -> int:
-    """The largest micro-batch whose peak stays below `limit` bytes; 0 if none does."""
-    low, high = 0, 1 << 20
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = row.peak(middle * per_image + fixed, accumulates) <= limit
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+def largest_micro_batch(row: Held, limit: float, share: int, per_image: int, fixed: int) -> int:
+    """The largest divisor of a rank's share of a step that fits into `limit` bytes; 0 if none does."""
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    return next((size for size in sizes if row.peak(size * per_image + fixed, size < share) <= limit), 0)
 
 
-def _count(asked: int | None, default: Any, name: str) -> int:
-    value = asked if asked is not None else default if isinstance(default, int) and default > 0 else 1
+def _positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{name}: must be at least 1, not {value}")
     return value
 
 
-def _divisible(config: Any) -> bool:
-    """Whether ZeRO takes this recipe: one optimizer, AdamW."""
+def _devices(asked: Any) -> int:
+    """How many GPUs of a node a recipe names."""
+    if isinstance(asked, (list, tuple)):
+        return len(asked)
+    if isinstance(asked, str) and "," in asked:
+        return len([part for part in asked.split(",") if part])
+    if str(asked).isdigit() and int(asked) > 0:
+        return int(asked)
+    print(f"one GPU a node is taken, since trainer.devices is {asked}; --gpus-per-node says otherwise")
+    return 1
+
+
+def _strategy(asked: Any) -> str:
+    """One of STAGES, with "_offload" where states are."""
+    if hasattr(asked, "class_path"):
+        if not asked.class_path.endswith("ZeRO"):
+            return asked.class_path
+        arguments = asked.get("init_args") or {}
+        offload = "_offload" if arguments.get("offload_optimizer") else ""
+        return f"deepspeed_stage_{arguments.get('stage', 2)}{offload}"
+    return {"auto": "ddp", "deepspeed": "deepspeed_stage_2"}.get(asked, asked)
+
+
+def _refusal(strategy: str, config: Any) -> str | None:
+    """Why ZeRO does not take this recipe, or None."""
     arguments = config.model.init_args
-    return "codec" not in arguments and arguments.optimizer.kind == "adamw"
+    if not strategy.startswith("deepspeed"):
+        return None
+    if "codec" in arguments:
+        return "trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp"
+    if arguments.optimizer.kind == "muon":
+        return "model.init_args.optimizer.kind: muon needs whole matrices, which ZeRO divides; use adamw, or strategy ddp"
+    return None
 
 
-def frozen_bytes(module: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Of what no optimizer trains: frozen parameters and buffers, those of networks that a module keeps in a list included."""
-    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+def _trained(module: LightningModule, optimizers: Sequence[Optimizer]) -> Trained:
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    known = {id(p) for group in groups for p in group}
+    states = [s for optimizer in optimizers for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+    own = {id(t) for t in [*module.parameters(), *module.buffers()]}
     apart = [item for value in vars(module).values() if isinstance(value, list) for item in value]
     roots = [module, *(item for item in apart if isinstance(item, nn.Module))]
-    tensors = {id(t): t for root in roots for t in [*root.parameters(), *root.buffers()]}
-    return sum(t.numel() * t.element_size() for identity, t in tensors.items() if identity not in trained)
+    rest = {id(t): t for root in roots for t in [*root.parameters(), *root.buffers()] if id(t) not in known}
+    frozen = {identity for identity, t in rest.items() if identity in own and isinstance(t, nn.Parameter)}
+    return Trained(
+        groups=[[p.numel() for p in group] for group in groups],
+        frozen=[rest[identity].numel() for identity in frozen],
+        apart=sum(_bytes(t) for identity, t in rest.items() if identity not in frozen),
+        states=sum(_bytes(s) for s in states if s.ndim),
+        average=sum(_bytes(t) for t in module.ema.average.values()) if module.ema is not None else 0,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

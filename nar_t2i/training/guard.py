@@ -16,17 +16,20 @@ from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
 from nar_t2i.types import Batch
 
-
 NOT_FINITE = "a gradient is not finite"
+
+
+class BadStep(UserError):
+    """A step ended the run. What the run holds now is not saved: the newest checkpoint is of before it."""
 
 
 @dataclass
 class GuardConfig:
     """The `bad_steps` key of a recipe.
 
-    policy: "stop" ends the run before the step changes a weight, so that the checkpoint before it is what remains;
-        "skip" leaves the step's update out and goes on, at most `patience` times in a row. Both name the step and the
-        samples. "ignore" looks at nothing.
+    policy: "stop" ends the run before the step's update, and the newest checkpoint is what remains; "skip" leaves the
+        update out and goes on, at most `patience` times in a row. Both name the step and the samples. "ignore" looks
+        at nothing.
     spike: a loss above this multiple of the running mean of the losses counts as bad, too; null: only what is not
         finite. For losses that are above 0, and modules with one optimizer.
     patience: steps that may be skipped in a row.
@@ -38,7 +41,10 @@ class GuardConfig:
 
 
 class Guard(Callback):
-    """Looks at each step's loss, the mean over all ranks, before its update. All ranks decide alike."""
+    """Looks at each step's loss, the mean over all ranks, and its gradient before its update. All ranks decide alike.
+
+    A module that steps its optimizers itself calls `check` before each.
+    """
 
     DECAY, WARM_UP = 0.98, 50  # of the running mean of the losses; steps before anything counts as a spike
 
@@ -49,6 +55,7 @@ class Guard(Callback):
         self.mean, self.steps, self.skipped = 0.0, 0, 0
         self._losses: list[Tensor] = []
         self._keys: list[str] = []
+        self._loss: float | None = None  # of the step that DeepSpeed has been told to take
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "steps": self.steps, "skipped": self.skipped}
@@ -59,66 +66,88 @@ class Guard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization and (self.config.spike or self.config.policy == "skip"):
             raise UserError("key bad_steps: a module with several optimizers only knows policy stop, without spike")
-        self._losses, self._keys = [], []
+        self._losses, self._keys, self._loss = [], [], None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._keys += batch.keys if isinstance(batch, Batch) else []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._losses.append(loss.detach())
+        self._losses.append(loss.detach() / loss_scale(trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not pl_module.automatic_optimization:
+            return
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        if engine is not None and not engine.is_gradient_accumulation_boundary():
-            return
-        own = torch.stack(self._losses).sum()  # each is divided by their number already
-        self._losses = []
-        loss = float(trainer.strategy.reduce(own.clone(), reduce_op="mean"))
-        problem = self._problem(loss)
-        if problem is None and engine is None and not _finite(optimizer):
-            problem = NOT_FINITE  # on all ranks, which have the same gradients
-        if problem is None:
-            self.skipped = 0
-            self.steps += 1
-            decay = min(self.DECAY, 1 - 1 / self.steps)
-            self.mean = decay * self.mean + (1 - decay) * loss
-            return
-        self._refuse(trainer, problem, float(own))
-        if engine is not None:
-            trainer.strategy.skip_step()
-        else:
-            optimizer.zero_grad(set_to_none=True)
+        if engine is None:
+            if not self.check(trainer, optimizer):
+                optimizer.zero_grad(set_to_none=True)
+        elif engine.is_gradient_accumulation_boundary():
+            self._loss = self._judge(trainer, None)
+            if self._loss is None:
+                trainer.strategy.skip_step()
+
+    def check(self, trainer: Trainer, optimizer: Optimizer) -> bool:
+        """Whether an update is to be made; to be called before each, on all ranks. Raises BadStep."""
+        loss = self._judge(trainer, optimizer)
+        if loss is not None:
+            self._accept(loss)
+        return loss is not None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._losses:
             return  # of a step that is not complete
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        # DeepSpeed leaves such a step out by itself, and in fp16, whose scale it has to find, it has to.
-        if engine is not None and engine.optimizer.overflow and not self.skipped and not engine.fp16_enabled():
-            self._refuse(trainer, NOT_FINITE, float("nan"))
+        if self._loss is not None:
+            engine, loss, self._loss = trainer.strategy.deepspeed_engine, self._loss, None
+            # DeepSpeed leaves such a step out by itself, and in fp16, whose scale it has to find, it has to.
+            if not engine.optimizer.overflow:
+                self._accept(loss)
+            elif not engine.fp16_enabled():
+                self._refuse(trainer, NOT_FINITE, loss, trainer.global_step - 1)
         self._keys = []
 
-    def _problem(self, loss: float) -> str | None:
+    def _judge(self, trainer: Trainer, optimizer: Optimizer | None) -> float | None:
+        """The mean loss of the step, or None where it is to be left out."""
+        own = torch.stack(self._losses).sum()  # each is divided by their number already
+        self._losses = []
+        loss = float(trainer.strategy.reduce(own.clone(), reduce_op="mean"))
+        problem = None
         if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if self.config.spike and self.steps >= self.WARM_UP and loss > self.config.spike * self.mean:
-            return f"the loss is {loss:.4g}, and the mean of those before {self.mean:.4g}"
+            problem = f"the loss is {loss}"
+        elif self.config.spike and self.steps >= self.WARM_UP and loss > self.config.spike * self.mean:
+            problem = f"the loss is {loss:.4g}, and the mean of those before {self.mean:.4g}"
+        elif optimizer is not None and loss_scale(trainer) == 1 and not _finite(optimizer):
+            problem = NOT_FINITE  # on all ranks, which have the same gradients; in fp16 the scaler sees to them
+        if problem is None:
+            return loss
+        self._refuse(trainer, problem, float(own), trainer.global_step)
         return None
 
-    def _refuse(self, trainer: Trainer, problem: str, own: float) -> None:
-        """Raise UserError, or say that the step is skipped, on all ranks alike. own: this rank's loss."""
+    def _accept(self, loss: float) -> None:
+        self.skipped = 0
+        self.steps += 1
+        decay = min(self.DECAY, 1 - 1 / self.steps)
+        self.mean = decay * self.mean + (1 - decay) * loss
+
+    def _refuse(self, trainer: Trainer, problem: str, own: float, step: int) -> None:
+        """Raise BadStep, or say that the step is skipped, on all ranks alike. own: this rank's loss."""
         self.skipped += 1
         told = checkpoints.gather((own, self._keys))
         samples = "; ".join(f"rank {rank} ({loss:.4g}): {', '.join(keys)}" for rank, (loss, keys) in enumerate(told))
-        message = f"step {trainer.global_step}: {problem}; samples of {samples}"
+        message = f"step {step}: {problem}; samples of {samples}"
         if self.config.policy == "stop":
-            raise UserError(f"{message}. No weight was changed by this step; bad_steps.policy: skip would go on without it")
+            raise BadStep(f"{message}. Its update was not made; bad_steps.policy: skip would go on without it")
         if self.skipped > self.config.patience:
-            raise UserError(f"{message}. {self.skipped} steps in a row are more than bad_steps.patience")
+            raise BadStep(f"{message}. {self.skipped} steps in a row are more than bad_steps.patience")
         if trainer.is_global_zero:
             print(f"nar-t2i: {message}; the step is skipped", file=sys.stderr)
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What a GradScaler multiplies losses and gradients with; 1 where there is none."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def _finite(optimizer: Optimizer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import matrix_rate
+from nar_t2i.training.guard import loss_scale
 
 STARTED = "started.json"  # when the run was first started, and how often
 
@@ -25,7 +27,7 @@ class Monitor(Callback):
 
     - `images_per_second`, `tokens_per_second`: over all ranks, since the last logged step; validation and saving apart.
     - `data_wait`: the share of that time in which this rank asked its loader for a batch.
-    - `gradient_norm`: over all trained weights, before clipping.
+    - `gradient_norm`: over all trained weights, before clipping; a tokenizer's without its discriminator.
     - `model_flops_utilisation`: three times the operations of a forward pass, which is what a step takes, over the
       seconds of a step, as a share of the rate of a large matrix product in the run's precision on the same device. That
       rate is measured at each start and stands in started.json; the forward pass is counted in the first step, and with
@@ -42,7 +44,7 @@ class Monitor(Callback):
         self._first = 0.0
         self._mark = self._paused = self._seconds = self._waited = 0.0
         self._batches = 0
-        self._norm: Tensor | None = None
+        self._norm: Tensor | float | None = None
         self._counter: FlopCounterMode | None = None
         self._operations = 0  # of the forward pass of one micro-batch
         self._rate = 0.0
@@ -72,9 +74,9 @@ class Monitor(Callback):
             self._operations, self._counter = self._counter.get_total_flops(), None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._norm is None and trainer._logger_connector.should_update_logs and not hasattr(trainer.strategy, "deepspeed_engine"):
+        if pl_module.automatic_optimization and self._norm is None and trainer._logger_connector.should_update_logs and not hasattr(trainer.strategy, "deepspeed_engine"):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = torch.nn.utils.get_total_norm(gradients) / loss_scale(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,7 +101,9 @@ class Monitor(Callback):
             values["data_wait"] = min(1.0, (waited - self._waited) / max(self._seconds, 1e-9))
         if hasattr(trainer.strategy, "deepspeed_engine"):
             self._norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
-        if self._norm is not None:
+        if getattr(pl_module, "gradient_norm", None) is not None:
+            self._norm = pl_module.gradient_norm
+        if self._norm is not None and math.isfinite(self._norm):
             values["gradient_norm"] = self._norm
         if self._first:
             values["goodput"] = min(1.0, self.productive / max(time.time() - self._first, 1e-9))

@@ -52,11 +52,17 @@ class Signals(Callback):
         return STATUS[self.agreed or self._received or signal.SIGINT]
 
     @property
+    def received(self) -> bool:
+        return self._received is not None
+
+    @property
     def meaning(self) -> str:
         return _MEANING[self.status]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._alone = trainer.world_size == 1
+        # Its handler of SIGTERM sends, from wherever the process stands, what the other ranks may never receive.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         if stage == "fit":  # the other verbs have nothing to save, and end at once
             self._listen()
 

@@ -5,6 +5,7 @@
       versions.json    packages, Python, platform, git commit
       metrics.csv      everything logged, continued across restarts
       wandb_id         of the run on W&B, where there is one (see `nar_t2i.training.wandb_run`)
+      lock             held, with who holds it, while a process trains
       started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
       checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
@@ -12,6 +13,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -33,11 +36,15 @@ from lightning.pytorch.utilities import rank_zero_only
 import nar_t2i
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints, wandb_run
+from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
             "pillow", "safetensors", "sentencepiece", "torchmetrics", "wandb")
+
+
+LOCK = "lock"
 
 
 @dataclass
@@ -46,11 +53,11 @@ class CheckpointConfig:
 
     every_steps: optimizer steps, as `trainer.max_steps` counts them, between checkpoints; one more is saved at the end
         and on an interruption.
-    keep: how many of the newest stay; 0 = all.
+    keep: how many of the newest stay; 0 = all. Where only one stays, there is none to fall back to.
     """
 
     every_steps: int = 1000
-    keep: int = 1
+    keep: int = 2
 
 
 def versions() -> dict[str, Any]:
@@ -75,13 +82,52 @@ class RunFolder(Callback):
         self.folder = Path(folder)
         self.config_yaml = config_yaml
         self.config = config
+        self._lock: Any = None
 
-    @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" or trainer.loggers:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                if stage == "fit" or trainer.loggers:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                if stage == "fit":
+                    self._take()
+                self._write(trainer, stage)
+            except OSError as error:
+                problem = f"run_dir: {error.filename or self.folder}: {error.strerror or error}"
+            except UserError as error:
+                problem = str(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise UserError(problem)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take(self) -> None:
+        """Make sure that no other process trains in this folder, on whichever node."""
+        self._lock = open(self.folder / LOCK, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a file system that knows no locks
+            self._lock.seek(0)
+            other = self._lock.read().strip() or "another process"
+            self._lock.close()
+            self._lock = None
+            raise UserError(f"run_dir: {self.folder} is in use by {other}; give this run another run_dir") from error
+        self._lock.truncate(0)
+        job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self._lock.write(f"process {os.getpid()} on {platform.node()}{job}\n")
+        self._lock.flush()
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
         for logger in trainer.loggers:
-            if not isinstance(logger, RunLogger):
+            # A trained run's configuration is that of its training.
+            if not isinstance(logger, RunLogger) and (stage == "fit" or wandb_run.trial() is not None):
                 logger.log_hyperparams(self.config)
         if stage != "fit":
             return
@@ -174,7 +220,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # After an error on one rank the others cannot be expected to join in a save.
-        if (trainer.training or trainer.validating) and (trainer.world_size == 1 or self.signals.agreed):
+        alone = trainer.world_size == 1 and not isinstance(exception, BadStep)
+        if (trainer.training or trainer.validating) and (alone or self.signals.agreed):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nar_t2i.errors import UserError
@@ -149,9 +151,11 @@ class TokenizerModule(TrainedModule):
         self.manual_backward(loss)
         if not last:
             return
-        if self.optimizer_config.clip_norm:
-            self.clip_gradients(optimizer, self.optimizer_config.clip_norm, "norm")
+        self.check(optimizer.optimizer)
+        parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, self.optimizer_config.clip_norm or math.inf)
         if index == 0:
+            self.gradient_norm = norm
             optimizer.step()
             self.lr_schedulers().step()
         else:

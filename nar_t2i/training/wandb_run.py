@@ -74,11 +74,12 @@ def logger(run_dir: Path, config: WandbConfig | None, continued: bool) -> WandbL
     return made
 
 
-def leave_for_another_start(loggers: list[Logger], status: int) -> None:
-    """Tell W&B that the run was preempted: a sweep hands it out again."""
+def finish(loggers: list[Logger], status: int, preempted: bool = False) -> None:
+    """End the run on W&B with an exit status of the process. preempted: a sweep is to hand it out again."""
     for known in loggers:
         if isinstance(known, WandbLogger) and known._experiment is not None:
-            known.experiment.mark_preempting()
+            if preempted:
+                known.experiment.mark_preempting()
             known.experiment.finish(exit_code=status)
 
 

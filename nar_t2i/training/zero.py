@@ -1,7 +1,7 @@
 """ZeRO on any device: Lightning's DeepSpeed strategy, on CUDA and on CPUs over gloo, with the gradients of DDP.
 
 The recipe's key is Lightning's own: `trainer.strategy: deepspeed_stage_1`, `_2`, `_3`, `_2_offload`, `_3_offload`, or
-`{class_path: nar_t2i.training.ZeRO, init_args: {stage: 2, offload_optimizer: true}}`.
+`{class_path: nar_t2i.training.zero.ZeRO, init_args: {stage: 2, offload_optimizer: true}}`.
 """
 
 from __future__ import annotations
@@ -100,6 +100,13 @@ class ZeRO(DeepSpeedStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(*args, **kwargs)
+        kept = getattr(self.deepspeed_engine.optimizer, "persistent_parameters", ())
+        if kept and self.deepspeed_engine.optimizer.overflow and kept[0].ds_status.name != "AVAILABLE":
+            kept[0].all_gather(kept)  # after a step that it discards, DeepSpeed leaves divided what it then expects whole
+        return result
 
     def skip_step(self) -> None:
         """Let the engine's next step change nothing, as it does after an overflow in fp16."""

@@ -87,6 +87,10 @@ class BadLoss(Callback):
     def on_before_backward(self, trainer, module, loss) -> None:
         if self._due(trainer) and self.factor == "gradient":
             loss.register_hook(lambda gradient: gradient * float("nan"))
+        elif self._due(trainer) and self.factor == "second":  # the discriminator's, which comes after the codec's
+            self._seen = getattr(self, "_seen", 0) + 1
+            if self._seen == 2:
+                loss.register_hook(lambda gradient: gradient * float("nan"))
         elif self._due(trainer):
             loss.data.mul_(float(self.factor))
 
@@ -113,3 +117,14 @@ class FullDisk(Callback):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+class SignalAtSanityCheck(Callback):
+    """One rank gets a signal before training has begun."""
+
+    def __init__(self, rank: int, name: str) -> None:
+        self.rank, self.name = rank, name
+
+    def on_sanity_check_start(self, trainer, *arguments) -> None:
+        if trainer.global_rank == self.rank:
+            os.kill(os.getpid(), getattr(signal, self.name))

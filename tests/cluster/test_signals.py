@@ -1,11 +1,15 @@
 """Whichever rank is told to stop, all do, after the same step and with a checkpoint of it; a rank that hangs ends the run."""
 
 import json
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from nar_t2i.training import checkpoints
+from tests.cluster import ranks
 from tests.cluster.test_resume import fit, result, went_well
 
 STATUS = {"SIGUSR1": 85, "SIGUSR2": 85, "SIGTERM": 143, "SIGINT": 130}
@@ -45,3 +49,36 @@ def test_a_rank_that_stalls_is_shown_and_ends_the_run(tmp_path, strategy):
     assert "faults.py" not in ended.errors[0] and "training_step" in ended.errors[0] or "backward" in ended.errors[0]
     went_well(fit(tmp_path, 2, strategy))
     result(tmp_path)
+
+
+def test_a_signal_before_training_begins_hangs_nobody(tmp_path):
+    ended = fit(tmp_path, 2, "ddp", fault("SignalAtSanityCheck", rank=1, name="SIGTERM"), "--trainer.num_sanity_val_steps=1")
+    assert ended.status == [143, 143], ended.errors
+    assert checkpoints.latest(tmp_path / "run") is not None
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    shutil.copyfile(Path(__file__).parent / "tiny.yaml", tmp_path / "tiny.yaml")
+    line = ["-m", "nar_t2i", "fit", "--config", "tiny.yaml", "--trainer.devices=1", fault("Slow", seconds=1.0)]
+    [first] = ranks.start(1, line, tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run/lock").exists() or not (tmp_path / "run/lock").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        second = tmp_path / "second"
+        second.mkdir()
+        ended = fit(second, 2, "ddp", f"--run_dir={tmp_path}/run")
+        assert ended.status == [2, 2], ended.errors
+        for error in ended.errors:
+            assert f"run_dir: {tmp_path}/run is in use by process {first.pid} on " in error and "Traceback" not in error
+    finally:
+        first.kill()
+        first.wait()
+    went_well(fit(tmp_path, 1, "auto"))  # who was killed holds nothing
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_error_on_all_ranks(tmp_path):
+    ended = fit(tmp_path, 2, "ddp", "--run_dir=/dev/null/run")
+    assert ended.status == [2, 2], ended.errors
+    assert all("key run_dir: /dev/null/run: Not a directory" in error and "Traceback" not in error for error in ended.errors)

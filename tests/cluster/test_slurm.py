@@ -126,6 +126,22 @@ def test_a_job_runs_in_the_container_that_is_named(cluster, tmp_path):
     result(tmp_path)
 
 
+def test_a_job_runs_the_code_that_it_started_with(cluster, tmp_path):
+    where = json.dumps([{"class_path": "tests.cluster.measure.Code"}])
+    number = submit(cluster, tmp_path, f"--trainer.callbacks={where}")
+    cluster.wait(number, "COMPLETED", "FAILED")
+    for rank in (0, 1):
+        assert (tmp_path / f"run/code-{rank}.txt").read_text() == f"{tmp_path}/run/slurm/{number}/nar_t2i/__init__.py", log(tmp_path)
+
+
+def test_recipes_with_one_run_folder_are_not_queued(cluster, tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.yaml").write_text(f"extends: {ROOT}/tests/cluster/tiny.yaml\nseed_everything: {seed}\n")
+    recipes = [str(tmp_path / "1.yaml"), str(tmp_path / "2.yaml")]
+    with pytest.raises(RuntimeError, match="several recipes have the run_dir run; give each its own"):
+        cluster.call("slurm/ablate.sh", *recipes, cwd=ROOT, NAR_T2I_PYTHON=sys.executable, PYTHONPATH=str(ROOT))
+
+
 def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
     recipes = []
     for name in ("one", "two"):

@@ -68,6 +68,17 @@ def test_a_run_that_goes_on_is_one_run_that_holds_the_whole_recipe(folder):
         assert len(server.runs) == 2
 
 
+def test_a_run_that_fails_has_failed_there_too_and_validation_keeps_its_configuration(folder):
+    fault = json.dumps([{"class_path": "tests.cluster.faults.BadLoss", "init_args": {"step": 4, "rank": 0, "factor": "nan"}}])
+    with Server() as server:
+        ended = fit(folder, f"--trainer.callbacks={fault}", "--checkpoint.every_steps=2", **server.environment)
+        assert ended.returncode == 2, ended.stderr
+        [run] = server.runs.values()
+        assert run["exit"] == 2
+        assert fit(folder, "--model.init_args.caption_dropout=0.7", verb="validate", **server.environment).returncode == 0
+        assert run["config"]["model"]["init_args"]["caption_dropout"] == 0.1
+
+
 def test_offline_starts_are_folders_of_one_run_which_sync_puts_together(folder):
     for count in (6, 12):
         ended = fit(folder, f"--trainer.max_steps={count}")

@@ -2,14 +2,13 @@
 
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nar_t2i.cli import main
-from nar_t2i.training.doctor import Activations, _largest
-from nar_t2i.training.memory import STAGES, held
+from nar_t2i.training.doctor import Activations, largest_micro_batch
+from nar_t2i.training.memory import STAGES, Trained, held
 from tests.cluster.ranks import ROOT
 
 
@@ -42,6 +41,7 @@ def test_overrides_count(capsys):
     assert main(["doctor", "tiny.yaml", "--nodes", "1", *wider]) == 0
     out = capsys.readouterr().out
     assert "1 ranks × 4 × 4 in turn" in out
+    assert "one GPU a node is taken, since trainer.devices is auto; --gpus-per-node says otherwise" in out
     assert int(re.search(r"([\d,]+) trained", out)[1].replace(",", "")) > 50_000
 
 
@@ -52,6 +52,8 @@ def test_overrides_count(capsys):
     (["--model.init_args.ema_decay=often"], "ema_decay: expected float"),
     # Beside a part that is only complete once it is called with more.
     (["--model.init_args.sample_prompts=[a, null]"], "key model.init_args.sample_prompts: expected str or null, got None"),
+    (["--init_from=nowhere"], "init_from: nowhere does not exist"),
+    (["--data.init_args.flip=true"], "flip: true needs flip_safe"),
     (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(capsys, arguments, message):
@@ -70,19 +72,51 @@ def test_saved_activations_are_counted_each_once_and_without_weights():
     assert counter.bytes == 4 * 10 * (8 + 32 + 4)
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_the_largest_micro_batch_is_the_last_that_fits(accumulates):
-    row, image, fixed = held([[10_000_000], [500]], 1000, 2, 0, False, True), 3_000_000, 77
-    for limit in (150e6, 400e6, 1e9):
-        size = _largest(row, limit, accumulates, image, fixed)
-        assert size == 0 or row.peak(size * image + fixed, accumulates) <= limit
-        assert row.peak((size + 1) * image + fixed, accumulates) > limit
+def of_sizes(*groups):
+    total = sum(map(sum, groups))
+    return Trained(groups, [], 0, 8 * total, 4 * total)
+
+
+def test_the_largest_micro_batch_is_the_largest_share_of_a_step_that_fits():
+    row, image, fixed, share = held(of_sizes([10_000_000], [500]), 2, 0, False), 3_000_000, 77, 48
+    found = [largest_micro_batch(row, limit, share, image, fixed) for limit in (150e6, 300e6, 330e6, 400e6, 1e9)]
+    assert found == sorted(found) and found[0] == 0 and found[-1] == share and 0 < found[2] < share
+    for size, limit in zip(found, (150e6, 300e6, 330e6, 400e6, 1e9), strict=True):
+        assert size == 0 or share % size == 0
+        for other in (1, 2, 3, 4, 6, 8, 12, 16, 24, 48):
+            fits = row.peak(other * image + fixed, other < share) <= limit
+            assert fits <= (other <= size)
 
 
 def test_dividing_more_leaves_less_on_each_gpu():
-    groups = [[300_000_000, 40_000_000], [6_000_000]]
-    lasting = [held(groups, 0, 8, stage, True, True).lasting for stage in STAGES.values()]
+    trained = of_sizes([300_000_000, 40_000_000], [6_000_000])
+    lasting = [held(trained, 8, stage, True).lasting for stage in STAGES.values()]
     assert lasting[0] > lasting[1] == lasting[2] > lasting[3]
-    assert held(groups, 0, 8, 2, True, True).gradients < held(groups, 0, 8, 1, True, True).gradients
-    more = SimpleNamespace(**vars(held(groups, 0, 64, 3, True, True)))
-    assert more.optimizer * 8 == pytest.approx(held(groups, 0, 8, 3, True, True).optimizer, rel=1e-3)
+    assert held(trained, 8, 2, True).gradients < held(trained, 8, 1, True).gradients
+    assert held(trained, 64, 3, True).optimizer * 8 == pytest.approx(held(trained, 8, 3, True).optimizer, rel=1e-3)
+
+
+def test_what_a_strategy_refuses_is_said(capsys):
+    assert main(["doctor", "tiny.yaml", "--model.init_args.optimizer.kind=muon", "--trainer.strategy=deepspeed_stage_2"]) == 2
+    out = capsys.readouterr().out
+    assert "muon needs whole matrices" in out and list(table(out)) == ["ddp"]
+    tokenizer = str(ROOT / "tests/cluster/tiny_tokenizer.yaml")
+    assert main(["doctor", tokenizer, "--trainer.strategy=deepspeed_stage_2"]) == 2
+    assert "two optimizers, which DeepSpeed cannot train" in capsys.readouterr().out
+    assert main(["doctor", tokenizer]) == 0
+    assert list(table(capsys.readouterr().out)) == ["ddp"]
+
+
+def test_a_strategy_given_as_a_class(capsys):
+    strategy = "{class_path: nar_t2i.training.zero.ZeRO, init_args: {stage: 3}}"
+    assert main(["doctor", "tiny.yaml", f"--trainer.strategy={strategy}", "--gpu-memory-gib", "1"]) == 2
+    assert "deepspeed_stage_3 needs " in capsys.readouterr().out
+
+
+def test_streamed_shards_are_not_opened_twice(capsys, tmp_path):
+    from nar_t2i.prepare.scenes import main as render
+
+    render([str(tmp_path / "shards"), "--count", "8", "--image-size", "48", "--samples-per-shard", "4"])
+    streamed = f"pipe:cat {tmp_path}/shards/{{00000..00001}}.tar"
+    assert main(["doctor", "tiny.yaml", f"--data.init_args.train={streamed}", "--data.init_args.global_batch_size=2"]) == 0
+    assert "streamed" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What ZeRO refuses before anything runs. That it trains like DDP is shown on several ranks, in tests/cluster."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.tokenizers import VQGAN, VectorQuantizer
 from nar_t2i.training import TokenizerModule, zero
 from nar_t2i.training.optim import OptimizerConfig
-from tests.cluster import tiny
+from tests.cluster import ranks, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +50,10 @@ def test_no_compiler_is_needed_and_nothing_stays_in_shared_memory(strategy, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     before = set(Path("/dev/shm").glob("deepspeed*"))
-    trainer = tiny.trainer(strategy, 1, 1, default_root_dir=tmp_path)
-    trainer.fit(tiny.Generator(), datamodule=tiny.data())
-    assert trainer.global_step > 0
+    shutil.copyfile(ranks.ROOT / "tests/cluster/tiny.yaml", tmp_path / "tiny.yaml")
+    line = ["-m", "nar_t2i", "fit", "--config", "tiny.yaml", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
+    ended = ranks.run(1, line, tmp_path)  # not in this process, where DeepSpeed would leave hooks
+    assert ended.status == [0], ended.errors
     assert not (tmp_path / "built").exists() and set(Path("/dev/shm").glob("deepspeed*")) == before
 
 
