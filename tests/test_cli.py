@@ -150,7 +150,8 @@ def test_fit_again_goes_on(folder, capsys):
     checkpoint = checkpoints.read(folder / "run/checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 10
     assert (folder / "run/config.1.yaml").is_file()  # the first start's
-    assert not (folder / "run/checkpoints/step-00000005.ckpt").exists()
+    kept = sorted(path.name for path in (folder / "run/checkpoints").glob("step-*"))
+    assert kept == ["step-00000005.ckpt", "step-00000010.ckpt"]  # as many as by default
 
 
 def test_rows_behind_the_checkpoint_are_written_again_and_stand_once(folder):
