@@ -57,6 +57,9 @@ class Activations(Callback):
         self._hooks.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         if self._hooks is not None:
             self._hooks.__exit__(None, None, None)
             self._hooks, self.bytes = None, sum(self._storages.values())
@@ -82,6 +85,8 @@ def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) ->
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         except SystemExit as error:
             raise KeyboardInterrupt from error
+        finally:
+            counter.stop()
         if cli.signals.received:
             raise KeyboardInterrupt
     return Probed(_trained(cli.model, cli.trainer.optimizers), counter.bytes)

@@ -22,6 +22,18 @@ from nar_t2i.training.guard import loss_scale
 STARTED = "started.json"  # when the run was first started, and how often
 
 
+class _NoModules:
+    """In the place of what tells modules apart, with hooks on all of them that outlast the count."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Nothing to watch."""
+
+    def __exit__(self, *arguments: Any) -> None:
+        """Nothing was watched."""
+
+
 class Monitor(Callback):
     """Logs, with every other logged step:
 
@@ -66,9 +78,19 @@ class Monitor(Callback):
         self._norm = None
         if not self._operations and self._counter is None:
             self._counter = FlopCounterMode(display=False)
+            self._counter.mod_tracker = _NoModules()
             self._counter.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._stop_counting()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_counting()  # where a forward pass was broken off
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             self._operations, self._counter = self._counter.get_total_flops(), None
