@@ -83,13 +83,15 @@ leave(3)
 """
 
 
-@pytest.mark.parametrize(("ending", "status"), [("leave(3)", 3), ("raise SystemExit(3)", -signal.SIGABRT)])
-def test_threads_that_want_pythons_lock_do_not_abort_a_process_that_leaves(ending, status):
+@pytest.mark.parametrize("ending", ["leave(3)", "raise SystemExit(3)"])
+def test_threads_that_want_pythons_lock_do_not_abort_a_process_that_leaves(ending):
     code = LEAVING.replace("leave(3)", ending)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "registered\n"
-    if ending.startswith("leave") or sys.version_info < (3, 14):  # from then on such threads wait instead
-        assert result.returncode == status  # the second is the control: what Python does by itself
+    if ending == "leave(3)":
+        assert result.returncode == 3
+    elif sys.version_info < (3, 14):  # from then on such threads wait instead
+        assert result.returncode < 0  # the control: what Python does by itself
 
 
 def test_help_of_a_verb(capsys):
