@@ -80,14 +80,35 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     if subcommand == "predict":
         arguments["return_predictions"] = False
     try:
-        getattr(cli.trainer, subcommand)(cli.model, **arguments)
+        _call(cli, subcommand, arguments)
     except UserError:
         wandb_run.finish(cli.trainer.loggers, 2)
         raise
+    except SystemExit:
+        if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        status = cli.signals.status
+        wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
+        if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
+            Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
+        print(
+            f"nar-t2i: {cli.signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
+            file=sys.stderr,
+        )
+        return status
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:
+    """One of the trainer's verbs; what a user can mend, as UserError."""
+    try:
+        getattr(cli.trainer, subcommand)(cli.model, **arguments)
     except MisconfigurationException as error:
-        raise UserError(f"{recipe.name}: {_one_line(error)}") from error
+        raise UserError(f"{cli.recipe.name}: {_one_line(error)}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{checkpoint}: holds more than tensors and plain values; it is not loaded") from error
+        raise UserError(f"{arguments['ckpt_path']}: holds more than tensors and plain values; it is not loaded") from error
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # torch says so wherever the training process stands
             raise
@@ -95,22 +116,6 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
             f"{_one_line(error)} Often memory ran out: take fewer data.init_args.workers. The same command goes on from the "
             f"newest checkpoint in {cli.config.run_dir}"
         ) from error
-    except SystemExit:
-        if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
-            raise
-        signals = cli.signals
-        if signals.status == REQUEUE:
-            wandb_run.finish(cli.trainer.loggers, REQUEUE, preempted=True)
-            if marker := os.environ.get("NAR_T2I_PREEMPTED"):  # for slurm/sweep.sh, which sees its agent's status alone
-                Path(marker).touch()
-        print(
-            f"nar-t2i: {signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
-            file=sys.stderr,
-        )
-        return signals.status
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
 
 
 class RecipeCLI(LightningCLI):

@@ -118,7 +118,10 @@ class RunFolder(Callback):
             other = self._lock.read().strip() or "another process"
             self._lock.close()
             self._lock = None
-            raise UserError(f"run_dir: {self.folder} is in use by {other}; give this run another run_dir") from error
+            raise UserError(
+                f"run_dir: {self.folder} is in use by {other}; give this run another run_dir, or delete "
+                f"{self.folder / LOCK} if that process is no more"
+            ) from error
         self._lock.truncate(0)
         job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         self._lock.write(f"process {os.getpid()} on {platform.node()}{job}\n")

@@ -68,13 +68,19 @@ def test_a_run_that_goes_on_is_one_run_that_holds_the_whole_recipe(folder):
         assert len(server.runs) == 2
 
 
-def test_a_run_that_fails_has_failed_there_too_and_validation_keeps_its_configuration(folder):
-    fault = json.dumps([{"class_path": "tests.cluster.faults.BadLoss", "init_args": {"step": 4, "rank": 0, "factor": "nan"}}])
+@pytest.mark.parametrize(("fault", "arguments", "status"), [
+    ("BadLoss", {"step": 4, "rank": 0, "factor": "nan"}, 2),
+    ("KillWorkerAt", {"step": 4, "rank": 0}, 2),
+    ("SignalAt", {"step": 4, "rank": 0, "name": "SIGTERM"}, 143),
+])  # fmt: skip
+def test_a_run_that_ends_early_did_so_there_too_and_validation_keeps_its_configuration(folder, fault, arguments, status):
+    callback = json.dumps([{"class_path": f"tests.cluster.faults.{fault}", "init_args": arguments}])
     with Server() as server:
-        ended = fit(folder, f"--trainer.callbacks={fault}", "--checkpoint.every_steps=2", **server.environment)
-        assert ended.returncode == 2, ended.stderr
+        ended = fit(folder, f"--trainer.callbacks={callback}", "--checkpoint.every_steps=2", "--data.init_args.workers=1",
+                    **server.environment)  # fmt: skip
+        assert ended.returncode == status, ended.stderr
         [run] = server.runs.values()
-        assert run["exit"] == 2
+        assert run["exit"] == status and "preempted" not in run
         assert fit(folder, "--model.init_args.caption_dropout=0.7", verb="validate", **server.environment).returncode == 0
         assert run["config"]["model"]["init_args"]["caption_dropout"] == 0.1
 
