@@ -34,6 +34,7 @@ from nar_t2i.training.init_from import load_weights
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import REQUEUE, Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
+from nar_t2i.training.validation import OwedValidation
 from nar_t2i.training.wandb_run import WandbConfig
 
 FRESH = ("none", "fresh")
@@ -47,6 +48,7 @@ _WARNINGS = (
     r".*The number of training batches \(\d+\) is smaller than the logging interval.*",
     r".*have no `val_dataloader`.*",
     r".*Trying to infer the `batch_size`.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",
     r".*The `srun` command is available on your system but is not used.*",
 )
 _INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt")
@@ -213,6 +215,7 @@ class RecipeCLI(LightningCLI):
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
             settings_of = self._get(self.config_init, "checkpoint")
             callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml, monitor))
+            callbacks.append(OwedValidation(run_dir))
         if settings["logger"] is not False:
             settings["logger"] = self._loggers(run_dir, settings["logger"]) or False
         if SLURMEnvironment.detect():  # Lightning's own requeueing saves inside of its signal handler

@@ -1,6 +1,6 @@
 """Signals, told to all ranks at the end of a batch; and a watch over ranks that stall.
 
-A handler only sets a flag. At the end of each batch the ranks send each other their flags over gloo, without waiting,
+A handler only sets a flag. At the end of each batch, of validation too, the ranks send each other their flags over gloo, without waiting,
 and read at the end of the next what was sent: all stop after the same batch, once the checkpoint is written, and no
 step waits for it. (Lightning saves, or sends, from within its handlers, where the other ranks may be anywhere: they hang.)
 """
@@ -28,7 +28,7 @@ _MEANING = {130: "interrupted", REQUEUE: "asked to make room", 143: "asked to en
 
 
 class Signals(Callback):
-    """Ctrl-C, SIGUSR1, SIGUSR2 and SIGTERM let the present step finish, and the run be saved, before the process ends.
+    """Ctrl-C, SIGUSR1, SIGUSR2 and SIGTERM let the present batch finish, and the run be saved, before the process ends.
 
     The exit status is 130 after Ctrl-C, 143 after SIGTERM (which `scancel` sends: do not start it again) and 85 after
     SIGUSR1 or SIGUSR2, which Slurm is asked to send before a job's time is over: start it again. On one rank a Ctrl-C
@@ -44,6 +44,7 @@ class Signals(Callback):
         self._alone = True
         self._group: Any = None
         self._sent: tuple[torch.Tensor, Any] | None = None
+        self._common = 0.0  # batches of a validation that all ranks have
         self._previous: dict[int, Any] = {}
 
     @property
@@ -85,6 +86,18 @@ class Signals(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_agreed()
+        if self._group is not None:
+            batches = torch.tensor(float(sum(trainer.num_val_batches)))
+            dist.all_reduce(batches, dist.ReduceOp.MIN, group=self._group)
+            self._common = float(batches)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._common -= 1
+        if trainer.validating and (self._alone or self._common >= 0):
+            self._agree()
+            self._stop_if_agreed()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sent is not None:

@@ -7,6 +7,7 @@
       wandb_id         of the run on W&B, where there is one (see `nar_t2i.training.wandb_run`)
       lock             held, with who holds it, while a process trains
       started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
+      validated        the step of the last validation that ended (see `nar_t2i.training.validation`)
       checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
 

@@ -34,6 +34,17 @@ class SignalAt(Callback):
             os.kill(os.getpid(), getattr(signal, self.name))
 
 
+class SignalAtValidation(Callback):
+    """One rank gets a signal in the second batch of the validation after so many optimizer steps."""
+
+    def __init__(self, step: int, rank: int, name: str) -> None:
+        self.step, self.rank, self.name = step, rank, name
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, *arguments) -> None:
+        if trainer.validating and (trainer.global_step, batch_idx, trainer.global_rank) == (self.step, 1, self.rank):
+            os.kill(os.getpid(), getattr(signal, self.name))
+
+
 class StallAt(Callback):
     """One rank goes to sleep."""
 
