@@ -2,8 +2,8 @@
 
 A part lists the arguments that name files in its class attribute `assets`; the files are copied into the folder and
 their names in the configuration become relative, so that a folder can be moved. A part with a method
-`save_assets(folder, dtype)` writes them itself and returns the arguments that change. Loading runs no code of the
-folder's and downloads nothing.
+`save_assets(folder, dtype)` writes them itself and returns the arguments that change. Those of parts within a part lie in
+folders of their own. Loading runs no code of the folder's and downloads nothing.
 """
 
 from __future__ import annotations
@@ -46,14 +46,7 @@ def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = N
     """Write a part into `folder`. dtype: of the stored floating-point weights; None keeps theirs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(describe(part))
-    own = part.save_assets(folder, dtype) if hasattr(part, "save_assets") else {}
-    config["init_args"].update(own)
-    for name in set(getattr(part, "assets", ())) - set(own):
-        source = Path(config["init_args"][name])
-        if not (target := folder / source.name).exists() or not source.samefile(target):
-            shutil.copyfile(source, target)
-        config["init_args"][name] = source.name
+    config = _with_assets(part, folder, "", dtype)
     state = {
         name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in part.state_dict().items()
@@ -72,13 +65,7 @@ def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
         raise UserError(f"{folder / CONFIG}: needs exactly the keys class_path and init_args")
     if not isinstance(config["class_path"], str) or not isinstance(config["init_args"], dict):
         raise UserError(f"{folder / CONFIG}: class_path must be a text and init_args a mapping")
-    for name in getattr(resolve(config["class_path"], trusted), "assets", ()):
-        inside = folder / str(config["init_args"].get(name))
-        if inside.resolve().parent != folder.resolve():
-            raise UserError(f"{folder / CONFIG}: {name} must be a file of this folder")
-        if not inside.exists():
-            raise UserError(f"{inside}: no such file")
-        config["init_args"][name] = str(inside)
+    _find_assets(config, folder, trusted)
     try:
         part = build(config, trusted)
         part.load_state_dict(load_file(folder / WEIGHTS))
@@ -87,3 +74,51 @@ def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder}: {error}".splitlines()[0]) from error
     return part.eval()
+
+
+def _with_assets(part: Any, folder: Path, inside: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The part's description, with its files, and those of the parts that it is made of, copied into `folder`/`inside`."""
+    own_folder = folder / inside
+    own_folder.mkdir(exist_ok=True)
+    config = copy.deepcopy(describe(part))
+    changed = part.save_assets(own_folder, dtype) if hasattr(part, "save_assets") else {}
+    config["init_args"].update(changed)
+    assets = getattr(part, "assets", ())
+    for name in set(assets) - set(changed):
+        source = Path(config["init_args"][name])
+        if not (target := own_folder / source.name).exists() or not source.samefile(target):
+            shutil.copyfile(source, target)
+        config["init_args"][name] = source.name
+    for name in assets:
+        config["init_args"][name] = str(Path(inside, config["init_args"][name]))
+    for name, value in part.__dict__["_described_args"].items():
+        if isinstance(value, (list, tuple)) and any(_is_part(item) for item in value):
+            config["init_args"][name] = [
+                _with_assets(item, folder, str(Path(inside, f"{name}-{number}")), dtype) if _is_part(item) else describe(item)
+                for number, item in enumerate(value)
+            ]
+        elif _is_part(value):
+            config["init_args"][name] = _with_assets(value, folder, str(Path(inside, name)), dtype)
+    return config
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, nn.Module) and "_described_args" in value.__dict__
+
+
+def _find_assets(config: Any, folder: Path, trusted: tuple[str, ...]) -> None:
+    """Make the paths in a saved description, and in those within it, paths from here."""
+    if isinstance(config, list):
+        for item in config:
+            _find_assets(item, folder, trusted)
+    if not isinstance(config, dict):
+        return
+    if set(config) == {"class_path", "init_args"} and isinstance(config["init_args"], dict):
+        for name in getattr(resolve(config["class_path"], trusted), "assets", ()):
+            path = folder / str(config["init_args"].get(name))
+            if path.resolve() == folder.resolve() or not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{folder / CONFIG}: {name} must be a file of this folder")
+            if not path.exists():
+                raise UserError(f"{path}: no such file")
+            config["init_args"][name] = str(path)
+        _find_assets(list(config["init_args"].values()), folder, trusted)

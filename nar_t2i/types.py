@@ -185,10 +185,19 @@ class Encoded(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """Captions → Condition. `widths`: one a stream; `pooled_width`: 0 where there is no pooled state."""
+    """Captions → Condition. `widths`: one a stream; `pooled_width`: 0 where there is no pooled state.
+
+    `encoded`, `truncated`: captions so far, and how many of them did not fit.
+    """
 
     widths: tuple[int, ...]
     pooled_width: int
+    encoded: int = 0
+    truncated: int = 0
+
+    def count(self, encoded: int, truncated: int) -> None:
+        self.encoded += encoded
+        self.truncated += truncated
 
     def forward(self, captions: list[str]) -> Condition:
         raise NotImplementedError

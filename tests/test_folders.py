@@ -73,13 +73,11 @@ def test_weights_can_be_stored_in_half_precision(saved, tmp_path):
     assert torch.equal(half.layer.weight, original.layer.weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "sub/note.txt", "link"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "link"])
 def test_a_file_outside_of_the_folder_is_refused(saved, tmp_path, name):
     _, folder = saved
     (tmp_path / "secret").write_text("secret")
     (folder / "link").symlink_to(tmp_path / "secret")
-    (folder / "sub").mkdir()
-    (folder / "sub/note.txt").write_text("below")
     config = config_of(folder)
     config["init_args"]["note"] = name
     write_json(folder / "config.json", config)

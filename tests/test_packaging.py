@@ -63,7 +63,8 @@ def test_both_make_targets_set_themselves_up(tmp_path):
         plan = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         assert "pip install -c constraints.txt -e '.[test]'" in plan
     (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/.installed").touch()
+    for stamp in (".installed", ".models"):
+        (tmp_path / ".venv" / stamp).touch()
     plan = subprocess.run(["make", "-n", "test"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "pip install" not in plan and "pytest" in plan
 

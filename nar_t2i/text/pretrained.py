@@ -5,6 +5,7 @@ A new kind is a subclass that names its model class and configuration and says h
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,20 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.text.layers import choose_trained, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
 SAVED = "pretrained"  # the folder inside of a saved part
 
 
 class PretrainedTextEncoder(TextEncoder):
-    """Captions → states (B, L, width); pooled is the mean of the states over real tokens (our choice).
+    """Captions → states (B, L, width) and a pooled state; a subclass says which.
 
     folder: a local folder as `transformers` saves it, or a hub name that is in the local Hugging Face cache. Nothing is
         ever downloaded. A saved pipeline holds a copy.
-    pretrained: False takes the same architecture with random weights.
-    trainable: False freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
-        then no parameters of this module, but follow it to other devices and types.
+    pretrained: False takes the same architecture with random weights, so that initialisation alone can be compared.
+    trainable: "none" freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
+        then no parameters of this module, but follow it to other devices and types. "last_2" trains the last two layers
+        and what follows them, "all" everything.
+    layer: whose states are used: -1 the last, -2 the one before it. Later ones are cut off where nothing reads them.
     max_length: tokens kept a caption, its marks of begin and end included; `truncated` counts the longer captions.
+    mask_padding: False lets the network read padding, too, as some published models do; captions are then padded to
+        `max_length`, so that an image does not depend on its batch.
 
     Dropout is switched off: a run that is resumed draws what the uninterrupted one would (our choice).
     Raises UserError where the folder is missing, not whole, or of another kind of model.
@@ -37,30 +43,67 @@ class PretrainedTextEncoder(TextEncoder):
 
     assets = ("folder",)
     model_class: str  # of transformers
-    model_type: str  # in the folder's config.json
+    model_types: tuple[str, ...]  # in the folder's config.json
     model_arguments: Mapping[str, Any] = {}
 
-    def __init__(self, folder: str, pretrained: bool = True, trainable: bool = False, max_length: int = 77):
+    def __init__(
+        self,
+        folder: str,
+        pretrained: bool = True,
+        trainable: str = "none",
+        layer: int = -1,
+        max_length: int = 77,
+        mask_padding: bool = True,
+    ):
         super().__init__()
-        self.trainable, self.max_length, self.truncated = trainable, max_length, 0
+        self.trainable, self.layer, self.max_length, self.mask_padding = trainable, layer, max_length, mask_padding
         config, self._tokenizer = self._open(folder)
+        config = getattr(config, "text_config", config)  # of a folder that holds a tower for images, too
         self._check(folder, config)
-        if pretrained:
-            model = self._load(folder)
-        else:
-            model = self._random(config)
-        for layer in model.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
+        for name, value in config.to_dict().items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        model = self._load(folder, config) if pretrained else self._random(config)
+        depth = len(self.layers(model))
+        if not -depth <= layer <= -1:
+            raise UserError(f"text encoder: layer must be -{depth} to -1 for {folder}, not {layer}")
+        self._shorten(model, depth + 1 + layer)
+        self._saved_layer = layer if len(self.layers(model)) == depth else -1
+        choose_trained(trainable, model, self.layers(model), self.after_layers(model))
         # In a list: a frozen model is no submodule.
-        self._frozen = [] if trainable else [model.requires_grad_(False).eval()]
-        if trainable:
+        self._frozen = [model.eval()] if trainable == "none" else []
+        if not self._frozen:
             self.model = model
-        self.widths, self.pooled_width = (config.hidden_size,), config.hidden_size
+        self.widths, self.pooled_width = (config.hidden_size,), self._pooled_width(config)
 
-    def encode(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) codes and mask of real ones → (B, L, width)."""
-        return self.network(input_ids=codes, attention_mask=mask.long()).last_hidden_state
+    # What a kind of model says about itself
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The layers, first to last."""
+        raise NotImplementedError
+
+    def after_layers(self, model: nn.Module) -> list[nn.Module]:
+        """What comes behind them, and is trained with the last of them."""
+        return []
+
+    def encode(self, codes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) codes and mask of real ones → (B, L, width) states and (B, pooled_width)."""
+        states = self.network(input_ids=codes, attention_mask=mask.long()).last_hidden_state
+        return states, mean_state(states, mask)
+
+    def _shorten(self, model: nn.Module, depth: int) -> None:
+        """Cut off the layers that nothing reads: weights without a gradient would stop DDP."""
+        del self.layers(model)[depth:]
+        model.config.num_hidden_layers = depth
+
+    def _pooled_width(self, config: Any) -> int:
+        return config.hidden_size
+
+    def _as_transformers_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as `transformers` saves them."""
+        return dict(state)
+
+    # What all kinds share
 
     @property
     def network(self) -> nn.Module:
@@ -68,22 +111,22 @@ class PretrainedTextEncoder(TextEncoder):
         return self._frozen[0] if self._frozen else self.model
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """(B, L) codes and the mask of real ones; L is the longest caption's length."""
+        """(B, L) codes and the mask of real ones; L is the longest caption's length, or `max_length`."""
         rows = self._tokenizer(
             # Command lines bring bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
             [caption.encode("utf-8", "replace").decode() for caption in captions],
-            padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors="pt",
+            padding="longest" if self.mask_padding else "max_length",
+            truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
-        self.truncated += sum(bool(encoding.overflowing) for encoding in rows.encodings)
+        self.count(len(captions), sum(bool(encoding.overflowing) for encoding in rows.encodings))
         return rows["input_ids"], rows["attention_mask"].bool()
 
     def forward(self, captions: list[str]) -> Condition:
         device = next(self.network.parameters()).device
         codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            states = self.encode(codes, mask)
-        pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        return Condition((states,), (mask,), pooled)
+        with torch.set_grad_enabled(not self._frozen and torch.is_grad_enabled()):
+            states, pooled = self.encode(codes, mask)
+        return Condition((states,), (mask if self.mask_padding else torch.ones_like(mask),), pooled)
 
     def save_assets(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Write into a saved part what its `weights.safetensors` does not hold; the arguments that change thereby.
@@ -94,16 +137,16 @@ class PretrainedTextEncoder(TextEncoder):
         shutil.rmtree(beside, ignore_errors=True)
         with _quiet_transformers():
             self._tokenizer.save_pretrained(beside)
-            if self.trainable:
+            if not self._frozen:
                 self.network.config.save_pretrained(beside)
             else:
                 state = {name: value.to(dtype or value.dtype) for name, value in self.network.state_dict().items()}
-                self.network.save_pretrained(beside, state_dict=state)
+                self.network.save_pretrained(beside, state_dict=self._as_transformers_names(state))
         (folder / SAVED).mkdir(exist_ok=True)
         for file in beside.iterdir():
             os.replace(file, folder / SAVED / file.name)
         beside.rmdir()
-        return {"folder": SAVED, "pretrained": not self.trainable}
+        return {"folder": SAVED, "pretrained": bool(self._frozen), "layer": self._saved_layer}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PretrainedTextEncoder:
         for model in self._frozen:
@@ -124,27 +167,29 @@ class PretrainedTextEncoder(TextEncoder):
         return config, tokenizer
 
     def _check(self, folder: str, config: Any) -> None:
-        if config.model_type != self.model_type:
+        if config.model_type not in self.model_types:
             raise UserError(f"text encoder: {folder} holds a {config.model_type} model, {type(self).__name__} needs "
-                            f"{self.model_type}")  # fmt: skip
-        # Where its files are missing, transformers makes a tokenizer of nothing but marks.
-        if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
+                            f"{' or '.join(self.model_types)}")  # fmt: skip
+        # Where its files are missing, transformers makes a tokenizer of nothing but marks, and T5's of a blank.
+        if len(self._tokenizer) <= len(self._tokenizer.all_special_ids) + 1:
             raise UserError(f"text encoder: {folder} holds no tokenizer's vocabulary")
         if len(self._tokenizer) > config.vocab_size:
             raise UserError(f"text encoder: {folder}: the tokenizer has {len(self._tokenizer)} tokens, the model "
                             f"{config.vocab_size}")  # fmt: skip
-        longest = getattr(config, "max_position_embeddings", self.max_length)
+        longest = getattr(config, "max_position_embeddings", math.inf)
         if not 2 < self.max_length <= longest:
-            raise UserError(f"text encoder: max_length must be 3 to {longest} for {folder}, not {self.max_length}")
+            upper = f"3 to {longest}" if longest < math.inf else "at least 3"
+            raise UserError(f"text encoder: max_length must be {upper} for {folder}, not {self.max_length}")
 
-    def _load(self, folder: str) -> nn.Module:
+    def _load(self, folder: str, config: Any) -> nn.Module:
         import transformers
 
         cls = getattr(transformers, self.model_class)
         with _readable(folder):
             model, report = cls.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **self.model_arguments
-            )
+                folder, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True,
+                **self.model_arguments,
+            )  # fmt: skip
         # Unexpected weights are heads for other tasks; missing ones would stay random.
         if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise UserError(f"text encoder: {folder} lacks weights, such as {sorted(map(str, missing))[0]}")
@@ -154,7 +199,7 @@ class PretrainedTextEncoder(TextEncoder):
         import transformers
 
         cls = getattr(transformers, self.model_class)
-        if self.trainable:
+        if self.trainable == "all":
             return cls(config, **self.model_arguments)
         # Frozen weights are in no checkpoint: a restart must draw the same.
         with torch.random.fork_rng(devices=[]):

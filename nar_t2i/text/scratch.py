@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import MLP, SelfAttention
 from nar_t2i.parts import part
+from nar_t2i.text.layers import choose_trained, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
 
@@ -57,8 +58,9 @@ class ScratchTextEncoder(TextEncoder):
 
     vocabulary: a SentencePiece model file (data_prep/train_sentencepiece.py makes one). max_length: tokens kept a
     caption, the end mark included; `truncated` counts the captions that were longer. word_reach: tokens to either side
-    over which every block has a depthwise convolution (see WordConvolution); 0 = none. trainable: False keeps the weights
-    as they are, which `init_from` has brought from another run.
+    over which every block has a depthwise convolution (see WordConvolution); 0 = none. trainable: "none" keeps the
+    weights as they are, which `init_from` has brought from another run; "last_2" trains the last two blocks and the norm
+    behind them, "all" everything. mask_padding: see PretrainedTextEncoder.
     """
 
     assets = ("vocabulary",)  # arguments that name files, which travel with a saved pipeline
@@ -71,7 +73,8 @@ class ScratchTextEncoder(TextEncoder):
         heads: int = 4,
         max_length: int = 40,
         word_reach: int = 0,
-        trainable: bool = True,
+        trainable: str = "all",
+        mask_padding: bool = True,
     ):
         super().__init__()
         if not Path(vocabulary).is_file():
@@ -81,24 +84,25 @@ class ScratchTextEncoder(TextEncoder):
         except (RuntimeError, OSError) as error:
             raise UserError(f"text encoder: vocabulary: {vocabulary} is not a SentencePiece model") from error
         self.widths, self.pooled_width, self.max_length = (width,), width, max_length
-        self.truncated = 0
+        self.mask_padding = mask_padding
         self.embedding = nn.Embedding(self._pieces.get_piece_size(), width)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, width))
         self.position.no_decay = True
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, word_reach) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.trainable = trainable
-        self.requires_grad_(trainable)
+        choose_trained(trainable, self, self.blocks, [self.norm])
+        self._frozen = trainable == "none"
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, rounded up to a multiple of 32
         (a softmax over 32 bf16 numbers takes a quarter of the time of one over 24) or to `max_length`."""
         # Command lines bring bytes that are no UTF-8 as lone surrogates, which SentencePiece refuses.
         rows = self._pieces.encode([c.lower().encode("utf-8", "replace").decode() for c in captions], add_eos=True)
-        self.truncated += sum(len(row) > self.max_length for row in rows)
+        self.count(len(rows), sum(len(row) > self.max_length for row in rows))
         rows = [row if len(row) <= self.max_length else row[: self.max_length - 1] + row[-1:] for row in rows]
-        length = min(-(-max(map(len, rows)) // ALIGNMENT) * ALIGNMENT, self.max_length)
+        longest = max(map(len, rows)) if self.mask_padding else self.max_length
+        length = min(-(-longest // ALIGNMENT) * ALIGNMENT, self.max_length)
         codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         return codes, torch.arange(length) < lengths[:, None]
@@ -106,10 +110,10 @@ class ScratchTextEncoder(TextEncoder):
     def forward(self, captions: list[str]) -> Condition:
         device = self.position.device
         codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(not self._frozen and torch.is_grad_enabled()):
             x = self.embedding(codes) + self.position[: codes.shape[1]]
             for block in self.blocks:
                 x = block(x, mask)
             x = self.norm(x)
-            pooled = (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        return Condition((x,), (mask,), pooled)
+            pooled = mean_state(x, mask)
+        return Condition((x,), (mask if self.mask_padding else torch.ones_like(mask),), pooled)

@@ -49,6 +49,7 @@ class GeneratorModule(TrainedModule):
     seed: of masks and caption dropout. sample_prompts: drawn at every validation. scene_prompts: how many scene prompts
     of each category are drawn and scored at every validation, as `validation_scene_accuracy`; the prompts are those that
     travel with the package, of combinations that training has seen.
+    text_learning_rate, text_weight_decay: the text encoder's own peak and decay; None: those of the rest.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -63,6 +64,8 @@ class GeneratorModule(TrainedModule):
         inference: InferenceStrategy = Confidence(),
         guidance: Guidance = Guidance(),
         optimizer: OptimizerConfig = OptimizerConfig(),
+        text_learning_rate: float | None = None,
+        text_weight_decay: float | None = None,
         caption_dropout: float = 0.1,
         ema_decay: float = 0.999,
         seed: int = 0,
@@ -78,6 +81,7 @@ class GeneratorModule(TrainedModule):
         self.network = network(codec.spec, text.widths)
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
+        self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
         self.learning = learning
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
@@ -99,8 +103,11 @@ class GeneratorModule(TrainedModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        modules = [self.text, self.null, self.network, self.learning]
-        optimizer, scheduler = optim.build(config, optim.parameter_groups(modules, config.weight_decay), self.total_steps)
+        scale = 1.0 if self.text_learning_rate is None else self.text_learning_rate / config.learning_rate
+        text_decay = config.weight_decay if self.text_weight_decay is None else self.text_weight_decay
+        groups = optim.parameter_groups([self.null, self.network, self.learning], config.weight_decay)
+        groups += optim.parameter_groups(self.text, text_decay, scale)
+        optimizer, scheduler = optim.build(config, groups, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

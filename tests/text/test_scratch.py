@@ -134,7 +134,7 @@ def test_the_null_caption_replaces_states_mask_and_pooled_together(text):
 
 def test_frozen_weights_come_from_elsewhere_and_stay(vocabulary, text, tmp_path):
     sizes = {"width": 16, "depth": 2, "heads": 2, "max_length": 24}
-    frozen = ScratchTextEncoder(vocabulary, **sizes, trainable=False)
+    frozen = ScratchTextEncoder(vocabulary, **sizes, trainable="none")
     torch.save({"state_dict": text.state_dict()}, tmp_path / "text.ckpt")
     assert len(load_weights(frozen, tmp_path / "text.ckpt").loaded) == len(text.state_dict())
     states, expected = (encoder(CAPTIONS).states[0] for encoder in (frozen, text))

@@ -23,7 +23,7 @@ from nar_t2i.text import BertTextEncoder
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.types import Batch, LearningStrategy
-from tests.text.tiny_bert import tiny_bert
+from tests.text.tiny_models import tiny_bert
 from tests.toys import ToyCodec, ToyText
 
 SIZE = 16
@@ -207,7 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, cached, kind):
     bert = None if kind == "scratch" else tiny_bert(tmp_path / "bert")
 
     def module():
-        return made(text=bert and BertTextEncoder(bert, trainable=kind == "trained", max_length=16))
+        return made(text=bert and BertTextEncoder(bert, trainable="all" if kind == "trained" else "none", max_length=16))
 
     whole, first, second = Record(), Record(stop_at=3), Record()
     uninterrupted, resumed = module(), module()

@@ -1,0 +1,68 @@
+"""Several text encoders at once, as one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.parts import part
+from nar_t2i.types import Condition, TextEncoder
+
+
+@part
+class JointTextEncoder(TextEncoder):
+    """Each caption through all encoders.
+
+    sequence: the numbers of the encoders whose states are read, each a stream of its own (networks put them side by
+    side). pooled: the numbers of those whose pooled states are read, side by side as one vector. None: all. T5 for its
+    states with CLIP for its pooled one is `sequence: [0]`, `pooled: [1]`.
+    pooled_token: the pooled vector is one more stream, of one word, so that networks read it that have no other use of it.
+    `truncated` counts for the encoder that cuts off most captions. Raises UserError where an encoder would be read by
+    nobody.
+    """
+
+    def __init__(
+        self,
+        encoders: list[TextEncoder],
+        sequence: list[int] | None = None,
+        pooled: list[int] | None = None,
+        pooled_token: bool = False,
+    ):
+        super().__init__()
+        every = list(range(len(encoders)))
+        self._sequence, self._pooled = (every if chosen is None else chosen for chosen in (sequence, pooled))
+        if not self._sequence:
+            raise UserError("text encoder: sequence must name at least one of the encoders")
+        if set(self._sequence) | set(self._pooled) != set(every):
+            raise UserError(f"text encoder: sequence and pooled must name the encoders 0 to {len(encoders) - 1}, each at "
+                            f"least once, not {self._sequence} and {self._pooled}")  # fmt: skip
+        self.encoders = nn.ModuleList(encoders)
+        self.widths = tuple(width for i in self._sequence for width in encoders[i].widths)
+        self.pooled_width = sum(encoders[i].pooled_width for i in self._pooled)
+        if pooled_token and not self.pooled_width:
+            raise UserError("text encoder: pooled_token needs a pooled state, and none of the encoders in `pooled` has one")
+        self._pooled_token = pooled_token
+        self.widths += (self.pooled_width,) if pooled_token else ()
+
+    @property
+    def encoded(self) -> int:
+        return max(encoder.encoded for encoder in self.encoders)
+
+    @property
+    def truncated(self) -> int:
+        return max(encoder.truncated for encoder in self.encoders)
+
+    def forward(self, captions: list[str]) -> Condition:
+        conditions = [encoder(captions) for encoder in self.encoders]
+        read = [conditions[i] for i in self._sequence]
+        pooled = [conditions[i].pooled for i in self._pooled if conditions[i].pooled is not None]
+        states = tuple(state for condition in read for state in condition.states)
+        masks = tuple(mask for condition in read for mask in condition.masks)
+        if not pooled:
+            return Condition(states, masks)
+        vector = torch.cat(pooled, -1)
+        if self._pooled_token:
+            states += (vector.unsqueeze(1),)
+            masks += (masks[0].new_ones(len(vector), 1),)
+        return Condition(states, masks, vector)

@@ -1,0 +1,310 @@
+"""BERT, T5 and CLIP from a folder: what transformers gives, frozen or trained, and whole again from a saved pipeline."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part, save_part
+from nar_t2i.inference import Confidence
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.schedules import Guidance
+from nar_t2i.text import BertTextEncoder, ClipTextEncoder, NullCaption, T5TextEncoder
+from nar_t2i.training.optim import parameter_groups
+from tests.text.tiny_models import WORDS, tiny_bert, tiny_clip, tiny_t5
+from tests.toys import ToyCodec, ToyMasked
+
+CAPTIONS = ["a red circle", "two blue squares on the red circle", "", "a 😀 é"]
+KINDS = {"bert": (BertTextEncoder, tiny_bert), "t5": (T5TextEncoder, tiny_t5), "clip": (ClipTextEncoder, tiny_clip)}
+DEPTH = {"bert": 2, "t5": 3, "clip": 3}
+LAYERS = {"bert": "encoder.layer", "t5": "encoder.block", "clip": "text_model.encoder.layers"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {kind: make(tmp_path_factory.mktemp("models") / kind) for kind, (_, make) in KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def bert(folders):
+    return folders["bert"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def make(folders, kind):
+    return lambda folder=None, **arguments: KINDS[kind][0](folder or folders[kind], **{"max_length": 16, **arguments})
+
+
+def encoder(folder, **kwargs):
+    return BertTextEncoder(folder, max_length=16, **kwargs)
+
+
+def same(a, b):
+    pairs = (a.states[0], b.states[0]), (a.masks[0], b.masks[0]), (a.pooled, b.pooled)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def told_by_transformers(kind, folder, captions, **padding):
+    """(states of every layer, mask, pooled) without any code of ours."""
+    rows = transformers.AutoTokenizer.from_pretrained(folder)(
+        captions, truncation=True, max_length=16, return_tensors="pt", **(padding or {"padding": True})
+    )
+    names = {"bert": "BertModel", "t5": "T5EncoderModel", "clip": "CLIPTextModelWithProjection"}
+    model = getattr(transformers, names[kind]).from_pretrained(folder).eval()
+    with torch.no_grad():
+        output = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True)
+        states = list(output.hidden_states)
+        if kind == "t5":  # what it calls the last is normalised, and the others are not
+            states = [model.encoder.final_layer_norm(x) for x in states[:-1]] + states[-1:]
+        elif kind == "clip":  # and here none is
+            states = [model.text_model.final_layer_norm(x) for x in states]
+    mask = rows["attention_mask"].bool()
+    means = torch.stack([state[row].mean(0) for state, row in zip(output.last_hidden_state, mask)])
+    torch.testing.assert_close(states[-1], output.last_hidden_state)
+    return states, mask, output.text_embeds if kind == "clip" else means
+
+
+@pytest.mark.parametrize("trainable", ["none", "all"])
+def test_states_are_what_transformers_gives(folders, kind, make, trainable):
+    condition = make(trainable=trainable)(CAPTIONS)
+    states, mask, pooled = told_by_transformers(kind, folders[kind], CAPTIONS)
+    assert torch.equal(condition.masks[0], mask)
+    torch.testing.assert_close(condition.states[0].detach(), states[-1])
+    torch.testing.assert_close(condition.pooled.detach(), pooled)
+
+
+@pytest.mark.parametrize("trainable", ["none", "all"])
+def test_states_of_an_earlier_layer(folders, kind, make, trainable):
+    text = make(layer=-2, trainable=trainable)
+    condition = text(CAPTIONS)
+    states, mask, pooled = told_by_transformers(kind, folders[kind], CAPTIONS)
+    torch.testing.assert_close(condition.states[0].detach(), states[-2])
+    assert not torch.allclose(condition.states[0].detach(), states[-1], atol=1e-3)
+    if kind == "clip":
+        torch.testing.assert_close(condition.pooled.detach(), pooled)
+        assert len(text.layers(text.network)) == 3
+    else:
+        means = torch.stack([state[row].mean(0) for state, row in zip(states[-2], mask)])
+        torch.testing.assert_close(condition.pooled.detach(), means)
+        assert len(text.layers(text.network)) == DEPTH[kind] - 1  # nothing is computed that nothing reads
+
+
+def test_padding_that_the_network_may_read_has_a_fixed_length(folders, kind, make):
+    text = make(mask_padding=False)
+    together, alone = text(CAPTIONS), text(CAPTIONS[:1])
+    assert together.states[0].shape == (4, 16, 16) and together.masks[0].all()
+    torch.testing.assert_close(together.states[0][:1], alone.states[0], rtol=1e-5, atol=1e-6)
+    states, _, pooled = told_by_transformers(kind, folders[kind], CAPTIONS, padding="max_length")
+    torch.testing.assert_close(together.states[0], states[-1])
+    torch.testing.assert_close(together.pooled, pooled)
+
+
+def test_padding_does_not_matter(make):
+    text = make()
+    together, alone = text(CAPTIONS), text(CAPTIONS[:1])
+    length = alone.masks[0].shape[1]
+    assert length < together.masks[0].shape[1]
+    torch.testing.assert_close(together.states[0][:1, :length], alone.states[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together.pooled[:1], alone.pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_pretrained_and_random_weights_are_other_weights(make):
+    pretrained, drawn = make()(CAPTIONS), make(pretrained=False)(CAPTIONS)
+    assert pretrained.states[0].shape == drawn.states[0].shape
+    assert not torch.allclose(pretrained.states[0], drawn.states[0], atol=0.1)
+
+
+@pytest.mark.parametrize("trainable", ["none", "last_1"])
+def test_random_frozen_weights_are_the_same_after_a_restart(make, trainable):
+    assert same(make(pretrained=False, trainable=trainable)(CAPTIONS), make(pretrained=False, trainable=trainable)(CAPTIONS))
+
+
+class Holder(nn.Module):
+    """Stands for the module that trains: its state dict is what a checkpoint holds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+
+def test_frozen_weights_get_no_gradient_and_stay_out_of_checkpoints_and_optimizers(make):
+    text = make().train()
+    assert not text.network.training
+    condition = text(CAPTIONS)
+    assert not condition.states[0].requires_grad and not condition.pooled.requires_grad
+    assert not Holder(text).state_dict() and not list(text.parameters()) and not parameter_groups(text, 0.1)
+    text.to(torch.float64)
+    assert text(CAPTIONS).states[0].dtype == torch.float64, "frozen weights do not follow the module"
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_trained_weights_get_gradients_in_all_parameters(make, layer):
+    text = make(trainable="all", layer=layer).train()
+    text(CAPTIONS).states[0].square().mean().backward()
+    assert text.model.training
+    assert all(p.grad is not None for p in text.parameters()), "a parameter without gradient stops DDP"
+    assert same(text(CAPTIONS), text.eval()(CAPTIONS)), "dropout is on"
+    assert len(parameter_groups(text, 0.1)) == 2
+
+
+def test_the_last_layers_alone_are_trained(kind, make):
+    text = make(trainable="last_1").train()
+    condition = text(CAPTIONS)
+    (condition.states[0].square().mean() + condition.pooled.square().mean()).backward()
+    trained = {name for name, p in text.network.named_parameters() if p.grad is not None}
+    last = f"{LAYERS[kind]}.{DEPTH[kind] - 1}."
+    behind = {"bert": (), "t5": ("encoder.final_layer_norm",), "clip": ("text_model.final_layer_norm", "text_projection")}[kind]
+    assert trained == {name for name, _ in text.network.named_parameters() if name.startswith((last, *behind))}
+    assert trained == {name for name, p in text.network.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in parameter_groups(text, 0.1)) == len(trained)
+
+
+def test_a_trained_encoder_in_evaluation_can_still_be_told_to_keep_no_graph(make):
+    with torch.no_grad():
+        assert not make(trainable="all")(CAPTIONS).states[0].requires_grad
+
+
+def test_long_captions_are_cut_and_counted(bert):
+    text = encoder(bert)
+    condition = text(["red " * 10_000, "a red circle", "red " * 14, "red " * 15])
+    assert (text.encoded, text.truncated) == (4, 2)
+    assert condition.masks[0].sum(1).tolist() == [16, 5, 16, 16]
+    codes, _ = text.tokenize(["red " * 10_000])
+    assert codes[0, -1] == WORDS.index("[SEP]")
+
+
+def test_captions_of_any_kind_are_read(make):
+    text = make()
+    condition = text(["red " * 10_000, "", "😀", "日本語", "\udcff red", "a\x00b\n"])
+    assert condition.masks[0].any(1).all() and condition.states[0].isfinite().all() and condition.pooled.isfinite().all()
+    assert text.truncated == 1 and text.tokenize(["red " * 10_000])[0].shape == (1, 16)
+
+
+@pytest.mark.parametrize("trainable", ["none", "last_1", "all"])
+@pytest.mark.parametrize(("pretrained", "layer"), [(True, -1), (True, -2), (False, -1)])
+def test_a_saved_pipeline_holds_the_encoder(folders, kind, make, tmp_path, trainable, pretrained, layer):
+    original = shutil.copytree(folders[kind], tmp_path / "original")
+    text = make(str(original), trainable=trainable, pretrained=pretrained, layer=layer)
+    with torch.no_grad():
+        for p in text.network.parameters():
+            p.add_(0.01)  # as if it had been trained
+    codec = ToyCodec()
+    null, network = NullCaption(text.widths, text.pooled_width), ToyMasked(codec.spec, (text.pooled_width,))
+    TextToImage(codec, text, null, network, Confidence(2), Guidance(2.0)).save_pretrained(tmp_path / "model")
+    shutil.rmtree(original)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    loaded = TextToImage.from_pretrained(tmp_path / "moved", trusted=("tests",))
+    assert same(loaded.text(CAPTIONS), text.eval()(CAPTIONS))
+    assert loaded.text.trainable == trainable
+    loaded.save_pretrained(tmp_path / "moved")  # over itself
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("moved", "again"):
+        again = TextToImage.from_pretrained(tmp_path / folder, trusted=("tests",))
+        assert same(again.text(CAPTIONS), text(CAPTIONS))
+
+
+def test_weights_are_stored_once_and_in_the_type_asked_for(make, tmp_path):
+    save_part(make(), tmp_path / "frozen", torch.bfloat16)
+    save_part(make(trainable="all"), tmp_path / "trained")
+    assert (tmp_path / "frozen/weights.safetensors").stat().st_size < 100
+    assert not (tmp_path / "trained/pretrained/model.safetensors").exists()
+    assert (tmp_path / "frozen/pretrained/model.safetensors").stat().st_size < 0.7 * (
+        (tmp_path / "trained/weights.safetensors").stat().st_size
+    )
+    loaded = load_part(tmp_path / "frozen")(CAPTIONS).states[0]
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded, make()(CAPTIONS).states[0], rtol=0.1, atol=0.1)
+
+
+def broken(folder, tmp_path, missing=(), **changes):
+    copied = tmp_path / "broken"
+    shutil.copytree(folder, copied)
+    for name in missing:
+        (copied / name).unlink()
+    for name, text in changes.items():
+        (copied / name.replace("__", ".")).write_text(text)
+    return str(copied)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"folder": "google/none"}, "there is no folder google/none.*nothing is downloaded"),
+    ({"trainable": "last"}, "trainable must be none, all or last_k, such as last_2, not 'last'"),
+    ({"trainable": "last_4"}, "trainable is last_4, but there are [23] layers"),
+    ({"layer": 0}, "layer must be -[23] to -1 for .*, not 0"),
+    ({"layer": -9}, "layer must be -[23] to -1 for .*, not -9"),
+    ({"max_length": 2}, "max_length must be "),
+])  # fmt: skip
+def test_mistakes_are_one_clear_error(make, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make(**arguments)
+
+
+def test_captions_cannot_be_longer_than_the_model_knows(bert):
+    with pytest.raises(UserError, match="max_length must be 3 to 32"):
+        BertTextEncoder(bert, max_length=33)
+
+
+@pytest.mark.parametrize(
+    "missing, changes, message",
+    [
+        (["config.json"], {}, "not a whole pretrained model"),
+        (["model.safetensors"], {}, "not a whole pretrained model"),
+        ([], {"config__json": "{"}, "not a whole pretrained model"),
+        ([], {"model__safetensors": "cut"}, "not a whole pretrained model"),
+        ([], {"config__json": '{"model_type": "gpt2"}'}, "holds a gpt2 model, .*TextEncoder needs "),
+    ],
+)
+def test_folders_that_are_not_whole(folders, kind, make, tmp_path, missing, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(broken(folders[kind], tmp_path, missing, **changes))
+
+
+@pytest.mark.parametrize(("kind", "file"), [("bert", "tokenizer.json"), ("t5", "spiece.model"), ("clip", "tokenizer.json")])
+def test_a_model_without_a_tokenizer_is_refused(folders, kind, file, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer's vocabulary|not a whole pretrained model"):
+        KINDS[kind][0](broken(folders[kind], tmp_path, [file]), max_length=16)
+
+
+def test_weights_that_lack_a_layer_are_refused(bert, tmp_path):
+    folder = broken(bert, tmp_path)
+    config = transformers.BertConfig.from_pretrained(folder)
+    deeper = copy.deepcopy(config)
+    deeper.num_hidden_layers = 3
+    deeper.save_pretrained(folder)
+    with pytest.raises(UserError, match="lacks weights, such as encoder.layer.2"):
+        BertTextEncoder(folder, max_length=16)
+
+
+def test_no_code_of_the_folder_runs(bert, tmp_path):
+    folder = broken(bert, tmp_path, evil__py=f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\n")
+    config = transformers.BertConfig.from_pretrained(folder)
+    config.auto_map = {"AutoModel": "evil.M", "AutoConfig": "evil.M", "AutoTokenizer": "evil.M"}
+    config.save_pretrained(folder)
+    try:
+        BertTextEncoder(folder, max_length=16)
+    except UserError:
+        pass
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_holds_a_tower_for_images_too(folders, tmp_path):
+    text_config = transformers.CLIPTextConfig.from_pretrained(folders["clip"])
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8,
+              "patch_size": 4}  # fmt: skip
+    config = transformers.CLIPConfig(text_config=text_config.to_dict(), vision_config=vision, projection_dim=12)
+    folder = shutil.copytree(folders["clip"], tmp_path / "both")
+    transformers.CLIPModel(config).eval().save_pretrained(folder)
+    whole = transformers.CLIPModel.from_pretrained(folder).eval()
+    rows = transformers.AutoTokenizer.from_pretrained(folder)(CAPTIONS[:1], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = whole.text_projection(whole.text_model(**rows).pooler_output)
+    torch.testing.assert_close(ClipTextEncoder(str(folder), max_length=16)(CAPTIONS[:1]).pooled, expected)
