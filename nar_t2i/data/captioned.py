@@ -112,11 +112,11 @@ class CaptionedImages(lightning.LightningDataModule):
     @property
     def token_spec(self) -> TokenSpec | None:
         """What the cached tokens are; None when batches hold images."""
-        return None if self._streams() else self.source("train").token_spec
+        return None if self.streams else self.source("train").token_spec
 
     def check_codec(self, codec: TokenCodec) -> None:
         """Raise a UserError that says what differs where cached tokens were made by another codec than this one."""
-        if self._streams():
+        if self.streams:
             return
         for split in ("train", "validation") if self._validation is not None else ("train",):
             self.source(split).check_tokens(codec.spec, codec_hash(codec))
@@ -160,7 +160,7 @@ class CaptionedImages(lightning.LightningDataModule):
 
     def train_dataloader(self) -> CountedLoader:
         self.accumulation()  # sizes that do not divide are told before anything is read
-        if self._streams():
+        if self.streams:
             ledger = self._ledgers.setdefault("train", LossLedger(self._max_lost_share, MINIMUM_TRIED))
         else:
             self.source("train")
@@ -185,7 +185,7 @@ class CaptionedImages(lightning.LightningDataModule):
         start = self.samples
         self._begun = (start, self._processed())
         micro, rank, world = self.micro_batch_size(), self.rank, self.world
-        if self._streams():
+        if self.streams:
             share = StreamShare(rank, world, max(1, self._workers), start)
             reader = StreamReader(self._train, self._view, micro, share)
             return DataLoader(reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available())
@@ -202,7 +202,9 @@ class CaptionedImages(lightning.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _streams(self) -> bool:
+    @property
+    def streams(self) -> bool:
+        """Whether training reads shards from elsewhere, as they come."""
         return isinstance(self._train, str) and is_remote(self._train)
 
     def _processed(self) -> int:

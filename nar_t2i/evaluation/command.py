@@ -35,6 +35,7 @@ def evaluate_prompts(
     passes, …) and the pictures, (n, S, S, 3) uint8.
     """
     pictures, start = [], time.perf_counter()
+    encoded, truncated = t2i.text.encoded, t2i.text.truncated
     with torch.autocast(t2i.device.type, torch.bfloat16, enabled=bf16):
         for first in tqdm(range(0, len(prompts), batch_size), desc=name, unit="batch", mininterval=0.5):
             texts = [p.prompt for p in prompts[first : first + batch_size]]
@@ -48,6 +49,7 @@ def evaluate_prompts(
         "shuffled": {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)},
         "decoder_passes": sampled.passes,
         "decoder_rows": sampled.rows,
+        "truncated_prompts": (t2i.text.truncated - truncated) / max(1, t2i.text.encoded - encoded),
         "images_per_second": len(images) / seconds,
         "precision": "bf16" if bf16 else "fp32",
         "steps": steps,

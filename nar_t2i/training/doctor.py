@@ -10,9 +10,11 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ from torch.optim import Optimizer
 
 from nar_t2i import recipe as recipes
 from nar_t2i.data.opening import is_remote
+from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.training import command, zero
 from nar_t2i.training.memory import STAGES, Held, Trained, held
 
 MIB = 2**20
+CAPTIONED = 2000  # samples whose captions are read
 # How the recipe is run here.
 PROBE = {
     "trainer.accelerator": "cpu", "trainer.devices": "1", "trainer.num_nodes": "1", "trainer.strategy": "auto",
@@ -66,10 +70,11 @@ class Activations(Callback):
 
 
 class Probed(NamedTuple):
-    """What one step was made of, and the bytes that it saved for its backward pass."""
+    """What one step was made of, the bytes that it saved for its backward pass, and the module that took it."""
 
     trained: Trained
     activations: int
+    module: LightningModule
 
 
 def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) -> Probed:
@@ -89,7 +94,7 @@ def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) ->
             counter.stop()
         if cli.signals.received:
             raise KeyboardInterrupt
-    return Probed(_trained(cli.model, cli.trainer.optimizers), counter.bytes)
+    return Probed(_trained(cli.model, cli.trainer.optimizers), counter.bytes, cli.model)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -117,6 +122,7 @@ def main(arguments: argparse.Namespace) -> int:
     except UserError as error:
         wrong.append(str(error))
     else:
+        _tell_captions(data, two.module)
         wrong += _tell_memory(one, two, data, cli.config, strategy, ranks, half, limit)
     for problem in dict.fromkeys(wrong):
         print(f"wrong        {' '.join(problem.split())}")
@@ -148,6 +154,23 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
     seen = f"; {steps:,} steps see {steps * batch:,} images" if steps > 0 else ""
     epochs = f", {steps * batch / total:,.1f} times each" if steps > 0 and total else ""
     print(f"batch        {batch} images a step = {ranks} ranks × {micro} × {accumulation} in turn{seen}{epochs}")
+
+
+def _tell_captions(data: Any, module: LightningModule) -> None:
+    """How many of the training captions do not fit into the text encoder."""
+    text = getattr(module, "text", None)
+    if not hasattr(text, "tokenize") or getattr(data, "streams", True):
+        return
+    source = data.source("train")
+    indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), CAPTIONED)).astype(int))
+    for encoder in getattr(text, "encoders", [text]):
+        encoded, truncated = encoder.encoded, encoder.truncated
+        for index in indices:
+            with suppress(SampleError):
+                encoder.tokenize(source.read_text(int(index)).captions)
+        encoded, truncated = encoder.encoded - encoded, encoder.truncated - truncated
+        fits = f"{truncated / encoded:.1%} do not fit into {encoder.max_length} tokens of {type(encoder).__name__}"
+        print(f"captions     {encoded:,} read: {fits}")
 
 
 def _tell_memory(

@@ -50,6 +50,7 @@ class GeneratorModule(TrainedModule):
     of each category are drawn and scored at every validation, as `validation_scene_accuracy`; the prompts are those that
     travel with the package, of combinations that training has seen.
     text_learning_rate, text_weight_decay: the text encoder's own peak and decay; None: those of the rest.
+    Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -85,6 +86,7 @@ class GeneratorModule(TrainedModule):
         self.learning = learning
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
+        self._captions = [0, 0]  # that this process has trained on, and those of them that did not fit
         self.sample_prompts = sample_prompts or []
         self.scene_prompts = take(committed("seen"), scene_prompts)
         if scene_prompts and codec.image_size < MIN_SIDE:
@@ -133,7 +135,12 @@ class GeneratorModule(TrainedModule):
         return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        before = self.text.encoded, self.text.truncated
         terms = self._terms(batch, self.seed, dropout=True, progress=self.progress)
+        self._captions[0] += self.text.encoded - before[0]
+        self._captions[1] += self.text.truncated - before[1]
+        if self._captions[0]:
+            self.log("truncated_captions", self._captions[1] / self._captions[0])
         means = {name: total / weight for name, (total, weight) in terms.items()}
         for name, mean in means.items():
             self.log(name, mean.detach(), prog_bar=name == "loss")

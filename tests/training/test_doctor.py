@@ -1,15 +1,19 @@
 """What the doctor says of a recipe."""
 
+import json
 import re
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 
 from nar_t2i.cli import main
+from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.training.doctor import Activations, largest_micro_batch
 from nar_t2i.training.memory import STAGES, Trained, held
 from tests.cluster.ranks import ROOT
+from tests.text.tiny_models import tiny_clip, tiny_t5
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,21 @@ def test_what_is_wrong_is_said(capsys, arguments, message):
     assert main(["doctor", "tiny.yaml", *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.out + said.err and "Traceback" not in said.err
+
+
+def test_captions_that_do_not_fit_are_counted(capsys, folder):
+    t5 = {"class_path": "nar_t2i.text.T5TextEncoder", "init_args": {"folder": tiny_t5(folder / "t5"), "max_length": 16}}
+    clip = {"class_path": "nar_t2i.text.ClipTextEncoder", "init_args": {"folder": tiny_clip(folder / "clip"), "max_length": 32}}
+    joint = {"class_path": "nar_t2i.text.JointTextEncoder", "init_args": {"encoders": [t5, clip]}}
+    assert main(["doctor", "tiny.yaml", "--nodes", "1", "--gpus-per-node", "1", f"--model.init_args.text={json.dumps(joint)}"]) == 0
+    told = re.findall(r"captions     600 read: (\S+)% do not fit into .* tokens of (\w+)", capsys.readouterr().out)
+    shares = {name: float(share) for share, name in told}
+    scenes = RenderedScenes(count=300, image_size=16)
+    captions = [caption for index in range(300) for caption in scenes.read_text(index).captions]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "t5/spiece.model"))
+    long = sum(len(pieces.encode(caption)) + 1 > 16 for caption in captions)
+    assert shares["T5TextEncoder"] == round(100 * long / 600, 1) and 0 < long < 600
+    assert 0 < shares["ClipTextEncoder"] < 100
 
 
 def test_saved_activations_are_counted_each_once_and_without_weights():
