@@ -159,11 +159,12 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
 def _tell_captions(data: Any, module: LightningModule) -> None:
     """How many of the training captions do not fit into the text encoder."""
     text = getattr(module, "text", None)
-    if not hasattr(text, "tokenize") or getattr(data, "streams", True):
+    encoders = [encoder for encoder in getattr(text, "encoders", [text]) if hasattr(encoder, "tokenize")]
+    if not encoders or getattr(data, "streams", True):
         return
     source = data.source("train")
     indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), CAPTIONED)).astype(int))
-    for encoder in getattr(text, "encoders", [text]):
+    for encoder in encoders:
         encoded, truncated = encoder.encoded, encoder.truncated
         for index in indices:
             with suppress(SampleError):
