@@ -199,6 +199,10 @@ class TextEncoder(nn.Module):
         self.encoded += encoded
         self.truncated += truncated
 
+    def fingerprint(self) -> dict[str, str]:
+        """All that its states depend on, by name: a cache of states that were made by another one is refused by it."""
+        raise NotImplementedError(f"{type(self).__name__} has no fingerprint, so that its states cannot be cached")
+
     def forward(self, captions: list[str]) -> Condition:
         raise NotImplementedError
 
@@ -212,6 +216,8 @@ class Batch(NamedTuple):
     images: (B, 3, H, W) uint8, or None when tokens come from a cache.
     tokens: (B, N, …) from a cache, or None.
     scalars: (B,) each: original size, crop, scores.
+    errors: (B, N) squared quantisation errors of the tokens, where a cache holds them.
+    condition: the captions' states, where a cache holds them.
     """
 
     ids: Tensor
@@ -220,6 +226,8 @@ class Batch(NamedTuple):
     images: Tensor | None
     tokens: Tensor | None
     scalars: dict[str, Tensor]
+    errors: Tensor | None = None
+    condition: Condition | None = None
 
 
 class TokenBatch(NamedTuple):

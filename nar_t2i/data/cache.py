@@ -7,7 +7,6 @@ tokens are, which codec made them, and of which data.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from nar_t2i.data.source import Loss, Sample, Source, Texts
 from nar_t2i.errors import UserError
-from nar_t2i.types import TokenSpec
+from nar_t2i.types import Condition, TokenSpec
 
 FORMAT = 1
 MANIFEST = "cache.json"
@@ -40,16 +38,6 @@ def unpack(stored: np.ndarray, spec: TokenSpec) -> torch.Tensor:
         stored = np.unpackbits(stored, axis=1, count=spec.length * spec.size)
     wanted = spec.blank(0).numpy().dtype  # NumPy converts unsigned integers many times faster than torch
     return torch.from_numpy(stored.astype(wanted)).view(len(stored), spec.length, *spec.value_shape)
-
-
-def codec_hash(codec: nn.Module) -> str:
-    """sha256 of a codec's weights and buffers: names, types, shapes and values. The same on any device."""
-    digest = hashlib.sha256()
-    for name, value in sorted(codec.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class TokenCache:
@@ -151,7 +139,7 @@ class CachedSource(Source):
     def __init__(self, source: Source, cache: TokenCache):
         cache.check(source)
         self.name = source.name
-        self.cache, self.token_spec = cache, cache.spec
+        self.cache, self.token_spec, self.has_states = cache, cache.spec, source.has_states
         self._source = source
         self._lost = cache.lost
         bad = np.array(sorted(self._lost), dtype=np.int64)
@@ -192,6 +180,12 @@ class CachedSource(Source):
     def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
         original = self._original(np.asarray(indices, dtype=np.int64))
         return self._source.read_texts(original, pick), self.cache.tokens(original)
+
+    def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
+        return self._source.read_states(self._original(np.asarray(indices, dtype=np.int64)), pick)
+
+    def check_text(self, fingerprint: dict[str, str]) -> None:
+        self._source.check_text(fingerprint)
 
     def _original(self, indices: np.ndarray) -> np.ndarray:
         return indices + np.searchsorted(self._shift, indices, side="right")

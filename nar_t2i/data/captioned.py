@@ -9,7 +9,6 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from nar_t2i.data.cache import codec_hash
 from nar_t2i.data.losses import LossLedger
 from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
@@ -17,7 +16,8 @@ from nar_t2i.data.reading import BatchReader, CountedLoader, View
 from nar_t2i.data.source import Loss, Source
 from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
-from nar_t2i.types import TokenCodec, TokenSpec
+from nar_t2i.hashing import weights_hash
+from nar_t2i.types import TextEncoder, TokenCodec, TokenSpec
 
 MINIMUM_TRIED = 1000  # samples to read before the share of lost ones means anything
 
@@ -37,6 +37,9 @@ class CaptionedImages(lightning.LightningDataModule):
         micro_batch_size: images that a rank takes at once; none means the whole share of the rank.
         cache: folder of training tokens, which replace the images; for a mixture, name it in each part.
         validation_cache: the same for validation.
+        text_cache: folder of the training captions' states, which replace the text encoder's work; for a mixture, name it
+            in each part.
+        validation_text_cache: the same for validation.
         crop: where the longer side is cropped in training.
         flip: mirror half of the training images; needs `flip_safe`.
         flip_safe: the recipe's promise that no caption says left or right, and no image shows text.
@@ -57,6 +60,8 @@ class CaptionedImages(lightning.LightningDataModule):
         validation: str | list[Weighted] | Source | None = None,
         cache: str | None = None,
         validation_cache: str | None = None,
+        text_cache: str | None = None,
+        validation_text_cache: str | None = None,
         crop: Literal["centre", "random"] = "centre",
         flip: bool = False,
         flip_safe: bool = False,
@@ -76,6 +81,7 @@ class CaptionedImages(lightning.LightningDataModule):
         self._micro_batch_size, self._epoch_size = micro_batch_size, epoch_size
         self._train, self._validation = train, validation
         self._cache, self._validation_cache = cache, validation_cache
+        self._text_cache, self._validation_text_cache = text_cache, validation_text_cache
         names = tuple(scalars or ())
         self._view = View(image_size, seed, True, random_crop=crop == "random", random_flip=flip, scalars=names)
         self._plain_view = View(image_size, seed, scalars=names)
@@ -116,10 +122,24 @@ class CaptionedImages(lightning.LightningDataModule):
 
     def check_codec(self, codec: TokenCodec) -> None:
         """Raise a UserError that says what differs where cached tokens were made by another codec than this one."""
-        if self.streams:
-            return
-        for split in ("train", "validation") if self._validation is not None else ("train",):
-            self.source(split).check_tokens(codec.spec, codec_hash(codec))
+        for split in self._splits():
+            self.source(split).check_tokens(codec.spec, weights_hash(codec))
+
+    def check_text(self, text: TextEncoder) -> None:
+        """Raise a UserError where cached states were made by another text encoder than this one, or by one that learns."""
+        for split in self._splits():
+            source = self.source(split)
+            if not source.has_states:
+                continue
+            if any(p.requires_grad for p in text.parameters()):
+                raise UserError("data.init_args.text_cache: the text encoder is trained, so that its states change; set its "
+                                "trainable to none, or train without the text cache")  # fmt: skip
+            source.check_text(text.fingerprint())
+
+    def _splits(self) -> tuple[Literal["train", "validation"], ...]:
+        """Those that are read from an opened source."""
+        train = () if self.streams else ("train",)
+        return (*train, "validation") if self._validation is not None else train
 
     @property
     def losses(self) -> list[Loss]:
@@ -150,9 +170,9 @@ class CaptionedImages(lightning.LightningDataModule):
         """The source of a split, opened once."""
         if split not in self._sources:
             if split == "train":
-                source = open_source(self._train, self._cache)
+                source = open_source(self._train, self._cache, self._text_cache)
             else:
-                source = open_source(self._validation, self._validation_cache)
+                source = open_source(self._validation, self._validation_cache, self._validation_text_cache)
             ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
             ledger.note_unindexed(source.lost, len(source) + len(source.lost))
             self._sources[split], self._ledgers[split] = source, ledger

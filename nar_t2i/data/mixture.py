@@ -9,8 +9,9 @@ import torch
 
 from nar_t2i.data.order import MixedOrder, Order
 from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.data.text_cache import merge_conditions
 from nar_t2i.errors import UserError
-from nar_t2i.types import TokenSpec
+from nar_t2i.types import Condition, TokenSpec
 
 
 class Mixture(Source):
@@ -25,6 +26,9 @@ class Mixture(Source):
         specs = {s.token_spec for s in sources}
         if len(specs) > 1:
             raise UserError(f"the sources of a mixture differ in what their images are: {', '.join(map(str, specs))}")
+        if len({s.has_states for s in sources}) > 1:
+            raise UserError("either all sources of a mixture have a text cache, or none")
+        self.has_states = sources[0].has_states
         self.name = " + ".join(s.name for s in sources)
         self.token_spec = specs.pop()
         self._sources, self._weights = list(sources), list(weights)
@@ -56,6 +60,15 @@ class Mixture(Source):
         for part, (_, values) in found.items():
             tokens[torch.from_numpy(parts == part)] = values
         return _merge(parts, {p: texts for p, (texts, _) in found.items()}), tokens
+
+    def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        found = [(parts == p, self._sources[p].read_states(*self._of(p, parts, indices, pick))) for p in np.unique(parts)]
+        return merge_conditions(found, len(indices))
+
+    def check_text(self, fingerprint: dict[str, str]) -> None:
+        for source in self._sources:
+            source.check_text(fingerprint)
 
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         for source in self._sources:

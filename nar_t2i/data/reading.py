@@ -17,7 +17,7 @@ from nar_t2i.data.order import Order
 from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts, scalar_columns
 from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
-from nar_t2i.types import Batch
+from nar_t2i.types import Batch, Condition
 
 MAX_REPLACEMENTS = 1000  # neighbours that are tried in place of a sample; a longer run of broken ones is no accident
 
@@ -68,11 +68,12 @@ class BatchReader(Dataset):
         indices = positions if self._order is None else self._order.indices(positions)
         if self._source.token_spec is not None:
             return self._read_tokens(ids, indices)
-        samples, losses = [], []
+        samples, losses, read = [], [], []
         for index in indices.tolist():
-            sample, failed = self._readable(index)
+            sample, failed, found = self._readable(index)
             samples.append(sample)
             losses += failed
+            read += [found] if sample is not None else []
         tried = len(indices) + len(losses)
         if self._order is None:
             tried = len(indices)
@@ -80,25 +81,32 @@ class BatchReader(Dataset):
             samples = [s for s in samples if s is not None]
         if not samples or None in samples:
             return Read(None, tried, len(losses), losses)
-        return Read(make_batch(samples, ids, self._view), tried, len(losses), losses)
+        batch = make_batch(samples, ids, self._view)
+        condition = self._states(np.array(read), choices(ids, self._view).caption)
+        return Read(batch._replace(condition=condition), tried, len(losses), losses)
 
-    def _readable(self, index: int) -> tuple[Sample | None, list[Loss]]:
-        """The sample, or in training the next one that can be read, and what failed on the way."""
+    def _states(self, indices: np.ndarray, pick: np.ndarray) -> Condition | None:
+        return self._source.read_states(indices, pick) if self._source.has_states else None
+
+    def _readable(self, index: int) -> tuple[Sample | None, list[Loss], int]:
+        """The sample, or in training the next one that can be read; what failed on the way; and its index."""
         losses: list[Loss] = []
         attempts = 1 if self._order is None else min(MAX_REPLACEMENTS, len(self._source))
         for step in range(attempts):
             try:
-                return self._source.read((index + step) % len(self._source)), losses
+                found = (index + step) % len(self._source)
+                return self._source.read(found), losses, found
             except SampleError as error:
                 losses.append(error.loss)
-        return None, losses
+        return None, losses, index
 
     def _read_tokens(self, ids: torch.Tensor, indices: np.ndarray) -> Read:
         """A batch from a cache, gathered as arrays: no image is opened and no sample object is made."""
         pick = choices(ids, self._view).caption
         texts, tokens = self._source.read_tokens(indices, pick)
         scalars = {name: torch.from_numpy(_column(texts, name)) for name in self._view.scalars}
-        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars), len(indices), 0, [])
+        condition = self._states(indices, pick)
+        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars, None, condition), len(indices), 0, [])
 
 
 def _column(texts: Texts, name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
+from nar_t2i.data.arrays import Arrays, open_map
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.source import Loss, scalar_columns
 from nar_t2i.errors import UserError
@@ -32,7 +33,6 @@ FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 MAX_TEXT = 1 << 20  # bytes of a caption or a JSON member
-_DTYPES = {"I64": np.int64, "U8": np.uint8, "F32": np.float32}
 
 
 class Row(NamedTuple):
@@ -192,17 +192,10 @@ class ShardIndex:
     """A decoded index; the arrays are views of `buffer`, which may be a memory map."""
 
     def __init__(self, buffer: bytes | mmap.mmap):
-        (header_size,) = struct.unpack("<Q", buffer[:8])
-        header = json.loads(buffer[8 : 8 + header_size])
-        metadata = json.loads(header.pop("__metadata__")["index"])
+        arrays = Arrays(buffer)
+        metadata = json.loads(arrays.metadata["index"])
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}")
-        arrays = {}
-        for name, entry in header.items():
-            count = int(np.prod(entry["shape"], dtype=np.int64))
-            start = 8 + header_size + entry["data_offsets"][0]
-            array = np.frombuffer(buffer, _DTYPES[entry["dtype"]], count, start) if count else np.empty(0)
-            arrays[name] = array.reshape(entry["shape"])
         self.images: np.ndarray = arrays["images"]
         self.scalars: np.ndarray = arrays["scalars"]
         self.scalar_names: list[str] = metadata["scalars"]
@@ -211,7 +204,7 @@ class ShardIndex:
         self.lost = [Loss(*loss) for loss in metadata["lost"]]
         self.in_memory = isinstance(buffer, bytes)
         self._buffer = buffer
-        self._base = {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}
+        self._base = arrays.start
         self._key_ends, self._caption_ends = arrays["key_ends"], arrays["caption_ends"]
         self._caption_rows = arrays["caption_rows"]
 
@@ -263,8 +256,7 @@ def open_index(tar: Path) -> ShardIndex:
             log.info("the index of %s stays in memory: %s", tar, error)
             return ShardIndex(encoded)
     try:
-        with open(path, "rb") as file:
-            index = ShardIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        index = ShardIndex(open_map(path))
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise UserError(f"{path} is not a readable shard index ({error}); delete it, and it is made anew") from error
     size = tar.stat().st_size

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.order import Order, ShuffledOrder
-from nar_t2i.types import TokenSpec
+from nar_t2i.types import Condition, TokenSpec
 
 BLOCK = 1024  # samples a block, for sources that have no shards of their own
 
@@ -72,6 +72,7 @@ class Source:
 
     name: str
     token_spec: TokenSpec | None = None  # set where images come as tokens from a cache
+    has_states = False  # True where captions come with their states from a cache
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -98,6 +99,13 @@ class Source:
     def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
         """`read_texts`, and (B, N, *value_shape) tokens, where `token_spec` is set."""
         raise NotImplementedError
+
+    def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
+        """The states of one caption of each sample, as `read_texts` picks it, where `has_states` is True."""
+        raise NotImplementedError
+
+    def check_text(self, fingerprint: dict[str, str]) -> None:
+        """Raise UserError where states come from a cache that another text encoder made."""
 
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         """Raise UserError where tokens come from a cache that another codec made; images suit any codec."""

@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nar_t2i.data.cache import FORMAT, MANIFEST, codec_hash, pack
+from nar_t2i.data.cache import FORMAT, MANIFEST, pack
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.reading import BatchReader, View, reads
 from nar_t2i.data.source import Source
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
+from nar_t2i.hashing import weights_hash
 from nar_t2i.pixels import to_float
 from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
@@ -56,7 +57,7 @@ def encode_tokens(
     made_by = {
         "format": FORMAT,
         "spec": json.loads(json.dumps(asdict(codec.spec))),  # as JSON gives it back: lists for tuples
-        "codec": codec_hash(codec),
+        "codec": weights_hash(codec),
         "preprocessing": PREPROCESSING.format(size=codec.image_size),
         "float_dtype": float_dtype if codec.spec.kind == "continuous" else None,
     }

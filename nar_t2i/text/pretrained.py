@@ -5,6 +5,7 @@ A new kind is a subclass that names its model class and configuration and says h
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash, weights_hash
 from nar_t2i.text.layers import choose_trained, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
@@ -109,6 +111,16 @@ class PretrainedTextEncoder(TextEncoder):
     def network(self) -> nn.Module:
         """The model of `transformers`, frozen or not."""
         return self._frozen[0] if self._frozen else self.model
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            "kind": type(self).__name__,
+            "weights": weights_hash(self.network),
+            "vocabulary": text_hash(_vocabulary(self._tokenizer)),
+            "layer": str(self._saved_layer),
+            "max_length": str(self.max_length),
+            "mask_padding": str(self.mask_padding),
+        }
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, or `max_length`."""
@@ -205,6 +217,12 @@ class PretrainedTextEncoder(TextEncoder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return cls(config, **self.model_arguments)
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """All that a tokenizer does, but for what its last call asked for."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({key: value for key, value in told.items() if key not in ("truncation", "padding")}, sort_keys=True)
 
 
 @contextmanager

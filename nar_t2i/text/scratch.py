@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash, weights_hash
 from nar_t2i.networks.attention import MLP, SelfAttention
 from nar_t2i.parts import part
 from nar_t2i.text.layers import choose_trained, mean_state
@@ -93,6 +94,16 @@ class ScratchTextEncoder(TextEncoder):
         nn.init.normal_(self.embedding.weight, std=0.02)
         choose_trained(trainable, self, self.blocks, [self.norm])
         self._frozen = trainable == "none"
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            "kind": type(self).__name__,
+            "weights": weights_hash(self),
+            "vocabulary": text_hash(self._pieces.serialized_model_proto()),
+            "heads": str(self.blocks[0].self_attention.heads),
+            "max_length": str(self.max_length),
+            "mask_padding": str(self.mask_padding),
+        }
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, rounded up to a multiple of 32

@@ -27,6 +27,7 @@ from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.pictures import log_picture, rows_of
 from nar_t2i.types import (
     Batch,
+    Condition,
     InferenceStrategy,
     LearningStrategy,
     TextEncoder,
@@ -99,6 +100,7 @@ class GeneratorModule(TrainedModule):
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
         datamodule.check_codec(self.codec)
+        datamodule.check_text(self.text)
         if stage == "fit":
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
@@ -119,8 +121,14 @@ class GeneratorModule(TrainedModule):
     def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(tokens, quantisation error or None), from the cache or from the images."""
         if batch.tokens is not None:
-            return batch.tokens, None
+            return batch.tokens, batch.errors
         return self.codec.encode(to_float(batch.images))
+
+    def states_of(self, batch: Batch) -> Condition:
+        """From the cache, whatever it is stored as, or from the text encoder."""
+        if batch.condition is not None:
+            return batch.condition.map(lambda x: x.float() if x.is_floating_point() else x)
+        return self.text(batch.captions)
 
     def dropped(self, noise: Noise) -> Tensor:
         """(B,), True where the caption is dropped."""
@@ -129,7 +137,7 @@ class GeneratorModule(TrainedModule):
     def _terms(self, batch: Batch, seed: int, dropout: bool, progress: float) -> dict[str, Any]:
         noise = Noise(seed, batch.ids)
         tokens, error = self.tokens_of(batch)
-        condition = self.text(batch.captions)._replace(scalars=batch.scalars)
+        condition = self.states_of(batch)._replace(scalars=batch.scalars)
         nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
         condition = self.null(condition, self.dropped(noise) if dropout else nothing)
         return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, progress)

@@ -10,10 +10,11 @@ from tests.data.making_shards import hurt_members, write_shards, write_tar
 from torch import nn
 
 from nar_t2i.data import CaptionedImages
-from nar_t2i.data.cache import CachedSource, TokenCache, codec_hash, pack, unpack
+from nar_t2i.data.cache import CachedSource, TokenCache, pack, unpack
 from nar_t2i.data.reading import View, make_batch
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import weights_hash
 from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.types import Encoded, TokenCodec, TokenSpec
 
@@ -96,9 +97,9 @@ def cached(tmp_path):
 def test_mismatches_are_refused_by_name(cached, tmp_path):
     folder, cache = cached
     opened = TokenCache(str(cache))
-    opened.check(ShardSource(str(folder)), KINDS[0], codec_hash(PooledCodec(KINDS[0])))
+    opened.check(ShardSource(str(folder)), KINDS[0], weights_hash(PooledCodec(KINDS[0])))
     with pytest.raises(UserError, match="hash"):
-        opened.check(codec_hash=codec_hash(PooledCodec(KINDS[0], 1.5)))
+        opened.check(codec_hash=weights_hash(PooledCodec(KINDS[0], 1.5)))
     with pytest.raises(UserError, match="300.* size=7"):
         opened.check(spec=KINDS[1])
     other = write_shards(tmp_path / "other", [5, 3], first=1)
@@ -193,5 +194,5 @@ def test_a_mixture_of_cached_parts(tmp_path):
 
 def test_the_manifest_says_what_made_it(cached):
     manifest = json.loads((cached[1] / "cache.json").read_text())
-    assert manifest["codec"] == codec_hash(PooledCodec(KINDS[0])) and "8 px" in manifest["preprocessing"]
+    assert manifest["codec"] == weights_hash(PooledCodec(KINDS[0])) and "8 px" in manifest["preprocessing"]
     assert [(b["name"], b["length"], b["lost"]) for b in manifest["blocks"]] == [("00000", 5, {}), ("00001", 3, {})]

@@ -1,0 +1,214 @@
+"""Shards + a text encoder → a text cache, from which a generator trains without running the encoder.
+
+    encode_text.py SHARDS MODEL OUT
+
+MODEL: a folder of a saved text encoder, or of a model or run that has one, or a recipe whose text encoder is meant. Any
+source and any frozen encoder will do; `nar_t2i.data.text_cache` reads it. Run the same command again after an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+from tqdm import tqdm
+
+from nar_t2i import recipe as recipes
+from nar_t2i.data.files import whole_file
+from nar_t2i.data.opening import open_source
+from nar_t2i.data.source import SampleError, Source
+from nar_t2i.data.text_cache import FORMAT, MANIFEST, Packed, Stored, pack_states, unpack_states
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part, read_json
+from nar_t2i.parts import build
+from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
+from nar_t2i.prepare.importing import write_json
+from nar_t2i.types import Condition, TextEncoder
+
+SHARD = 8192  # captions a file
+
+
+@torch.inference_mode()
+def encode_text(
+    text: TextEncoder,
+    source: Source,
+    folder: str | Path,
+    stored: Stored = "float16",
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    shards: str = "0:",
+    shard: int = SHARD,
+) -> dict[str, Any] | None:
+    """Encode every caption of a source once; files that are finished are kept, so it can be interrupted.
+
+    stored: how states are kept; the error that this makes is measured and noted. batch_size: captions a pass. shards:
+    the files of the cache to do (see `shard_range`). shard: captions a file. Returns the manifest, or None while other
+    files are to be done. Raises UserError when the folder holds the states of another encoder or of other data.
+    """
+    if any(p.requires_grad for p in text.parameters()):
+        raise UserError("encode_text: this text encoder is one that is trained; the states of a frozen one alone stay valid")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = text.to(device).eval()
+    blocks = [
+        {"name": source.block_name(number), "length": length, "identity": source.identity(number)}
+        for number, length in enumerate(source.blocks)
+    ]
+    made_by = {
+        "format": FORMAT, "encoder": text.fingerprint(), "stored": stored, "shard": shard,
+        "widths": list(text.widths), "pooled_width": text.pooled_width,
+        "blocks_hash": hashlib.sha256("".join(block["identity"] for block in blocks).encode()).hexdigest(),
+    }  # fmt: skip
+    _refuse_others(folder, made_by)
+    captions = list(_number(source, folder, [block["name"] for block in blocks]))
+    names = [f"{number:05d}.text" for number in range(-(-len(captions) // shard))]
+    chosen, records = shard_range(shards, len(names)), []
+    with tqdm(total=min(len(captions), len(chosen) * shard), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
+        for number, name in enumerate(names):
+            own = captions[number * shard : (number + 1) * shard]
+            record = folder / f"{name}.json"
+            if not record.exists() and number in chosen:
+                truncated = text.truncated
+                arrays, error = _encode(text, own, stored, batch_size, bar)
+                with whole_file(folder / f"{name}.safetensors") as file:
+                    file.write(save(arrays))
+                told = {"captions": len(own), "truncated": text.truncated - truncated, "error": error}
+                write_json(record, {**made_by, **told})  # last: it says that the file is whole
+            elif number in chosen:
+                bar.update(len(own))
+            records.append(read_json(record) if record.exists() else None)
+    if None in records:
+        return None
+    count = sum(record["captions"] for record in records)
+    manifest = {
+        **made_by, "source": source.name, "blocks": blocks, "captions": count,
+        "truncated": sum(record["truncated"] for record in records),
+        "error": max((record["error"] for record in records), default=0.0),
+    }  # fmt: skip
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _refuse_others(folder: Path, made_by: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds files that something else made."""
+    for record in sorted(folder.glob("*.text.json")):
+        found = read_json(record)
+        differing = [key for key, value in made_by.items() if found.get(key) != value]
+        if differing:
+            named = ", ".join("source shards" if key == "blocks_hash" else key for key in differing)
+            raise UserError(f"{folder} holds text states that differ in {named} ({record.name}); choose another folder, or "
+                            "delete this one")  # fmt: skip
+
+
+def _number(source: Source, folder: Path, names: list[str]) -> Iterator[str]:
+    """Each caption once, in the order of the source; on the way, write which samples have which."""
+    numbers: dict[bytes, int] = {}
+    ends = np.cumsum(source.blocks)
+    for name, end, length in tqdm(list(zip(names, ends, source.blocks, strict=True)), desc="captions", unit="shard", mininterval=0.5):
+        rows, of_block = [0], []
+        for index in range(end - length, end):
+            for caption in _captions(source, index):
+                key = hashlib.blake2b(caption.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    yield caption
+                of_block.append(numbers[key])
+            rows.append(len(of_block))
+        arrays = {"rows": np.array(rows, dtype=np.int64), "captions": np.array(of_block, dtype=np.int64)}
+        with whole_file(folder / f"{name}.captions.safetensors") as file:
+            file.write(save(arrays))
+
+
+def _captions(source: Source, index: int) -> list[str]:
+    try:
+        return source.read_text(int(index)).captions
+    except SampleError:
+        return []  # nobody will ask for them
+
+
+def _encode(
+    text: TextEncoder, captions: list[str], stored: Stored, batch_size: int, bar: tqdm
+) -> tuple[dict[str, np.ndarray], float]:
+    """The arrays of a file, and the error of its states: root of the mean square, as a share of the states' own."""
+    # Of like length in one pass: padding is not stored, but computed.
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+    rows: list[list[Tensor]] = [[torch.empty(0)] * len(captions) for _ in text.widths]
+    pooled = torch.zeros(len(captions), text.pooled_width)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        condition: Condition = text([captions[i] for i in chosen]).map(lambda x: x.cpu())
+        for stream, (states, mask) in enumerate(zip(condition.states, condition.masks, strict=True)):
+            lengths = mask.sum(1)
+            if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
+                raise UserError(f"encode_text: {type(text).__name__} puts padding before words, which a cache does not hold")
+            for i, state, length in zip(chosen, states.float(), lengths.tolist(), strict=True):
+                rows[stream][i] = state[:length]
+        if condition.pooled is not None:
+            pooled[chosen] = condition.pooled.float()
+        bar.update(len(chosen))
+    arrays, squared, total = {"pooled": pooled.numpy()}, 0.0, 0.0
+    for stream, found in enumerate(rows):
+        states = torch.cat(found)
+        packed: Packed = pack_states(states, stored)
+        squared += float((unpack_states(packed, stored).float() - states).square().sum())
+        total += float(states.square().sum())
+        arrays[f"ends{stream}"] = np.cumsum([0, *map(len, found)], dtype=np.int64)
+        arrays[f"states{stream}"] = packed.values
+        if packed.scale is not None:
+            arrays[f"scale{stream}"] = packed.scale
+    if not np.isfinite(squared):
+        raise UserError(f"encode_text: states do not fit into {stored}; choose another --dtype")
+    return arrays, (squared / max(total, 1e-30)) ** 0.5
+
+
+def find_text(path: str) -> TextEncoder:
+    """The text encoder of a part folder, a model folder, a run, or a recipe (which names a frozen one)."""
+    folder = Path(path)
+    for inner in (folder, folder / "text", folder / "model/text"):
+        if (inner / "config.json").is_file() and "class_path" in read_json(inner / "config.json"):
+            return load_part(inner).requires_grad_(False)
+    if folder.is_dir():
+        raise UserError(f"{path} holds no text encoder: name its folder, a model folder, a run's, or a recipe")
+    recipe = recipes.load([path])
+    text = recipe.config.get("model", {}).get("init_args", {}).get("text")
+    if not isinstance(text, dict):
+        raise recipe.error("model.init_args.text", "names no text encoder")
+    try:
+        return build(text)
+    except (TypeError, ValueError) as error:
+        raise recipe.error("model.init_args.text", f"cannot be built: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    arguments.add_argument("model", help="folder of a text encoder, or of a model or run that has one, or a recipe")
+    arguments.add_argument("out", help="folder for the states")
+    arguments.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16", help="of stored states")
+    arguments.add_argument("--batch-size", type=int, default=64, help="captions a pass; default: 64")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_shard_range(arguments)
+    parsed = arguments.parse_args(argv)
+
+    def work() -> str:
+        options = parsed.dtype, parsed.batch_size, parsed.device, parsed.shard_range
+        manifest = encode_text(find_text(parsed.model), open_source(parsed.shards), parsed.out, *options)
+        if manifest is None:
+            return f"{parsed.out}: these files are done; others are not yet"
+        return (
+            f"{parsed.out}: states of {manifest['captions']:,} captions, {manifest['truncated'] / max(1, manifest['captions']):.1%} "
+            f"of which did not fit; stored as {parsed.dtype}, {manifest['error']:.1e} off"
+        )
+
+    return run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
