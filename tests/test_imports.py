@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "nar_t2i"
 # which do not import each other.
 LAYERS = [
     ["errors", "nar_t2i"],
-    ["recipe", "hardware"],
+    ["recipe", "hardware", "hashing"],
     ["types", "noise", "schedules", "parts", "pixels"],
     ["folders"],
     ["data"],
