@@ -1,8 +1,13 @@
 """Reading a token cache: what a tokenizer made of every image of a source, so that training opens no image.
 
-The folder mirrors the source's blocks: `<block>.tokens.npy` holds a row a sample, in the order of the block, as the
-smallest unsigned integers (categorical), packed bits (binary) or floats (continuous). `cache.json` says what the
-tokens are, which codec made them, and of which data.
+The folder mirrors the source's blocks. `cache.json` says what the tokens are, which codec made them, and of which data.
+
+    <block>.tokens.npy       a row a view of a sample, in the order of the block: the smallest unsigned integers
+                             (categorical), packed bits (binary) or floats (continuous)
+    <block>.errors.npy       (rows, N) float16 squared quantisation errors, where they were asked for
+    <block>.conditions.npy   (rows, 4) float32, see CONDITIONS
+
+A view is a crop, upright or mirrored; all views of a sample lie side by side.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.data.source import Loss, Sample, Source, Tokens
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
 
-FORMAT = 1
+FORMAT = 2
+CONDITIONS = ("original_width", "original_height", "crop_top", "crop_left")
 MANIFEST = "cache.json"
 
 
@@ -58,9 +64,11 @@ class TokenCache:
         spec = self.manifest["spec"]
         self.spec = TokenSpec(tuple(spec["shape"]), spec["kind"], spec["size"])
         self.codec_hash: str = self.manifest["codec"]
+        self.crops, self.flips, self.errors = (self.manifest[key] for key in ("crops", "flips", "errors"))
+        self.views: int = self.crops * (1 + self.flips)  # rows a sample
         self.blocks: list[dict[str, Any]] = self.manifest["blocks"]
         self._starts = np.cumsum([0, *(b["length"] for b in self.blocks)])
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -99,32 +107,41 @@ class TokenCache:
             for row, (key, reason) in block["lost"].items()
         }
 
-    def tokens(self, indices: np.ndarray) -> torch.Tensor:
-        """(B,) indices → (B, N, *value_shape) tokens of the spec's type."""
+    def tokens(self, indices: np.ndarray, view: np.ndarray | int = 0) -> torch.Tensor:
+        """(B,) indices, and which view of each → (B, N, *value_shape) tokens of the spec's type."""
+        return unpack(self.rows("tokens", indices, view), self.spec)
+
+    def view(self, place: np.ndarray, flip: np.ndarray) -> np.ndarray:
+        """(B,) in [0, 1) and (B,) bool → (B,) which view that is; 0.5 is the crop in the middle."""
+        return (place * self.crops).astype(np.int64) * (1 + self.flips) + (flip & self.flips)
+
+    def rows(self, kind: str, indices: np.ndarray, view: np.ndarray | int = 0) -> np.ndarray:
+        """(B, …), as stored. kind: "tokens", "errors" or "conditions"."""
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         gathered = None
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
-            rows = self._map(int(number))[indices[chosen] - self._starts[number]]
+            of_view = view[chosen] if isinstance(view, np.ndarray) else view
+            rows = self._map(int(number), kind)[(indices[chosen] - self._starts[number]) * self.views + of_view]
             if gathered is None:
                 gathered = np.empty((len(indices), *rows.shape[1:]), dtype=rows.dtype)
             gathered[chosen] = rows
-        return unpack(gathered, self.spec)
+        return gathered
 
-    def _map(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            if len(self._maps) >= 128:  # each map holds a file handle
+    def _map(self, number: int, kind: str) -> np.ndarray:
+        if (number, kind) not in self._maps:
+            if len(self._maps) >= 256:  # each map holds a file handle
                 del self._maps[next(iter(self._maps))]
             block = self.blocks[number]
-            path = self.folder / f"{block['name']}.tokens.npy"
+            path = self.folder / f"{block['name']}.{kind}.npy"
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read ({error}); encode_tokens makes it anew") from error
-            if len(array) != block["length"]:
-                raise UserError(f"{path} has {len(array)} rows instead of {block['length']}; delete it and encode anew")
-            self._maps[number] = array
-        return self._maps[number]
+            if len(array) != block["length"] * self.views:
+                raise UserError(f"{path} has {len(array)} rows instead of {block['length'] * self.views}; delete it and encode anew")
+            self._maps[number, kind] = array
+        return self._maps[number, kind]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # maps do not travel to other processes
@@ -172,14 +189,26 @@ class CachedSource(Source):
     def read(self, index: int) -> Sample:
         original = self._original(np.array([index]))
         sample = self._source.read_text(int(original[0]))
-        sample.tokens = self.cache.tokens(original)[0].numpy()
+        middle = self.cache.view(np.array([0.5]), np.array([False]))
+        sample.tokens = self.cache.tokens(original, middle)[0].numpy()
         return sample
 
     read_text = read
 
-    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray, place: np.ndarray, flip: np.ndarray) -> Tokens:
         original = self._original(np.asarray(indices, dtype=np.int64))
-        return self._source.read_texts(original, pick), self.cache.tokens(original)
+        texts, view = self._source.read_texts(original, pick), self.cache.view(place, flip)
+        texts.scalars.update(zip(CONDITIONS, self.cache.rows("conditions", original, view).T.copy(), strict=True))
+        errors = torch.from_numpy(self.cache.rows("errors", original, view)).float() if self.cache.errors else None
+        return Tokens(texts, self.cache.tokens(original, view), errors)
+
+    def check_views(self, crops: bool, flips: bool) -> None:
+        if crops and self.cache.crops == 1:
+            raise UserError(f"crop: random needs several crops, and the cache {self.cache.folder} has one an image; encode "
+                            "with --crops 3, or set crop: centre")  # fmt: skip
+        if flips and not self.cache.flips:
+            raise UserError(f"flip: true needs mirrored images, and the cache {self.cache.folder} has none; encode with "
+                            "--flip-safe, or set flip: false")  # fmt: skip
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         return self._source.read_states(self._original(np.asarray(indices, dtype=np.int64)), pick)

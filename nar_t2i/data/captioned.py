@@ -173,6 +173,8 @@ class CaptionedImages(lightning.LightningDataModule):
                 source = open_source(self._train, self._cache, self._text_cache)
             else:
                 source = open_source(self._validation, self._validation_cache, self._validation_text_cache)
+            view = self._view if split == "train" else self._plain_view
+            source.check_views(view.random_crop, view.random_flip)
             ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
             ledger.note_unindexed(source.lost, len(source) + len(source.lost))
             self._sources[split], self._ledgers[split] = source, ledger

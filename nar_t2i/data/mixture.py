@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.order import MixedOrder, Order
-from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.data.source import Loss, Sample, Source, Texts, Tokens
 from nar_t2i.data.text_cache import merge_conditions
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
@@ -52,14 +52,18 @@ class Mixture(Source):
         found = {p: self._sources[p].read_texts(*self._of(p, parts, indices, pick)) for p in np.unique(parts)}
         return _merge(parts, found)
 
-    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray, place: np.ndarray, flip: np.ndarray) -> Tokens:
         parts = np.searchsorted(self._starts, indices, side="right") - 1
-        found = {p: self._sources[p].read_tokens(*self._of(p, parts, indices, pick)) for p in np.unique(parts)}
-        tokens = next(iter(found.values()))[1]
-        tokens = tokens.new_empty(len(indices), *tokens.shape[1:])
-        for part, (_, values) in found.items():
-            tokens[torch.from_numpy(parts == part)] = values
-        return _merge(parts, {p: texts for p, (texts, _) in found.items()}), tokens
+        found = {p: self._sources[p].read_tokens(*self._of(p, parts, indices, pick, place, flip)) for p in np.unique(parts)}
+        texts = _merge(parts, {p: of_part.texts for p, of_part in found.items()})
+        tokens = _put_back(parts, {p: of_part.tokens for p, of_part in found.items()})
+        if any(of_part.errors is None for of_part in found.values()):
+            return Tokens(texts, tokens, None)
+        return Tokens(texts, tokens, _put_back(parts, {p: of_part.errors for p, of_part in found.items()}))
+
+    def check_views(self, crops: bool, flips: bool) -> None:
+        for source in self._sources:
+            source.check_views(crops, flips)
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         parts = np.searchsorted(self._starts, indices, side="right") - 1
@@ -97,9 +101,18 @@ class Mixture(Source):
     def _part(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _of(self, part: int, parts: np.ndarray, indices: np.ndarray, pick: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _of(self, part: int, parts: np.ndarray, indices: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
         chosen = parts == part
-        return indices[chosen] - self._starts[part], pick[chosen]
+        return indices[chosen] - self._starts[part], *(column[chosen] for column in columns)
+
+
+def _put_back(parts: np.ndarray, found: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The rows of the parts, where each belongs."""
+    first = next(iter(found.values()))
+    merged = first.new_empty(len(parts), *first.shape[1:])
+    for part, values in found.items():
+        merged[torch.from_numpy(parts == part)] = values
+    return merged
 
 
 def _merge(parts: np.ndarray, found: dict[int, Texts]) -> Texts:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nar_t2i.data.cache import CONDITIONS
 from nar_t2i.data.images import fit
 from nar_t2i.data.losses import LossLedger
 from nar_t2i.data.order import Order
@@ -81,9 +82,12 @@ class BatchReader(Dataset):
             samples = [s for s in samples if s is not None]
         if not samples or None in samples:
             return Read(None, tried, len(losses), losses)
-        batch = make_batch(samples, ids, self._view)
+        batch = self._batch(samples, ids)
         condition = self._states(np.array(read), choices(ids, self._view).caption)
         return Read(batch._replace(condition=condition), tried, len(losses), losses)
+
+    def _batch(self, samples: list[Sample], ids: torch.Tensor) -> Batch:
+        return make_batch(samples, ids, self._view)
 
     def _states(self, indices: np.ndarray, pick: np.ndarray) -> Condition | None:
         return self._source.read_states(indices, pick) if self._source.has_states else None
@@ -102,11 +106,11 @@ class BatchReader(Dataset):
 
     def _read_tokens(self, ids: torch.Tensor, indices: np.ndarray) -> Read:
         """A batch from a cache, gathered as arrays: no image is opened and no sample object is made."""
-        pick = choices(ids, self._view).caption
-        texts, tokens = self._source.read_tokens(indices, pick)
-        scalars = {name: torch.from_numpy(_column(texts, name)) for name in self._view.scalars}
-        condition = self._states(indices, pick)
-        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars, None, condition), len(indices), 0, [])
+        choice = choices(ids, self._view)
+        texts, tokens, errors = self._source.read_tokens(indices, choice.caption, choice.left, choice.flip)
+        scalars = {name: torch.from_numpy(_column(texts, name)) for name in (*self._view.scalars, *CONDITIONS)}
+        condition = self._states(indices, choice.caption)
+        return Read(Batch(ids, texts.keys, texts.captions, None, tokens, scalars, errors, condition), len(indices), 0, [])
 
 
 def _column(texts: Texts, name: str) -> np.ndarray:
@@ -121,6 +125,11 @@ class Choices(NamedTuple):
     left: np.ndarray
     flip: np.ndarray
 
+    @classmethod
+    def fixed(cls, count: int, place: float, flip: bool) -> Choices:
+        """The first caption, and one crop, the same for all."""
+        return cls(np.zeros(count), np.full(count, place), np.full(count, place), np.full(count, flip))
+
 
 def choices(ids: torch.Tensor, view: View) -> Choices:
     """Every choice of a sample is a function of (seed, id)."""
@@ -131,9 +140,9 @@ def choices(ids: torch.Tensor, view: View) -> Choices:
     return Choices(caption, place[:, 0], place[:, 1], flip)
 
 
-def make_batch(samples: list[Sample], ids: torch.Tensor, view: View) -> Batch:
-    """Samples with images → a batch: one caption each, and the square that `view` describes."""
-    choice = choices(ids, view)
+def make_batch(samples: list[Sample], ids: torch.Tensor, view: View, choice: Choices | None = None) -> Batch:
+    """Samples with images → a batch: one caption each, and the square that `view`, or `choice`, describes."""
+    choice = choices(ids, view) if choice is None else choice
     captions = [s.captions[int(p * len(s.captions))] for s, p in zip(samples, choice.caption)]
     pixels, rows = [], []
     for row, sample in enumerate(samples):
@@ -144,10 +153,7 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View) -> Batch:
         rows.append(
             {
                 **{name: sample.scalars.get(name, float("nan")) for name in view.scalars},
-                "original_width": width,
-                "original_height": height,
-                "crop_top": fitted.top,
-                "crop_left": fitted.left,
+                **dict(zip(CONDITIONS, (width, height, fitted.top, fitted.left), strict=True)),
             }
         )
     images = torch.from_numpy(np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)))

@@ -64,6 +64,14 @@ class Texts(NamedTuple):
     scalars: dict[str, np.ndarray]
 
 
+class Tokens(NamedTuple):
+    """What a cache holds of many samples. tokens: (B, N, *value_shape). errors: (B, N) float32, or None where it has none."""
+
+    texts: Texts
+    tokens: torch.Tensor
+    errors: torch.Tensor | None
+
+
 class Source:
     """Captioned images by index. A subclass gives `name`, `__len__` and `read`; the rest has defaults.
 
@@ -96,9 +104,15 @@ class Source:
         captions = [s.captions[int(p * len(s.captions))] for s, p in zip(samples, pick)]
         return Texts([s.key for s in samples], captions, scalar_columns([s.scalars for s in samples]))
 
-    def read_tokens(self, indices: np.ndarray, pick: np.ndarray) -> tuple[Texts, torch.Tensor]:
-        """`read_texts`, and (B, N, *value_shape) tokens, where `token_spec` is set."""
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray, place: np.ndarray, flip: np.ndarray) -> Tokens:
+        """`read_texts`, and tokens, where `token_spec` is set.
+
+        place: (B,) in [0, 1), which of the cached crops each sample takes. flip: (B,), whether it takes a mirrored one.
+        """
         raise NotImplementedError
+
+    def check_views(self, crops: bool, flips: bool) -> None:
+        """Raise UserError where tokens come from a cache without the crops and mirrored images that are asked for."""
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         """The states of one caption of each sample, as `read_texts` picks it, where `has_states` is True."""

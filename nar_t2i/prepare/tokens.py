@@ -18,20 +18,20 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nar_t2i.data.cache import FORMAT, MANIFEST, pack
+from nar_t2i.data.cache import CONDITIONS, FORMAT, MANIFEST, pack
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
-from nar_t2i.data.reading import BatchReader, View, reads
-from nar_t2i.data.source import Source
+from nar_t2i.data.reading import BatchReader, Choices, View, make_batch, reads
+from nar_t2i.data.source import Sample, Source
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.hashing import weights_hash
 from nar_t2i.pixels import to_float
 from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
-from nar_t2i.types import TokenCodec, TokenSpec
+from nar_t2i.types import Batch, TokenCodec, TokenSpec
 
-PREPROCESSING = "shorter side to {size} px (Lanczos), centre crop, [-1, 1]"
+PREPROCESSING = "shorter side to {size} px (Lanczos), cropped, [-1, 1]"
 
 
 @torch.inference_mode()
@@ -44,13 +44,20 @@ def encode_tokens(
     device: str | torch.device = "cpu",
     float_dtype: str = "float16",
     shards: str = "0:",
+    crops: int = 1,
+    flips: bool = False,
+    errors: bool = False,
 ) -> dict[str, Any] | None:
     """Encode every image of a source, block by block; blocks that are finished are kept, so it can be interrupted.
 
     batch_size: images a pass. workers: processes that read. float_dtype: "float16" or "float32", of continuous tokens.
-    shards: the blocks to do (see `shard_range`). Returns the manifest, or None while other blocks are to be done. Raises
+    shards: the blocks to do (see `shard_range`). crops: an image, odd, evenly spread along its longer side. flips: mirrored
+    images too. errors: squared quantisation errors too. Returns the manifest, or None while other blocks are to be done. Raises
     UserError when the folder holds the tokens of another codec or of other data.
     """
+    if crops < 1 or crops % 2 == 0:
+        raise UserError(f"--crops: must be odd, so that one is the middle, not {crops}")
+    looks = [(place, flip) for place in (np.linspace(0, 1, crops) if crops > 1 else [0.5]) for flip in ((False, True) if flips else (False,))]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     codec = codec.to(device).eval()
@@ -60,6 +67,7 @@ def encode_tokens(
         "codec": weights_hash(codec),
         "preprocessing": PREPROCESSING.format(size=codec.image_size),
         "float_dtype": float_dtype if codec.spec.kind == "continuous" else None,
+        "crops": crops, "flips": flips, "errors": errors,
     }
     starts = np.concatenate([[0], np.cumsum(source.blocks)])
     chosen = shard_range(shards, len(source.blocks))
@@ -74,9 +82,11 @@ def encode_tokens(
                 continue
             if finished is None:
                 indices = np.arange(starts[number], starts[number + 1])
-                tokens, lost = _encode_block(codec, source, indices, batch_size, workers, device, bar)
-                with whole_file(folder / f"{name}.tokens.npy") as file:
-                    np.save(file, pack(tokens, codec.spec, float_dtype), allow_pickle=False)
+                arrays, lost = _encode_block(codec, source, indices, looks, errors, batch_size, workers, device, bar)
+                arrays["tokens"] = pack(arrays["tokens"], codec.spec, float_dtype)
+                for kind, array in arrays.items():
+                    with whole_file(folder / f"{name}.{kind}.npy") as file:
+                        np.save(file, array, allow_pickle=False)
                 finished = {**made_by, **block, "lost": lost}
                 write_json(folder / f"{name}.tokens.json", finished)  # last: it says that the block is whole
             else:
@@ -109,17 +119,22 @@ def _encode_block(
     codec: TokenCodec,
     source: Source,
     indices: np.ndarray,
+    looks: list[tuple[float, bool]],
+    errors: bool,
     batch_size: int,
     workers: int,
     device: str | torch.device,
     bar: tqdm,
-) -> tuple[np.ndarray, dict[str, tuple[str, str]]]:
-    """(rows, N, *value_shape) tokens of a block, and the rows that could not be read, with key and reason."""
-    spec = codec.spec
-    tokens = np.zeros((len(indices), spec.length, *spec.value_shape), dtype=spec.blank(0).numpy().dtype)
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
+    """What a block's files hold, a row a look at a sample, and the samples that could not be read, with key and reason."""
+    spec, rows = codec.spec, len(indices) * len(looks)
+    arrays = {"tokens": np.zeros((rows, spec.length, *spec.value_shape), dtype=spec.blank(0).numpy().dtype),
+              "conditions": np.zeros((rows, len(CONDITIONS)), dtype=np.float32)}  # fmt: skip
+    if errors:
+        arrays["errors"] = np.zeros((rows, spec.length), dtype=np.float16)
     lost: dict[str, tuple[str, str]] = {}
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    reader = BatchReader(source, View(codec.image_size), order=None)
+    reader = _LooksReader(source, View(codec.image_size), looks)
     loader = DataLoader(reader, batch_sampler=batches, collate_fn=lambda read: read, num_workers=workers)
     for batch, read in zip(batches, reads(loader)):
         present = np.array([], dtype=np.int64) if read.batch is None else read.batch.ids.numpy()
@@ -127,10 +142,30 @@ def _encode_block(
         for index, loss in zip(missing, read.losses):
             lost[str(index - indices[0])] = (loss.key, loss.reason)
         if read.batch is not None:
-            images = to_float(read.batch.images.to(device))
-            tokens[present - indices[0]] = _checked(codec.encode(images).tokens, spec)
+            encoded = codec.encode(to_float(read.batch.images.to(device)))
+            at = ((present - indices[0])[:, None] * len(looks) + np.arange(len(looks))).ravel()
+            arrays["tokens"][at] = _checked(encoded.tokens, spec)
+            arrays["conditions"][at] = torch.stack([read.batch.scalars[name] for name in CONDITIONS], 1).numpy()
+            if errors:
+                if encoded.error is None:
+                    raise UserError("--errors: this tokenizer has no quantisation errors")
+                arrays["errors"][at] = encoded.error.cpu().numpy()
         bar.update(len(batch))
-    return tokens, lost
+    return arrays, lost
+
+
+class _LooksReader(BatchReader):
+    """Reads every sample once, and yields all looks at it, side by side."""
+
+    def __init__(self, source: Source, view: View, looks: list[tuple[float, bool]]):
+        super().__init__(source, view, order=None)
+        self._looks = looks
+
+    def _batch(self, samples: list[Sample], ids: torch.Tensor) -> Batch:
+        each = [make_batch(samples, ids, self._view, Choices.fixed(len(ids), *look)) for look in self._looks]
+        images = torch.stack([batch.images for batch in each], 1).flatten(0, 1)
+        scalars = {name: torch.stack([batch.scalars[name] for batch in each], 1).flatten() for name in CONDITIONS}
+        return each[0]._replace(images=images, scalars=scalars)
 
 
 def _checked(tokens: torch.Tensor, spec: TokenSpec) -> np.ndarray:
@@ -156,13 +191,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens"
     )
+    arguments.add_argument("--crops", type=int, default=1, help="an image, odd, spread along its longer side; default: 1")
+    arguments.add_argument("--flip-safe", action="store_true", help="mirrored images too: no caption says left or right")
+    arguments.add_argument("--errors", action="store_true", help="squared quantisation errors too")
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
 
     def work() -> str:
         codec = load_part(find_tokenizer(parsed.tokenizer))
         source = open_source(parsed.shards)
-        options = parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype, parsed.shard_range
+        options = (parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype, parsed.shard_range, parsed.crops,
+                   parsed.flip_safe, parsed.errors)  # fmt: skip
         manifest = encode_tokens(codec, source, parsed.out, *options)
         if manifest is None:
             return f"{parsed.out}: these shards are done; others are not yet"

@@ -6,12 +6,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests.data.making_shards import hurt_members, write_shards, write_tar
+from tests.data.making_shards import encoded, hurt_members, pixels, write_shards, write_tar
 from torch import nn
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.cache import CachedSource, TokenCache, pack, unpack
-from nar_t2i.data.reading import View, make_batch
+from nar_t2i.data.reading import Choices, View, make_batch
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
@@ -196,3 +196,92 @@ def test_the_manifest_says_what_made_it(cached):
     manifest = json.loads((cached[1] / "cache.json").read_text())
     assert manifest["codec"] == weights_hash(PooledCodec(KINDS[0])) and "8 px" in manifest["preprocessing"]
     assert [(b["name"], b["length"], b["lost"]) for b in manifest["blocks"]] == [("00000", 5, {}), ("00001", 3, {})]
+
+
+class ErringCodec(PooledCodec):
+    """With an error for each token, told by its code."""
+
+    def encode(self, images):
+        tokens = super().encode(images).tokens
+        return Encoded(tokens, tokens.float() / 7)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Shards of images twice as wide as high."""
+    members = [
+        member
+        for number in range(6)
+        for member in ((f"s{number}.png", encoded(pixels(number, 16, 32))), (f"s{number}.txt", b"a caption"))
+    ]
+    write_tar(tmp_path / "wide" / "0.tar", members)
+    return str(tmp_path / "wide")
+
+
+def test_several_crops_and_mirrored_images(wide, tmp_path):
+    codec, source = ErringCodec(KINDS[0]), ShardSource(wide)
+    encode_tokens(codec, source, tmp_path / "cache", batch_size=4, crops=3, flips=True, errors=True)
+    opened = TokenCache(str(tmp_path / "cache"))
+    assert np.load(tmp_path / "cache/0.tokens.npy").shape == (36, 4)
+    for index in range(6):
+        for crop, place in enumerate((0.0, 0.5, 1.0)):
+            for flip in (False, True):
+                look = Choices.fixed(1, place, flip)
+                batch = make_batch([source.read(index)], torch.tensor([0]), View(8), look)
+                expected = codec.encode(batch.images.float() / 127.5 - 1)
+                view = opened.view(np.array([(crop + 0.5) / 3]), np.array([flip]))
+                assert torch.equal(opened.tokens(np.array([index]), view), expected.tokens)
+                assert np.allclose(opened.rows("errors", np.array([index]), view), expected.error, rtol=1e-3)
+                assert opened.rows("conditions", np.array([index]), view).tolist() == [[32, 16, 0, 4 * crop]]
+    looks = {tuple(opened.tokens(np.array([0]), view)[0].tolist()) for view in range(6)}
+    assert len(looks) == 6
+
+
+def test_a_run_takes_each_view_as_often_and_validation_the_one_in_the_middle(wide, tmp_path):
+    encode_tokens(ErringCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache", crops=3, flips=True, errors=True)
+    cache, opened = str(tmp_path / "cache"), TokenCache(str(tmp_path / "cache"))
+    data = CaptionedImages(wide, 8, 6, cache=cache, validation=wide, validation_cache=cache, crop="random", flip=True, flip_safe=True)
+    taken = np.zeros(6, dtype=int)
+    for batch, _ in zip(data.train_dataloader(), range(100)):
+        assert torch.allclose(batch.errors, batch.tokens / 7, rtol=1e-3)
+        for key, tokens, left in zip(batch.keys, batch.tokens, batch.scalars["crop_left"]):
+            views = torch.stack([opened.tokens(np.array([int(key[1:])]), view)[0] for view in range(6)])
+            (view,) = np.flatnonzero((views == tokens).all(1))
+            assert left == 4 * (view // 2)
+            taken[view] += 1
+    assert abs(taken - 100).max() < 40
+    (batch,) = data.val_dataloader()
+    assert batch.scalars["crop_left"].tolist() == [4] * 6
+    expected = [opened.tokens(np.array([i]), 2)[0] for i in range(6)]
+    assert torch.equal(batch.tokens, torch.stack(expected))
+    one, other = (next(iter(CaptionedImages(wide, 8, 6, cache=cache, crop="random", flip=True, flip_safe=True).train_dataloader()))
+                  for _ in range(2))  # fmt: skip
+    assert torch.equal(one.tokens, other.tokens)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"crop": "random"}, "crop: random needs several crops, .* encode with --crops 3"),
+    ({"flip": True, "flip_safe": True}, "flip: true needs mirrored images, .* encode with --flip-safe"),
+])  # fmt: skip
+def test_views_that_a_cache_does_not_hold_are_refused(cached, options, message):
+    folder, cache = map(str, cached)
+    with pytest.raises(UserError, match=message):
+        CaptionedImages(folder, 8, 4, cache=cache, **options).train_dataloader()
+
+
+def test_what_cannot_be_encoded_is_one_error(wide, tmp_path):
+    with pytest.raises(UserError, match="--crops: must be odd, so that one is the middle, not 2"):
+        encode_tokens(PooledCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache", crops=2)
+    with pytest.raises(UserError, match="--errors: this tokenizer has no quantisation errors"):
+        encode_tokens(PooledCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache", errors=True)
+    encode_tokens(PooledCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache")
+    with pytest.raises(UserError, match="differ in crops, errors"):
+        encode_tokens(ErringCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache", crops=3, errors=True)
+
+
+def test_cached_and_drawn_images_tell_the_same_conditions(wide, tmp_path):
+    encode_tokens(PooledCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache")
+    cached, plain = (next(iter(CaptionedImages(wide, 8, 6, **options).train_dataloader()))
+                     for options in ({"cache": str(tmp_path / "cache")}, {}))  # fmt: skip
+    assert cached.keys == plain.keys and cached.scalars.keys() == plain.scalars.keys()
+    assert all(torch.equal(cached.scalars[name], plain.scalars[name]) for name in plain.scalars)
