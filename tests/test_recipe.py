@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import load, shipped
+from tests.text.tiny_models import make_named
 
 
 @pytest.fixture
@@ -158,7 +159,9 @@ def make_earlier_stages(path, config):
             Path(value).parent.mkdir(parents=True, exist_ok=True)
             train_sentencepiece(["a red circle above two blue squares"] * 9, value, 300)
         elif key.endswith(".tokenizer"):
-            save_part(built(path.parent / "tokenizer.yaml").model.codec, value)
+            save_part(built(shipped() / Path(value).parts[1] / "tokenizer.yaml").model.codec, value)
+    if (text := load(path).config["model"]["init_args"].get("text")) is not None:
+        make_named(text)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(shipped())))
