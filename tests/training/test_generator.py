@@ -79,6 +79,29 @@ def step(module, ids, dropout=True):
     return total / weight
 
 
+class Planned(GeneratorModule):
+    """Whose optimizer is made without a trainer."""
+
+    def total_steps(self):
+        return 10
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(("rate", "decay"), [(None, None), (1e-4, 0.2)])
+def test_the_text_encoder_has_a_rate_and_a_decay_of_its_own(tmp_path, kind, rate, decay):
+    config = OptimizerConfig(kind=kind, learning_rate=1e-2, muon_learning_rate=5e-2, weight_decay=0.1)
+    text = BertTextEncoder(tiny_bert(tmp_path), trainable="all", max_length=16)
+    module = Planned(ToyCodec(), text, small, Masked(), optimizer=config, text_learning_rate=rate, text_weight_decay=decay)
+    own, told = {id(p) for p in module.text.parameters()}, []
+    for group in module.configure_optimizers()["optimizer"].param_groups:
+        (is_text,) = {id(p) in own for p in group["params"]}
+        peak = (5e-2 if group.get("muon") else 1e-2) * (rate / 1e-2 if is_text and rate else 1)
+        assert group["initial_lr"] == pytest.approx(peak)
+        assert group["weight_decay"] in (0.0, decay if is_text and decay else 0.1)
+        told.append((is_text, group["weight_decay"] > 0))
+    assert set(told) == {(True, True), (True, False), (False, True), (False, False)}
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_at_the_stated_rate(rate):
     dropped = made(caption_dropout=rate).dropped(Noise(0, torch.arange(40_000)))

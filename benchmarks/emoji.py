@@ -1,0 +1,117 @@
+"""Emoji models side by side: is a picture nearer to its own emoji than to all others?
+
+    python benchmarks/emoji.py scratch=runs/emoji/scratch/model minilm=runs/emoji/minilm/model --out docs/results/emoji
+
+For each model: retrieval (`nar_t2i.evaluation.retrieval`) of pictures drawn from names seen in training, from held-out
+ones and from names never heard; beside what its tokenizer's reconstructions reach, and what pictures of other names do.
+Writes metrics.json and a grid of real, reconstructed and drawn pictures. All emoji of the machine are the gallery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.retrieval import FeatureNetwork, retrieve, train_features
+from nar_t2i.folders import write_json
+from nar_t2i.generate import contact_sheet
+from nar_t2i.hardware import describe_machine
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.pixels import to_float, to_uint8
+from nar_t2i.prepare.emoji import Emoji, EmojiPictures, read_emoji, split_emoji
+from nar_t2i.types import TokenCodec
+
+SHOWN = {"train": 8, "held_out": 8, "unseen": 4}  # names on the grid, of each split, evenly spread
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--out", default="docs/results/emoji")
+    parser.add_argument("--seen", type=int, default=500, help="names seen in training that are drawn; default: 500")
+    parser.add_argument("--feature-steps", type=int, default=1500)
+    parsed = parser.parse_args()
+    models = dict(model.split("=", 1) for model in parsed.models)
+    emoji = read_emoji()
+    splits: dict[str, list[Emoji]] = split_emoji(emoji)
+    splits["train"] = spread(splits["train"], parsed.seen)
+    pipelines = {name: TextToImage.from_pretrained(folder) for name, folder in models.items()}
+    size = next(iter(pipelines.values())).tokenizer.image_size
+    if any(t2i.tokenizer.image_size != size for t2i in pipelines.values()):
+        raise UserError("models that draw at different sizes do not compare")
+    gallery = pictures(emoji, size)
+    network, number = train_features(gallery, parsed.feature_steps), {e.text: i for i, e in enumerate(emoji)}
+    own = {name: [number[e.text] for e in part] for name, part in splits.items()}
+    metrics: dict[str, Any] = {
+        "command": "python benchmarks/emoji.py " + " ".join(sys.argv[1:]), "machine": describe_machine(), "size": size,
+        "gallery": len(emoji), "feature_steps": parsed.feature_steps, "models": {},
+    }  # fmt: skip
+    rows = {}
+    for name, t2i in pipelines.items():
+        metrics["models"][name], rows[name] = score(t2i, splits, own, gallery, network)
+        print(name, metrics["models"][name], flush=True)
+    out = Path(parsed.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", metrics)
+    grid(splits, own, gallery, rows).save(out / "grid.png")
+    return 0
+
+
+def score(
+    t2i: TextToImage, splits: dict[str, list[Emoji]], own: dict[str, list[int]], gallery: Tensor, network: FeatureNetwork
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metrics of one model, and its pictures: `ceiling`, and those drawn for each split. Name i is drawn with seed i."""
+    found: dict[str, Any] = {}
+    drawn: dict[str, Tensor] = {}
+    for split, part in splits.items():
+        drawn[split] = t2i.sample([e.name for e in part]).images
+        found[split] = retrieve(network, drawn[split], gallery, own[split])._asdict()
+        found[split]["shuffled"] = retrieve(network, drawn[split], gallery, own[split][1:] + own[split][:1])._asdict()
+        kept = reconstructed(t2i.tokenizer, gallery[own[split]])
+        found[split]["reconstructed"] = retrieve(network, kept, gallery, own[split])._asdict()
+        drawn[f"{split} reconstructed"] = kept
+    return found, drawn
+
+
+@torch.no_grad()
+def reconstructed(codec: TokenCodec, images: Tensor) -> Tensor:
+    return torch.cat([to_uint8(codec.decode(codec.encode(to_float(part)).tokens)) for part in images.split(64)])
+
+
+def pictures(emoji: list[Emoji], size: int) -> Tensor:
+    """(n, 3, size, size) uint8."""
+    source = EmojiPictures(emoji, size)
+    return torch.stack([torch.from_numpy(source.read(i).image).permute(2, 0, 1) for i in tqdm(range(len(emoji)), desc="emoji")])
+
+
+def spread(part: list[Emoji], count: int) -> list[Emoji]:
+    """`count` of them, evenly spread."""
+    return part if count >= len(part) else [part[i * len(part) // count] for i in range(count)]
+
+
+def grid(
+    splits: dict[str, list[Emoji]], own: dict[str, list[int]], gallery: Tensor, rows: dict[str, dict[str, Tensor]]
+) -> Image.Image:
+    """A row a name: the emoji, its reconstruction, and what each model drew."""
+    images, captions = [], []
+    for split, count in SHOWN.items():
+        for emoji in spread(splits[split], count):
+            at = splits[split].index(emoji)
+            first = next(iter(rows.values()))
+            cells = [("", gallery[own[split][at]]), ("reconstructed", first[f"{split} reconstructed"][at])]
+            cells += [(name, drawn[split][at]) for name, drawn in rows.items()]
+            images += [Image.fromarray(image.permute(1, 2, 0).numpy()) for _, image in cells]
+            captions += [f"{split}: {emoji.name}", *(name for name, _ in cells[1:])]
+    return contact_sheet(images, captions, columns=2 + len(rows), side=128)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
