@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.data.making_shards import write_shards
+from tests.data.making_shards import encoded, pixels, write_shards
 
 from nar_t2i.cli import main as nar_t2i
 from nar_t2i.data import CaptionedImages
@@ -15,6 +15,7 @@ from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.text_cache import MANIFEST, TextCache, pack_states, unpack_states
 from nar_t2i.errors import UserError
 from nar_t2i.prepare import text as command
+from nar_t2i.prepare.shards import ShardFile
 from nar_t2i.prepare.text import encode_text
 from nar_t2i.text import BertTextEncoder, ClipTextEncoder, JointTextEncoder, T5TextEncoder
 from tests.cluster.ranks import ROOT
@@ -42,7 +43,14 @@ def joint(models):
 
 @pytest.fixture
 def shards(tmp_path):
-    return str(write_shards(tmp_path / "shards", [5, 3, 4], captions=2))
+    """Of captions that the tiny vocabularies tell apart."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard, letters in enumerate(("abcde", "fgh", "ijkl")):
+        with ShardFile(folder / f"{shard:05d}.tar") as file:
+            for letter in letters:
+                file.add(letter, encoded(pixels(ord(letter))), "png", [f"{letter} red circle", f"a blue square {letter}"], {})
+    return str(folder)
 
 
 def batches(shards, cache, count=6, **options):
