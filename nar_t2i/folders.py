@@ -120,5 +120,8 @@ def _find_assets(config: Any, folder: Path, trusted: tuple[str, ...]) -> None:
                 raise UserError(f"{folder / CONFIG}: {name} must be a file of this folder")
             if not path.exists():
                 raise UserError(f"{path}: no such file")
+            for file in path.rglob("*"):
+                if not file.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"{file}: leads out of this folder")
             config["init_args"][name] = str(path)
         _find_assets(list(config["init_args"].values()), folder, trusted)

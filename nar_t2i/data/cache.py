@@ -54,7 +54,7 @@ class TokenCache:
         path = self.folder / MANIFEST
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(f"{folder} is no finished token cache: {MANIFEST} is missing; run encode_tokens") from error
         except ValueError as error:
             raise UserError(f"{path} is not readable JSON: {error}") from error
@@ -157,6 +157,7 @@ class CachedSource(Source):
         cache.check(source)
         self.name = source.name
         self.cache, self.token_spec, self.has_states = cache, cache.spec, source.has_states
+        self.has_errors = cache.errors
         self._source = source
         self._lost = cache.lost
         bad = np.array(sorted(self._lost), dtype=np.int64)

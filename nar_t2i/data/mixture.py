@@ -29,6 +29,7 @@ class Mixture(Source):
         if len({s.has_states for s in sources}) > 1:
             raise UserError("either all sources of a mixture have a text cache, or none")
         self.has_states = sources[0].has_states
+        self.has_errors = all(s.has_errors for s in sources)
         self.name = " + ".join(s.name for s in sources)
         self.token_spec = specs.pop()
         self._sources, self._weights = list(sources), list(weights)
@@ -57,7 +58,7 @@ class Mixture(Source):
         found = {p: self._sources[p].read_tokens(*self._of(p, parts, indices, pick, place, flip)) for p in np.unique(parts)}
         texts = _merge(parts, {p: of_part.texts for p, of_part in found.items()})
         tokens = _put_back(parts, {p: of_part.tokens for p, of_part in found.items()})
-        if any(of_part.errors is None for of_part in found.values()):
+        if not self.has_errors:
             return Tokens(texts, tokens, None)
         return Tokens(texts, tokens, _put_back(parts, {p: of_part.errors for p, of_part in found.items()}))
 

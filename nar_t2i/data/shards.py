@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class ShardSource(Source):
     def __init__(self, path: str, max_pixels: int = MAX_PIXELS):
         self.name = str(path)
         self._tars = find_tars(path)
+        self._stems = Counter(tar.stem for tar in self._tars)
         self._max_pixels = max_pixels
         self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
         self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
@@ -51,7 +52,8 @@ class ShardSource(Source):
         return self._lost
 
     def block_name(self, block: int) -> str:
-        return self._tars[block].stem
+        stem = self._tars[block].stem
+        return stem if self._stems[stem] == 1 else f"{block:05d}-{stem}"  # tars of several folders may bear one name
 
     def identity(self, block: int) -> str:
         return self._identities[block]

@@ -80,6 +80,7 @@ class Source:
 
     name: str
     token_spec: TokenSpec | None = None  # set where images come as tokens from a cache
+    has_errors = False  # True where tokens come with their quantisation errors
     has_states = False  # True where captions come with their states from a cache
 
     def __len__(self) -> int:

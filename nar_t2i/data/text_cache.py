@@ -64,7 +64,7 @@ class TextCache:
         path = self.folder / MANIFEST
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(f"{folder} is no finished text cache: {MANIFEST} is missing; run encode_text") from error
         except ValueError as error:
             raise UserError(f"{path} is not readable JSON: {error}") from error
@@ -213,7 +213,9 @@ def merge_conditions(parts: Sequence[tuple[np.ndarray, Condition]], count: int) 
     states, masks = [], []
     for stream in range(len(first.states)):
         length = max(condition.states[stream].shape[1] for _, condition in parts)
-        state = first.states[stream].new_zeros(count, length, first.states[stream].shape[2])
+        found = [condition.states[stream].dtype for _, condition in parts]
+        dtype = found[0] if len(set(found)) == 1 else torch.float32  # whichever parts a batch holds
+        state = torch.zeros(count, length, first.states[stream].shape[2], dtype=dtype)
         mask = torch.zeros(count, length, dtype=torch.bool)
         for chosen, condition in parts:
             rows, own = torch.from_numpy(chosen), condition.states[stream].shape[1]

@@ -91,13 +91,14 @@ def features(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> 
 
 
 def retrieve(network: FeatureNetwork, images: Tensor, gallery: Tensor, own: Sequence[int]) -> Retrieval:
-    """How often image i is nearest to picture `own[i]` of the gallery. Pictures that are equal count as one."""
+    """How often image i is nearest to picture `own[i]` of the gallery. Pictures that are equal count as one; another one
+    that is as near counts as nearer."""
     classes = _classes(gallery)
     scores = features(network, images) @ features(network, gallery).T
     best = torch.full((len(images), int(classes.max()) + 1), -math.inf)
     best.scatter_reduce_(1, classes.expand(len(images), -1), scores, "amax")
     wanted = classes[torch.as_tensor(own)]
-    rank = (best > best.gather(1, wanted[:, None])).sum(1)
+    rank = (~(best < best.gather(1, wanted[:, None]))).sum(1) - 1
     return Retrieval(float((rank == 0).float().mean()), float((rank < 5).float().mean()), len(images))
 
 

@@ -30,6 +30,7 @@ from nar_t2i.folders import load_part, read_json
 from nar_t2i.parts import build
 from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
+from nar_t2i.text import ScratchTextEncoder
 from nar_t2i.types import Condition, TextEncoder
 
 SHARD = 8192  # captions a file
@@ -69,21 +70,22 @@ def encode_text(
     _refuse_others(folder, made_by)
     captions = list(_number(source, folder, [block["name"] for block in blocks]))
     names = [f"{number:05d}.text" for number in range(-(-len(captions) // shard))]
-    chosen, records = shard_range(shards, len(names)), []
+    chosen = shard_range(shards, len(names))
     with tqdm(total=min(len(captions), len(chosen) * shard), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
-        for number, name in enumerate(names):
-            own = captions[number * shard : (number + 1) * shard]
+        for number in chosen:
+            name, own = names[number], captions[number * shard : (number + 1) * shard]
             record = folder / f"{name}.json"
-            if not record.exists() and number in chosen:
+            if not record.exists():
                 truncated = text.truncated
                 arrays, error = _encode(text, own, stored, batch_size, bar)
                 with whole_file(folder / f"{name}.safetensors") as file:
                     file.write(save(arrays))
                 told = {"captions": len(own), "truncated": text.truncated - truncated, "error": error}
                 write_json(record, {**made_by, **told})  # last: it says that the file is whole
-            elif number in chosen:
+            else:
                 bar.update(len(own))
-            records.append(read_json(record) if record.exists() else None)
+    # Last, since other tasks have worked meanwhile.
+    records = [read_json(record) if (record := folder / f"{name}.json").exists() else None for name in names]
     if None in records:
         return None
     count = sum(record["captions"] for record in records)
@@ -173,7 +175,10 @@ def find_text(path: str) -> TextEncoder:
     folder = Path(path)
     for inner in (folder, folder / "text", folder / "model/text"):
         if (inner / "config.json").is_file() and "class_path" in read_json(inner / "config.json"):
-            return load_part(inner).requires_grad_(False)
+            part = load_part(inner)
+            if not isinstance(part, TextEncoder):
+                raise UserError(f"{inner} is a {type(part).__name__}, and no text encoder")
+            return part.requires_grad_(False)
     if folder.is_dir():
         raise UserError(f"{path} holds no text encoder: name its folder, a model folder, a run's, or a recipe")
     recipe = recipes.load([path])
@@ -181,9 +186,12 @@ def find_text(path: str) -> TextEncoder:
     if not isinstance(text, dict):
         raise recipe.error("model.init_args.text", "names no text encoder")
     try:
-        return build(text)
+        part = build(text)
     except (TypeError, ValueError) as error:
         raise recipe.error("model.init_args.text", f"cannot be built: {error}") from error
+    if any(isinstance(encoder, ScratchTextEncoder) for encoder in getattr(part, "encoders", [part])):
+        raise recipe.error("model.init_args.text", "has weights from init_from: name that run or model folder, not the recipe")
+    return part
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,27 +71,25 @@ def encode_tokens(
     }
     starts = np.concatenate([[0], np.cumsum(source.blocks)])
     chosen = shard_range(shards, len(source.blocks))
-    blocks = []
+    wanted = [
+        {**made_by, "name": source.block_name(number), "length": length, "identity": source.identity(number)}
+        for number, length in enumerate(source.blocks)
+    ]
     with tqdm(total=int(sum(source.blocks[number] for number in chosen)), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
-        for number, length in enumerate(source.blocks):
-            name = source.block_name(number)
-            block = {"name": name, "length": length, "identity": source.identity(number)}
-            finished = _finished(folder, {**made_by, **block})
-            if number not in chosen:
-                blocks.append(finished)
-                continue
-            if finished is None:
+        for number in chosen:
+            block = wanted[number]
+            name, length = block["name"], block["length"]
+            if _finished(folder, block) is None:
                 indices = np.arange(starts[number], starts[number + 1])
                 arrays, lost = _encode_block(codec, source, indices, looks, errors, batch_size, workers, device, bar)
                 arrays["tokens"] = pack(arrays["tokens"], codec.spec, float_dtype)
                 for kind, array in arrays.items():
                     with whole_file(folder / f"{name}.{kind}.npy") as file:
                         np.save(file, array, allow_pickle=False)
-                finished = {**made_by, **block, "lost": lost}
-                write_json(folder / f"{name}.tokens.json", finished)  # last: it says that the block is whole
+                write_json(folder / f"{name}.tokens.json", {**block, "lost": lost})  # last: it says that the block is whole
             else:
                 bar.update(length)
-            blocks.append(finished)
+    blocks = [_finished(folder, block) for block in wanted]  # last, since other tasks have worked meanwhile
     if None in blocks:
         return None
     told = [{key: block[key] for key in ("name", "length", "identity", "lost")} for block in blocks]

@@ -17,7 +17,8 @@ class JointTextEncoder(TextEncoder):
     sequence: the numbers of the encoders whose states are read, each a stream of its own (networks put them side by
     side). pooled: the numbers of those whose pooled states are read, side by side as one vector. None: all. T5 for its
     states with CLIP for its pooled one is `sequence: [0]`, `pooled: [1]`.
-    pooled_token: the pooled vector is one more stream, of one word, so that networks read it that have no other use of it.
+    pooled_token: the pooled vector, if there is one, is one more stream, of one word; False for networks that read it as
+    it is.
     `truncated` counts for the encoder that cuts off most captions. Raises UserError where an encoder would be read by
     nobody.
     """
@@ -27,7 +28,7 @@ class JointTextEncoder(TextEncoder):
         encoders: list[TextEncoder],
         sequence: list[int] | None = None,
         pooled: list[int] | None = None,
-        pooled_token: bool = False,
+        pooled_token: bool = True,
     ):
         super().__init__()
         every = list(range(len(encoders)))
@@ -40,10 +41,8 @@ class JointTextEncoder(TextEncoder):
         self.encoders = nn.ModuleList(encoders)
         self.widths = tuple(width for i in self._sequence for width in encoders[i].widths)
         self.pooled_width = sum(encoders[i].pooled_width for i in self._pooled)
-        if pooled_token and not self.pooled_width:
-            raise UserError("text encoder: pooled_token needs a pooled state, and none of the encoders in `pooled` has one")
-        self._pooled_token = pooled_token
-        self.widths += (self.pooled_width,) if pooled_token else ()
+        self._pooled_token = pooled_token and self.pooled_width > 0
+        self.widths += (self.pooled_width,) if self._pooled_token else ()
 
     @property
     def encoded(self) -> int:
@@ -71,4 +70,7 @@ class JointTextEncoder(TextEncoder):
         if self._pooled_token:
             states += (vector.unsqueeze(1),)
             masks += (masks[0].new_ones(len(vector), 1),)
+        elif torch.is_grad_enabled():
+            # A network that does not read it would leave weights without a gradient, at which DDP stops.
+            states = (states[0] + 0.0 * vector.sum(), *states[1:])
         return Condition(states, masks, vector)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -23,13 +24,14 @@ from nar_t2i.text.layers import choose_trained, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
 SAVED = "pretrained"  # the folder inside of a saved part
+WEIGHTS = "weights.safetensors"  # beside it
 
 
 class PretrainedTextEncoder(TextEncoder):
     """Captions → states (B, L, width) and a pooled state; a subclass says which.
 
-    folder: a local folder as `transformers` saves it, or a hub name that is in the local Hugging Face cache. Nothing is
-        ever downloaded. A saved pipeline holds a copy.
+    folder: a local folder as `transformers` saves it, or a hub name that is in the local Hugging Face cache, or the text
+        encoder's folder of a saved pipeline, RUN/model/text. Nothing is ever downloaded. A saved pipeline holds a copy.
     pretrained: False takes the same architecture with random weights, so that initialisation alone can be compared.
     trainable: "none" freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
         then no parameters of this module, but follow it to other devices and types. "last_2" trains the last two layers
@@ -59,8 +61,11 @@ class PretrainedTextEncoder(TextEncoder):
     ):
         super().__init__()
         self.trainable, self.layer, self.max_length, self.mask_padding = trainable, layer, max_length, mask_padding
-        config, self._tokenizer = self._open(folder)
-        config = getattr(config, "text_config", config)  # of a folder that holds a tower for images, too
+        inner = Path(folder, SAVED)
+        config, self._tokenizer = self._open(str(inner) if inner.is_dir() else folder)
+        if (of_text := getattr(config, "text_config", None)) is not None:  # the folder holds a tower for images, too
+            of_text.projection_dim = config.projection_dim
+            config = of_text
         self._check(folder, config)
         for name, value in config.to_dict().items():
             if "dropout" in name and isinstance(value, float):
@@ -117,6 +122,7 @@ class PretrainedTextEncoder(TextEncoder):
             "kind": type(self).__name__,
             "weights": weights_hash(self.network),
             "vocabulary": text_hash(_vocabulary(self._tokenizer)),
+            "configuration": text_hash(_settings(self.network.config)),
             "layer": str(self._saved_layer),
             "max_length": str(self.max_length),
             "mask_padding": str(self.mask_padding),
@@ -174,8 +180,9 @@ class PretrainedTextEncoder(TextEncoder):
         # Captions are short; the tokenizer's threads would only make forked data workers complain.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with _readable(folder):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # What is None here asks whether to run the folder's own code.
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return config, tokenizer
 
     def _check(self, folder: str, config: Any) -> None:
@@ -185,6 +192,8 @@ class PretrainedTextEncoder(TextEncoder):
         # Where its files are missing, transformers makes a tokenizer of nothing but marks, and T5's of a blank.
         if len(self._tokenizer) <= len(self._tokenizer.all_special_ids) + 1:
             raise UserError(f"text encoder: {folder} holds no tokenizer's vocabulary")
+        if not self._tokenizer.is_fast:
+            raise UserError(f"text encoder: the tokenizer in {folder} is none of the tokenizers library, which is needed")
         if len(self._tokenizer) > config.vocab_size:
             raise UserError(f"text encoder: {folder}: the tokenizer has {len(self._tokenizer)} tokens, the model "
                             f"{config.vocab_size}")  # fmt: skip
@@ -197,15 +206,32 @@ class PretrainedTextEncoder(TextEncoder):
         import transformers
 
         cls = getattr(transformers, self.model_class)
+        if (inner := Path(folder, SAVED)).is_dir():
+            if not (inner / "model.safetensors").exists():
+                return self._trained_weights(Path(folder, WEIGHTS), cls(config, **self.model_arguments))
+            folder = str(inner)
         with _readable(folder):
             model, report = cls.from_pretrained(
                 folder, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True,
                 **self.model_arguments,
             )  # fmt: skip
-        # Unexpected weights are heads for other tasks; missing ones would stay random.
+        # Unexpected weights are heads for other tasks, unless they are within the encoder; missing ones would stay random.
+        parts = tuple(f"{name}." for name, _ in model.named_children())
+        if within := [key for key in map(str, report["unexpected_keys"]) if key.startswith(parts) and "position_ids" not in key]:
+            raise UserError(f"text encoder: {folder} is not {self.model_class}'s: it has weights such as {sorted(within)[0]}")
         if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise UserError(f"text encoder: {folder} lacks weights, such as {sorted(map(str, missing))[0]}")
         return model
+
+    def _trained_weights(self, path: Path, model: nn.Module) -> nn.Module:
+        """The model with weights that were trained with a generator, which lie in the saved part's own file."""
+        with _readable(str(path.parent)):
+            saved = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+            report = model.load_state_dict(self._as_transformers_names(saved), strict=False)
+        tied = set(getattr(model, "_tied_weights_keys", None) or ())
+        if missing := sorted({*report.missing_keys, *report.unexpected_keys} - tied):
+            raise UserError(f"text encoder: {path} lacks weights, or has others, such as {missing[0]}")
+        return model.eval()
 
     def _random(self, config: Any) -> nn.Module:
         import transformers
@@ -220,9 +246,17 @@ class PretrainedTextEncoder(TextEncoder):
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """All that a tokenizer does, but for what its last call asked for."""
+    """All that a tokenizer does, but for the length that its last call asked for."""
     told = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({key: value for key, value in told.items() if key not in ("truncation", "padding")}, sort_keys=True)
+    rest = {key: value for key, value in told.items() if key not in ("truncation", "padding")}
+    return json.dumps([rest, tokenizer.truncation_side, tokenizer.padding_side, tokenizer.pad_token], sort_keys=True)
+
+
+def _settings(config: Any) -> str:
+    """All of a model's configuration that its states depend on."""
+    aside = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict")
+    told = {key: value for key, value in config.to_dict().items() if key not in aside and "dropout" not in key}
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 @contextmanager

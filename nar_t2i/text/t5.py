@@ -21,7 +21,7 @@ class T5TextEncoder(PretrainedTextEncoder):
     """
 
     model_class = "T5EncoderModel"
-    model_types = ("t5", "mt5", "umt5")
+    model_types = ("t5",)
 
     def __init__(
         self,

@@ -25,6 +25,8 @@ from nar_t2i.data.opening import is_remote
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.training import command, zero
+from nar_t2i.training.base import has_frozen
+from nar_t2i.training.init_from import load_weights
 from nar_t2i.training.memory import STAGES, Held, Trained, held
 
 MIB = 2**20
@@ -83,6 +85,9 @@ def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) ->
         settings = {**PROBE, "run_dir": folder, "data.init_args.global_batch_size": str(size)}
         cli = command.RecipeCLI(recipes.load(configs, [*overrides, *(f"{key}={value}" for key, value in settings.items())]))
         cli.build("fit")
+        init_from = recipes.load(configs, overrides).config.get("init_from")
+        if init_from and Path(init_from).exists() and has_frozen(cli.model):
+            load_weights(cli.model, init_from)  # a cache of a frozen text encoder's states belongs to its weights
         cli.model.write = lambda folder: None
         counter = Activations()
         cli.trainer.callbacks.append(counter)

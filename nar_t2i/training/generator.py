@@ -127,7 +127,8 @@ class GeneratorModule(TrainedModule):
     def states_of(self, batch: Batch) -> Condition:
         """From the cache, whatever it is stored as, or from the text encoder."""
         if batch.condition is not None:
-            return batch.condition.map(lambda x: x.float() if x.is_floating_point() else x)
+            dtype = self.null.states[0].dtype
+            return batch.condition.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
         return self.text(batch.captions)
 
     def dropped(self, noise: Noise) -> Tensor:

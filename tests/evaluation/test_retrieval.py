@@ -38,6 +38,19 @@ def test_pictures_that_are_equal_count_as_one(network, pictures):
     assert retrieve(network, pictures[58:], pictures, [59, 58]).top1 == 1.0
 
 
+class Same(torch.nn.Module):
+    """All pictures look alike to it."""
+
+    def forward(self, images):
+        return torch.full((len(images), 8), self.value)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_network_that_sees_nothing_finds_nothing(pictures, value):
+    Same.value = value
+    assert retrieve(Same(), pictures, pictures, range(60)).top5 == 0
+
+
 def test_ranks_are_those_of_a_plain_search(network, pictures):
     torch.manual_seed(2)
     hurt = to_uint8(0.3 * to_float(pictures[:59]) + 0.6 * torch.randn(59, 3, 32, 32))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from nar_t2i.data import CaptionedImages
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.text_cache import MANIFEST, TextCache, pack_states, unpack_states
 from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare import text as command
 from nar_t2i.prepare.shards import ShardFile
+from nar_t2i.prepare.sentencepiece import train_sentencepiece
 from nar_t2i.prepare.text import encode_text
 from nar_t2i.text import BertTextEncoder, ClipTextEncoder, JointTextEncoder, T5TextEncoder
 from tests.cluster.ranks import ROOT
 from tests.text.tiny_models import tiny_bert, tiny_clip, tiny_t5
+from tests.toys import ToyCodec
 
 ERRORS = {"float32": 0.0, "float16": 3e-4, "bfloat16": 3e-3, "int8": 1e-2}
 
@@ -117,6 +121,32 @@ def test_an_interrupted_encoding_goes_on_and_an_array_shares_the_work(shards, tm
         assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
 
 
+def test_tasks_that_end_while_others_work_leave_a_manifest(shards, tmp_path, bert, monkeypatch):
+    """The first file is made by another task while this one is at its own."""
+    inner = command._encode
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(command, "_encode", inner)
+        assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=12, shards="0:1") is None
+        return inner(*arguments)
+
+    monkeypatch.setattr(command, "_encode", meanwhile)
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=12, shards="1:") is not None
+    TextCache(str(tmp_path / "text"))
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path, joint):
+    for folder, letters in (("a", "abc"), ("b", "def")):
+        (tmp_path / folder).mkdir()
+        with ShardFile(tmp_path / folder / "00000.tar") as file:
+            for letter in letters:
+                file.add(letter, encoded(pixels(ord(letter))), "png", [f"{letter} red circle"], {})
+    both = f"{tmp_path}/{{a,b}}/*.tar"
+    encode_text(joint, ShardSource(both), tmp_path / "text", "float32")
+    for batch in batches(both, tmp_path / "text"):
+        torch.testing.assert_close(batch.condition.pooled, joint(batch.captions).pooled)
+
+
 def test_mismatches_are_refused_by_name(shards, tmp_path, models, bert):
     encode_text(bert, ShardSource(shards), tmp_path / "text")
     data = CaptionedImages(shards, 8, 4, text_cache=str(tmp_path / "text"))
@@ -175,6 +205,22 @@ def test_a_mixture_names_a_cache_for_each_part(tmp_path, bert):
         CaptionedImages(parts, 8, 8).train_dataloader()
 
 
+def test_a_mixture_of_types_is_float32_whichever_parts_a_batch_holds(tmp_path, bert):
+    parts = []
+    for name, stored in (("one", "float16"), ("two", "bfloat16")):
+        shards = str(write_shards(tmp_path / name, [6]))
+        encode_text(bert, ShardSource(shards), tmp_path / f"{name}-text", stored)
+        parts.append({"source": shards, "text_cache": str(tmp_path / f"{name}-text")})
+    batch = next(iter(CaptionedImages(parts, 8, 8).train_dataloader()))
+    assert batch.condition.states[0].dtype == torch.float32
+
+
+def test_what_is_streamed_has_no_cache():
+    for option in ("cache", "text_cache"):
+        with pytest.raises(UserError, match="is streamed, and what is streamed has no cache"):
+            CaptionedImages("https://example.org/0.tar", 8, 8, **{option: "folder"})
+
+
 @pytest.fixture
 def recipe(tmp_path, models, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -221,11 +267,31 @@ def test_a_recipe_that_does_not_match_is_one_error(recipe, capsys):
     assert "nowhere is no finished text cache" in capsys.readouterr().err
 
 
+def test_training_in_bfloat16_from_the_cache(recipe):
+    assert command.main([recipe, "text.yaml", "text"]) == 0
+    line = ["--data.init_args.text_cache=text", "--trainer.precision=bf16-true", "--trainer.max_steps=2"]
+    assert nar_t2i(["fit", "--config", "text.yaml", *line]) == 0
+
+
+def test_the_doctor_takes_a_frozen_encoder_from_where_training_does(recipe, tmp_path, models, capsys):
+    """The states of an encoder that another run has trained."""
+    trained = ["--model.init_args.text.init_args.trainable=all", "--trainer.max_steps=2", "--run_dir=first"]
+    assert nar_t2i(["fit", "--config", "text.yaml", *trained]) == 0
+    assert command.main([recipe, "first", "text"]) == 0
+    frozen = [f"--model.init_args.text.init_args.folder={tmp_path}/first/model/text", "--data.init_args.text_cache=text"]
+    assert nar_t2i(["doctor", "text.yaml", "--nodes", "1", "--gpus-per-node", "1", *frozen]) == 0, capsys.readouterr().out
+    assert nar_t2i(["fit", "--config", "text.yaml", *frozen]) == 0
+
+
 @pytest.mark.parametrize(("model", "message"), [
     ("nowhere", "nowhere"), ("shards", "holds no text encoder"), ("empty.yaml", "names no text encoder"),
+    ("quickstart/generator", "has weights from init_from"), ("tokenizer", "is a ToyCodec, and no text encoder"),
 ])  # fmt: skip
-def test_what_is_no_text_encoder_is_one_error(recipe, tmp_path, capsys, model, message):
+def test_what_is_no_text_encoder_is_one_error(recipe, tmp_path, capsys, monkeypatch, model, message):
     (tmp_path / "empty.yaml").write_text("run_dir: run\n")
+    train_sentencepiece(["a red circle above two blue squares"] * 9, "runs/quickstart/data/vocabulary.model", 300)
+    save_part(ToyCodec(), tmp_path / "tokenizer")
+    monkeypatch.setattr(command, "load_part", partial(load_part, trusted=("tests",)))
     assert command.main([recipe, model, "text"]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said

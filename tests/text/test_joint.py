@@ -33,7 +33,7 @@ def equal(found, expected):
 
 
 def test_side_by_side(pair):
-    text = JointTextEncoder(list(pair))
+    text = JointTextEncoder(list(pair), pooled_token=False)
     found, (t5, clip) = text(CAPTIONS), (encoder(CAPTIONS) for encoder in pair)
     assert text.widths == (16, 16) and text.pooled_width == 28
     assert equal(found.states, (*t5.states, *clip.states)) and equal(found.masks, (*t5.masks, *clip.masks))
@@ -97,7 +97,6 @@ def test_a_saved_pipeline_holds_both(folders, tmp_path):
     ({"sequence": [0], "pooled": [0]}, "must name the encoders 0 to 1, each at least once, not \\[0\\] and \\[0\\]"),
     ({"sequence": [0, 2]}, "must name the encoders 0 to 1"),
     ({"sequence": []}, "sequence must name at least one"),
-    ({"pooled": [], "pooled_token": True}, "pooled_token needs a pooled state"),
 ])  # fmt: skip
 def test_mistakes_are_one_clear_error(pair, arguments, message):
     with pytest.raises(UserError, match=message):

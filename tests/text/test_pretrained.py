@@ -1,11 +1,14 @@
 """BERT, T5 and CLIP from a folder: what transformers gives, frozen or trained, and whole again from a saved pipeline."""
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
@@ -284,23 +287,91 @@ def test_weights_that_lack_a_layer_are_refused(bert, tmp_path):
         BertTextEncoder(folder, max_length=16)
 
 
-def test_no_code_of_the_folder_runs(bert, tmp_path):
+@pytest.mark.parametrize("model_type", ["bert", "my_bert"])
+def test_no_code_of_the_folder_runs(bert, tmp_path, monkeypatch, model_type):
     folder = broken(bert, tmp_path, evil__py=f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\n")
-    config = transformers.BertConfig.from_pretrained(folder)
-    config.auto_map = {"AutoModel": "evil.M", "AutoConfig": "evil.M", "AutoTokenizer": "evil.M"}
-    config.save_pretrained(folder)
+    config = json.loads(Path(folder, "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoModel": "evil.M", "AutoConfig": "evil.M", "AutoTokenizer": "evil.M"}}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
     try:
         BertTextEncoder(folder, max_length=16)
     except UserError:
-        pass
+        assert model_type == "my_bert"
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_saved_part_does_not_lead_out_of_its_folder(bert, tmp_path):
+    save_part(encoder(bert), tmp_path / "text")
+    weights = tmp_path / "text/pretrained/model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="model.safetensors: leads out of this folder"):
+        load_part(tmp_path / "text")
+
+
+def test_weights_of_another_architecture_are_refused(folders, tmp_path):
+    """As in UMT5, where each layer has position biases of its own."""
+    folder = shutil.copytree(folders["t5"], tmp_path / "other")
+    state = load_file(folder / "model.safetensors")
+    state["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.zeros(32, 2)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="is not T5EncoderModel's: it has weights such as encoder.block.1"):
+        T5TextEncoder(str(folder), max_length=16)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["t5"], tmp_path / "byt5")
+    (folder / "spiece.model").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    config = transformers.T5Config.from_pretrained(folder)
+    config.vocab_size = 512
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="the tokenizer in .* is none of the tokenizers library"):
+        T5TextEncoder(str(folder), max_length=16)
+
+
+CHANGES = {"bert": {"layer_norm_eps": 0.1}, "t5": {"relative_attention_max_distance": 4}, "clip": {"hidden_act": "gelu"}}
+
+
+def test_fingerprints_differ_where_states_do(folders, kind, make, tmp_path):
+    own = make().fingerprint()
+    assert own == make().fingerprint() and make(trainable="all").fingerprint() == own
+    text = make()
+    text(CAPTIONS)  # which sets the tokenizer's length
+    assert text.fingerprint() == own
+    folder = shutil.copytree(folders[kind], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | CHANGES[kind]))
+    assert not same(make(str(folder))(CAPTIONS), make()(CAPTIONS))
+    changed = make(str(folder)).fingerprint()
+    assert [key for key in own if own[key] != changed[key]] == ["configuration"]
+    for arguments in ({"max_length": 12}, {"layer": -2}, {"mask_padding": False}, {"pretrained": False}):
+        assert make(**arguments).fingerprint() != own
+
+
+@pytest.mark.parametrize("trainable", ["none", "last_1"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_a_saved_encoder_has_the_same_fingerprint_and_can_be_named_as_a_folder(make, tmp_path, trainable, layer):
+    text = make(trainable=trainable, layer=layer)
+    with torch.no_grad():
+        for p in text.network.parameters():
+            p.add_(0.01)
+    save_part(text, tmp_path / "text")
+    assert load_part(tmp_path / "text").fingerprint() == text.fingerprint()
+    left = layer if len(text.layers(text.network)) == 3 and text._saved_layer == layer else -1
+    frozen = make(str(tmp_path / "text"), layer=left)
+    assert frozen.fingerprint() == text.fingerprint() and not list(frozen.parameters())
+    assert same(frozen(CAPTIONS), text.eval()(CAPTIONS))
 
 
 def test_a_folder_that_holds_a_tower_for_images_too(folders, tmp_path):
     text_config = transformers.CLIPTextConfig.from_pretrained(folders["clip"])
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8,
               "patch_size": 4}  # fmt: skip
-    config = transformers.CLIPConfig(text_config=text_config.to_dict(), vision_config=vision, projection_dim=12)
+    told = {key: value for key, value in text_config.to_dict().items() if key != "projection_dim"}
+    config = transformers.CLIPConfig(text_config=told, vision_config=vision, projection_dim=10)
     folder = shutil.copytree(folders["clip"], tmp_path / "both")
     transformers.CLIPModel(config).eval().save_pretrained(folder)
     whole = transformers.CLIPModel.from_pretrained(folder).eval()
