@@ -1,6 +1,6 @@
 """A trained pipeline → the small model in the package, with its scores and a sheet of pictures.
 
-    python benchmarks/ship_model.py runs/shipped/outline/model
+    python benchmarks/ship_model.py runs/shipped/deeper/model
 
 Stores the weights in half precision under nar_t2i/assets/model, scores that very folder on all committed prompts, and
 writes metrics.json there and, with the sheet of 64 prompts, under docs/results/shipped.
@@ -41,7 +41,7 @@ def main(folder: str) -> None:
         if which == "seen":
             save_sheet(images)
     metrics = {
-        "command": "python benchmarks/ship_model.py runs/shipped/outline/model",
+        "command": "python benchmarks/ship_model.py runs/shipped/deeper/model",
         "machine": describe_machine(),
         "weights_bytes": size,
         "tokenizer": evaluate_tokenizer(t2i.tokenizer, 1000),

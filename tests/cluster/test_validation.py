@@ -28,7 +28,6 @@ def whole(request, tmp_path_factory):
     ("SignalAt", 7, "SIGUSR1", 85, [3]),  # heard of when the validation of step 8 was due
     ("SignalAt", 11, "SIGTERM", 143, [3, 7]),  # after the last step: nothing is left to train
     ("SignalAtValidation", 8, "SIGUSR1", 85, [3]),
-    ("SignalAtValidation", 8, "SIGKILL", -9, [3]),
     ("SignalAtValidation", 12, "SIGKILL", -9, [3, 7]),
 ])  # fmt: skip
 def test_what_was_due_is_made_up_for(whole, tmp_path, kind, step, name, status, validated):
