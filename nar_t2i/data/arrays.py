@@ -1,4 +1,4 @@
-"""Arrays in a safetensors file, read in place through a memory map."""
+"""What caches and indices are read from: arrays in a safetensors file, in place through a memory map, and a manifest."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import mmap
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from nar_t2i.errors import UserError
 
 _DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8, "I8": np.int8, "F32": np.float32, "F16": np.float16}
 
@@ -32,6 +35,21 @@ class Arrays:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
+
+
+def read_manifest(folder: Path, name: str, version: int, command: str) -> dict[str, Any]:
+    """The manifest of a cache, which its command writes last. Raises UserError where it is missing, or of another format."""
+    path = folder / name
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is no finished cache: {name} is missing; run {command}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != version:
+        raise UserError(f"{path} has format {found}, this version reads {version}; encode anew")
+    return manifest
 
 
 def open_map(path: Path) -> mmap.mmap:

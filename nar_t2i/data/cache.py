@@ -12,7 +12,6 @@ A view is a crop, upright or mirrored; all views of a sample lie side by side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nar_t2i.data.arrays import read_manifest
 from nar_t2i.data.source import Loss, Sample, Source, Tokens
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
@@ -51,16 +51,7 @@ class TokenCache:
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except OSError as error:
-            raise UserError(f"{folder} is no finished token cache: {MANIFEST} is missing; run encode_tokens") from error
-        except ValueError as error:
-            raise UserError(f"{path} is not readable JSON: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            found = self.manifest.get("format")
-            raise UserError(f"{path} has format {found}, this version reads {FORMAT}; encode anew")
+        self.manifest = read_manifest(self.folder, MANIFEST, FORMAT, "encode_tokens")
         spec = self.manifest["spec"]
         self.spec = TokenSpec(tuple(spec["shape"]), spec["kind"], spec["size"])
         self.codec_hash: str = self.manifest["codec"]

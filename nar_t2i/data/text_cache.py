@@ -9,7 +9,6 @@ Captions are numbered in the order in which they first occur, so that one that m
 
 from __future__ import annotations
 
-import json
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_t2i.data.arrays import Arrays, open_map
+from nar_t2i.data.arrays import Arrays, open_map, read_manifest
 from nar_t2i.data.source import Loss, Sample, Source, Texts
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
@@ -61,16 +60,7 @@ class TextCache:
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except OSError as error:
-            raise UserError(f"{folder} is no finished text cache: {MANIFEST} is missing; run encode_text") from error
-        except ValueError as error:
-            raise UserError(f"{path} is not readable JSON: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            found = self.manifest.get("format")
-            raise UserError(f"{path} has format {found}, this version reads {FORMAT}; encode anew")
+        self.manifest = read_manifest(self.folder, MANIFEST, FORMAT, "encode_text")
         self.blocks: list[dict[str, Any]] = self.manifest["blocks"]
         self._starts = np.cumsum([0, *(block["length"] for block in self.blocks)])
         self._files: OrderedDict[str, Arrays] = OrderedDict()

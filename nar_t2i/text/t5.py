@@ -23,23 +23,15 @@ class T5TextEncoder(PretrainedTextEncoder):
     model_class = "T5EncoderModel"
     model_types = ("t5",)
 
-    def __init__(
-        self,
-        folder: str,
-        pretrained: bool = True,
-        trainable: str = "none",
-        layer: int = -1,
-        max_length: int = 77,
-        mask_padding: bool = True,
-    ):
-        super().__init__(folder, pretrained, trainable, layer, max_length, mask_padding)
-        del self.network.shared  # one name for one tensor: `encoder.embed_tokens`
-
     def layers(self, model: nn.Module) -> nn.ModuleList:
         return model.encoder.block
 
     def after_layers(self, model: nn.Module) -> list[nn.Module]:
         return [model.encoder.final_layer_norm]
+
+    def _shorten(self, model: nn.Module, depth: int) -> None:
+        super()._shorten(model, depth)
+        del model.shared  # one name for one tensor: `encoder.embed_tokens`
 
     def _as_transformers_names(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"shared.weight" if name == _TWICE else name: value for name, value in state.items()}

@@ -107,7 +107,7 @@ def test_captions_that_do_not_fit_are_counted(shards, tmp_path, models):
 def test_an_interrupted_encoding_goes_on_and_an_array_shares_the_work(shards, tmp_path, bert, monkeypatch):
     whole = encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)
     assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="0:2") is None
-    with pytest.raises(UserError, match="is no finished text cache: text.json is missing"):
+    with pytest.raises(UserError, match="is no finished cache: text.json is missing"):
         TextCache(str(tmp_path / "text"))
     before = (tmp_path / "text/00001.text.safetensors").stat().st_mtime_ns
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
@@ -264,7 +264,7 @@ def test_a_recipe_that_does_not_match_is_one_error(recipe, capsys):
     assert nar_t2i([*line, "--model.init_args.text.init_args.trainable=all"]) == 2
     assert "the text encoder is trained" in capsys.readouterr().err
     assert nar_t2i(["fit", "--config", "text.yaml", "--data.init_args.text_cache=nowhere"]) == 2
-    assert "nowhere is no finished text cache" in capsys.readouterr().err
+    assert "nowhere is no finished cache" in capsys.readouterr().err
 
 
 def test_training_in_bfloat16_from_the_cache(recipe):
