@@ -22,7 +22,7 @@ from torch import Tensor
 from nar_t2i.data.arrays import Arrays, open_map, read_manifest
 from nar_t2i.data.source import Loss, Sample, Source, Texts
 from nar_t2i.errors import UserError
-from nar_t2i.types import Condition, TokenSpec
+from nar_t2i.types import Condition
 
 FORMAT = 1
 MANIFEST = "text.json"

@@ -7,7 +7,6 @@ The recipe's key is Lightning's own: `trainer.strategy: deepspeed_stage_1`, `_2`
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

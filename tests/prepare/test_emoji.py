@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from nar_t2i.data.shards import ShardSource
-from nar_t2i.errors import UserError
 from nar_t2i.prepare import emoji as command
-from nar_t2i.prepare.emoji import CLDR, FONT, TONES, UNICODE, Emoji, EmojiPictures, draw, read_emoji, split_emoji
+from nar_t2i.prepare.emoji import CLDR, FONT, TONES, UNICODE, Emoji, draw, read_emoji, split_emoji
 
 MISSING = [path for path in (FONT, UNICODE, CLDR) if not Path(path).exists()]
 
