@@ -89,7 +89,7 @@ def reconstructed(codec: TokenCodec, images: Tensor) -> Tensor:
 def pictures(emoji: list[Emoji], size: int) -> Tensor:
     """(n, 3, size, size) uint8."""
     source = EmojiPictures(emoji, size)
-    return torch.stack([torch.from_numpy(source.read(i).image).permute(2, 0, 1) for i in tqdm(range(len(emoji)), desc="emoji")])
+    return torch.stack([torch.tensor(source.read(i).image).permute(2, 0, 1) for i in tqdm(range(len(emoji)), desc="emoji")])
 
 
 def spread(part: list[Emoji], count: int) -> list[Emoji]:
