@@ -31,6 +31,27 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class Words:
+    """Where in a batch of padded captions the words are. Layers that see one word at a time take them as rows (R, D),
+    without the padding between them, which is half of a batch of captions of many lengths.
+
+    mask: (B, L), True = a word. padding_too: rows are made of padding as well.
+    """
+
+    def __init__(self, mask: Tensor, padding_too: bool = False):
+        self.mask = mask
+        self.places = (torch.ones_like(mask) if padding_too else mask).flatten().nonzero()[:, 0]
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """(B, L, …) → (R, …)."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """(R, D) → (B, L, D), with zeros where there are no rows."""
+        out = rows.new_zeros(self.mask.numel(), rows.shape[-1]).index_copy(0, self.places, rows)
+        return out.view(*self.mask.shape, -1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention on (B, L, D)."""
 
@@ -41,8 +62,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.out(merge_heads(attend(q, k, v, mask)))
+        return self.out(self.mix(self.qkv(x), mask))
+
+    def mix(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, 3·D) queries, keys and values, side by side → (B, L, D), what each query reads."""
+        q, k, v = (split_heads(y, self.heads) for y in qkv.chunk(3, dim=-1))
+        return merge_heads(attend(q, k, v, mask))
 
 
 class CrossAttention(nn.Module):
@@ -55,13 +80,20 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (split_heads(y, self.heads) for y in self.kv(text).chunk(2, dim=-1))
+    def keys_and_values(self, text: Tensor, words: Words | None = None) -> tuple[Tensor, Tensor]:
+        """text: (B, L, D), or with `words` the rows of these."""
+        kv = self.kv(text) if words is None else words.padded(self.kv(text))
+        k, v = (split_heads(y, self.heads) for y in kv.chunk(2, dim=-1))
         return k, v
 
     def forward(self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        q = split_heads(self.q(x), self.heads)
-        return self.out(merge_heads(attend(q, *keys_and_values, mask)))
+        """x: (B, L, D), or (1, L, D) where all rows ask the same."""
+        return self.out(self.read(self.q(x), keys_and_values, mask))
+
+    def read(self, queries: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """(B or 1, L, D) queries → (B, L, D), what each reads."""
+        q = split_heads(queries, self.heads).expand(len(keys_and_values[0]), -1, -1, -1)
+        return merge_heads(attend(q, *keys_and_values, mask))
 
 
 class MLP(nn.Sequential):

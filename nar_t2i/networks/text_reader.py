@@ -50,6 +50,6 @@ class TextReader(TokenNetwork):
         read: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Prediction:
-        queries = self.queries if state.positions is None else self.queries[state.positions]
-        x = self.cross_attention(queries.expand(len(state.values), -1, -1), *prepared)
+        queries = self.queries[None] if state.positions is None else self.queries[state.positions]
+        x = self.cross_attention(queries, *prepared)
         return self.predict(select(x, read))

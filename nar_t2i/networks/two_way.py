@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nar_t2i.networks.attention import MLP, CrossAttention
+from nar_t2i.networks.attention import MLP, CrossAttention, Words
 from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, initialise, states_and_mask
 from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
@@ -17,9 +17,10 @@ from nar_t2i.types import Condition, KVCache, Prediction, TokenSpec, TokenState
 
 
 class TextStates(NamedTuple):
-    """states: (B, L, width). mask: (B, 1, 1, L)."""
+    """states: (R, width), the rows of the words. words: where these are. mask: (B, 1, 1, L)."""
 
     states: Tensor
+    words: Words
     mask: Tensor
 
 
@@ -32,9 +33,12 @@ class TextBlock(nn.Module):
         self.cross_attention = CrossAttention(width, heads)
         self.mlp = MLP(width, mlp_ratio, activation)
 
-    def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        keys_and_values = self.cross_attention.keys_and_values(self.norm_image(image))
-        text = text + self.cross_attention(self.norm_text(text), keys_and_values)
+    def forward(self, text: Tensor, words: Words, image: Tensor) -> Tensor:
+        """text: (R, width), the rows of the words. image: (B, N, width)."""
+        attention = self.cross_attention
+        keys_and_values = attention.keys_and_values(self.norm_image(image))
+        read = attention.read(words.padded(attention.q(self.norm_text(text))), keys_and_values)
+        text = text + attention.out(words.rows(read))
         return text + self.mlp(self.norm_mlp(text))
 
 
@@ -74,7 +78,9 @@ class TwoWayDecoder(EncoderDecoder):
             initialise(block, (block.cross_attention.out, block.mlp[-1]), depth)
 
     def prepare(self, condition: Condition) -> TextStates:
-        return TextStates(*states_and_mask(self.text, self.text_norm, condition))
+        states, mask = states_and_mask(self.text, self.text_norm, condition)
+        words = Words(mask[:, 0, 0])
+        return TextStates(words.rows(states), words, mask)
 
     def forward(
         self, state: TokenState, prepared: TextStates, read: Tensor | None = None, cache: KVCache | None = None
@@ -84,7 +90,7 @@ class TwoWayDecoder(EncoderDecoder):
         norms = [nn.Identity(), *self.text_norms]  # the states are normalised when they come
         text_blocks = [*self.text_blocks, None]
         for block, norm, text_block in zip(self.blocks, norms, text_blocks, strict=True):
-            arguments = (block, norm, text_block, x, text, prepared.mask)
+            arguments = (block, norm, text_block, x, text, prepared.words, prepared.mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, text = checkpoint(_both, *arguments, use_reentrant=False)
             else:
@@ -93,8 +99,8 @@ class TwoWayDecoder(EncoderDecoder):
 
 
 def _both(
-    block: DecoderBlock, norm: nn.Module, text_block: TextBlock | None, x: Tensor, text: Tensor, mask: Tensor
+    block: DecoderBlock, norm: nn.Module, text_block: TextBlock | None, x: Tensor, text: Tensor, words: Words, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The image reads the text, then the text the image."""
-    x = block(x, block.cross_attention.keys_and_values(norm(text)), mask)
-    return x, text if text_block is None else text_block(text, x)
+    x = block(x, block.cross_attention.keys_and_values(norm(text), words), mask)
+    return x, text if text_block is None else text_block(text, words, x)

@@ -50,7 +50,8 @@ class GeneratorModule(TrainedModule):
     seed: of masks and caption dropout. sample_prompts: drawn at every validation. scene_prompts: how many scene prompts
     of each category are drawn and scored at every validation, as `validation_scene_accuracy`; the prompts are those that
     travel with the package, of combinations that training has seen.
-    text_learning_rate, text_weight_decay: the text encoder's own peak and decay; None: those of the rest.
+    text_learning_rate, text_weight_decay: the text encoder's own peak and decay; None: those of the rest. With a peak of
+    its own it is trained by AdamW, as pretrained encoders were, whatever trains the rest.
     Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
@@ -107,10 +108,11 @@ class GeneratorModule(TrainedModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        scale = 1.0 if self.text_learning_rate is None else self.text_learning_rate / config.learning_rate
+        apart = self.text_learning_rate is not None
+        scale = self.text_learning_rate / config.learning_rate if apart else 1.0
         text_decay = config.weight_decay if self.text_weight_decay is None else self.text_weight_decay
         groups = optim.parameter_groups([self.null, self.network, self.learning], config.weight_decay)
-        groups += optim.parameter_groups(self.text, text_decay, scale)
+        groups += optim.parameter_groups(self.text, text_decay, scale, muon=not apart)
         optimizer, scheduler = optim.build(config, groups, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

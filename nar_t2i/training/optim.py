@@ -58,13 +58,14 @@ class OptimizerConfig:
 
 
 def parameter_groups(
-    modules: nn.Module | Iterable[nn.Module], weight_decay: float, learning_rate_scale: float = 1.0
+    modules: nn.Module | Iterable[nn.Module], weight_decay: float, learning_rate_scale: float = 1.0, muon: bool = True
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `modules`, each once, as one decayed and one undecayed group (empty ones left out).
 
     Not decayed: norms, biases and everything else of fewer than two dimensions, embeddings, and parameters that carry
     `no_decay = True` (learned positions). A matrix that is shared with an embedding counts as an embedding.
     learning_rate_scale: this group's learning rate over the recipe's; `build` applies it.
+    muon: False leaves all of them to AdamW, where the others' matrices are Muon's.
     """
     roots = [modules] if isinstance(modules, nn.Module) else list(modules)
     layers = [layer for root in roots for layer in root.modules()]
@@ -75,7 +76,7 @@ def parameter_groups(
         return p.ndim >= 2 and id(p) not in undecayed and not getattr(p, "no_decay", False)
 
     groups = [
-        {"params": [p for p in unique.values() if decays(p)], "weight_decay": weight_decay, "matrices": True},
+        {"params": [p for p in unique.values() if decays(p)], "weight_decay": weight_decay, "matrices": muon},
         {"params": [p for p in unique.values() if not decays(p)], "weight_decay": 0.0, "matrices": False},
     ]
     return [{**group, "learning_rate_scale": learning_rate_scale} for group in groups if group["params"]]

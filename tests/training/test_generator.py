@@ -98,6 +98,7 @@ def test_the_text_encoder_has_a_rate_and_a_decay_of_its_own(tmp_path, kind, rate
         peak = (5e-2 if group.get("muon") else 1e-2) * (rate / 1e-2 if is_text and rate else 1)
         assert group["initial_lr"] == pytest.approx(peak)
         assert group["weight_decay"] in (0.0, decay if is_text and decay else 0.1)
+        assert not (is_text and rate and group.get("muon"))  # pretrained by AdamW, trained on by AdamW
         told.append((is_text, group["weight_decay"] > 0))
     assert set(told) == {(True, True), (True, False), (False, True), (False, False)}
 
