@@ -1,7 +1,8 @@
 """Schedules that both learning and inference need: mask ratios and guidance.
 
 A mask-ratio schedule maps t in [0, 1] to the share of tokens that is masked: 1 at t = 0, 0 at t = 1. Training draws
-t uniformly (MaskGIT, arXiv 2202.04200, section 3.1); decoding walks t from 0 to 1.
+t uniformly (MaskGIT, arXiv 2202.04200, section 3.1); decoding walks t from 0 to 1. A mask-ratio distribution is one that
+training alone can draw from: it need not reach 0.
 """
 
 from __future__ import annotations
@@ -20,13 +21,50 @@ MASK_SCHEDULES = {
     "linear": lambda t: 1 - t,
     "square": lambda t: 1 - t**2,
     "arccos": lambda t: torch.arccos(t) / (math.pi / 2),
+    "exponential": lambda t: torch.expm1(-5 * (1 - t)) / math.expm1(-5),  # eMIGM, arXiv 2503.07197, scaled to reach 1
 }
-MaskSchedule = Literal["cosine", "linear", "square", "arccos"]
+MaskSchedule = Literal["cosine", "linear", "square", "arccos", "exponential"]
 
 
-def mask_ratio(schedule: MaskSchedule, t: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class TruncatedGaussian:
+    """Mask ratios of a normal distribution, cut off (MAGE, arXiv 2211.09117: mean 0.55, deviation 0.25, from 0.5 to 1;
+    MAR, arXiv 2406.11838: 1, 0.25, from 0.7 to 1)."""
+
+    mean: float = 0.55
+    deviation: float = 0.25
+    low: float = 0.5
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low < self.high <= 1 and self.deviation > 0):
+            raise UserError(f"{self}: needs 0 <= low < high <= 1 and a deviation above 0")
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """The inverse of the distribution function at 1 − t, in double precision."""
+        low, high = (0.5 * (1 + math.erf((x - self.mean) / self.deviation / math.sqrt(2))) for x in (self.low, self.high))
+        area = high - (high - low) * t.double()
+        drawn = self.mean + self.deviation * math.sqrt(2) * torch.erfinv(2 * area - 1)
+        return drawn.clamp(self.low, self.high).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class FixedRatio:
+    """The same share of every image, as masked autoencoders and BERT have it (0.15 in BERT's case)."""
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"FixedRatio: the share must be above 0, to 1, not {self.share}")
+
+    def ratio(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.share)
+
+
+def mask_ratio(schedule: MaskSchedule | TruncatedGaussian | FixedRatio, t: Tensor) -> Tensor:
     """The masked share at time t in [0, 1]. Drawn at uniform t, "linear" gives uniform mask ratios."""
-    return MASK_SCHEDULES[schedule](t)
+    return MASK_SCHEDULES[schedule](t) if isinstance(schedule, str) else schedule.ratio(t)
 
 
 def masked_counts(schedule: MaskSchedule, steps: int, unknown: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ windowed networks; one text stream or many; captions as tokens and images as the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from nar_t2i.noise import Noise, SlotNoise
     from nar_t2i.schedules import Guidance
+
+
+_COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,9 @@ class TextEncoder(nn.Module):
     truncated: int = 0
 
     def count(self, encoded: int, truncated: int) -> None:
-        self.encoded += encoded
-        self.truncated += truncated
+        with _COUNTING:  # threads may draw side by side
+            self.encoded += encoded
+            self.truncated += truncated
 
     def fingerprint(self) -> dict[str, str]:
         """All that its states depend on, by name: a cache of states that were made by another one is refused by it."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.arrays import read_manifest
-from nar_t2i.data.source import Loss, Sample, Source, Tokens
+from nar_t2i.data.source import Loss, Sample, Source, SourceAround, Texts, Tokens
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
 
@@ -138,18 +138,16 @@ class TokenCache:
         return {**self.__dict__, "_maps": {}}  # maps do not travel to other processes
 
 
-class CachedSource(Source):
+class CachedSource(SourceAround):
     """A source whose images come as tokens. Samples that could not be encoded have no index here.
 
     Raises UserError when the cache was made from other data.
     """
 
     def __init__(self, source: Source, cache: TokenCache):
+        super().__init__(source)
         cache.check(source)
-        self.name = source.name
-        self.cache, self.token_spec, self.has_states = cache, cache.spec, source.has_states
-        self.has_errors = cache.errors
-        self._source = source
+        self.cache, self.token_spec, self.has_errors = cache, cache.spec, cache.errors
         self._lost = cache.lost
         bad = np.array(sorted(self._lost), dtype=np.int64)
         # The k-th usable index is k plus the number of lost ones before it.
@@ -164,12 +162,6 @@ class CachedSource(Source):
     @property
     def blocks(self) -> Sequence[int]:
         return self._blocks
-
-    def block_name(self, block: int) -> str:
-        return self._source.block_name(block)
-
-    def identity(self, block: int) -> str:
-        return self._source.identity(block)
 
     @property
     def lost(self) -> list[Loss]:
@@ -186,6 +178,9 @@ class CachedSource(Source):
         return sample
 
     read_text = read
+
+    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
+        return self._source.read_texts(self._original(np.asarray(indices, dtype=np.int64)), pick)
 
     def read_tokens(self, indices: np.ndarray, pick: np.ndarray, place: np.ndarray, flip: np.ndarray) -> Tokens:
         original = self._original(np.asarray(indices, dtype=np.int64))
@@ -204,9 +199,6 @@ class CachedSource(Source):
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         return self._source.read_states(self._original(np.asarray(indices, dtype=np.int64)), pick)
-
-    def check_text(self, fingerprint: dict[str, str]) -> None:
-        self._source.check_text(fingerprint)
 
     def _original(self, indices: np.ndarray) -> np.ndarray:
         return indices + np.searchsorted(self._shift, indices, side="right")

@@ -149,6 +149,55 @@ class Source:
         return ShuffledOrder(self.blocks, seed, window, self.name)
 
 
+class SourceAround(Source):
+    """Another source, of which a subclass changes what it has to."""
+
+    def __init__(self, source: Source):
+        self._source, self.name = source, source.name
+        self.token_spec, self.has_errors, self.has_states = source.token_spec, source.has_errors, source.has_states
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Sample:
+        return self._source.read(index)
+
+    def read_text(self, index: int) -> Sample:
+        return self._source.read_text(index)
+
+    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
+        return self._source.read_texts(indices, pick)
+
+    def read_tokens(self, indices: np.ndarray, pick: np.ndarray, place: np.ndarray, flip: np.ndarray) -> Tokens:
+        return self._source.read_tokens(indices, pick, place, flip)
+
+    def check_views(self, crops: bool, flips: bool) -> None:
+        self._source.check_views(crops, flips)
+
+    def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
+        return self._source.read_states(indices, pick)
+
+    def check_text(self, fingerprint: dict[str, str]) -> None:
+        self._source.check_text(fingerprint)
+
+    def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
+        self._source.check_tokens(spec, codec_hash)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return self._source.blocks
+
+    def block_name(self, block: int) -> str:
+        return self._source.block_name(block)
+
+    def identity(self, block: int) -> str:
+        return self._source.identity(block)
+
+    @property
+    def lost(self) -> list[Loss]:
+        return self._source.lost
+
+
 def scalar_columns(rows: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
     """Rows of named numbers as columns: (B,) float32 a name, NaN where a row has none."""
     names = sorted(set().union(*rows)) if rows else []

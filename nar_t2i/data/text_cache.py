@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nar_t2i.data.arrays import Arrays, open_map, read_manifest
-from nar_t2i.data.source import Loss, Sample, Source, Texts
+from nar_t2i.data.source import Source, SourceAround
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition
 
@@ -146,47 +146,19 @@ class TextCache:
         return {**self.__dict__, "_files": OrderedDict()}  # maps do not travel to other processes
 
 
-class TextCachedSource(Source):
+class TextCachedSource(SourceAround):
     """A source whose captions come with their states. Raises UserError when the cache was made from other data."""
 
     def __init__(self, source: Source, cache: TextCache):
+        super().__init__(source)
         cache.check(source)
-        self.name, self.token_spec = source.name, source.token_spec
-        self._source, self.text_cache = source, cache
-
-    has_states = True
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, index: int) -> Sample:
-        return self._source.read(index)
-
-    def read_text(self, index: int) -> Sample:
-        return self._source.read_text(index)
-
-    def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
-        return self._source.read_texts(indices, pick)
+        self.text_cache, self.has_states = cache, True
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         return self.text_cache.states(indices, pick)
 
     def check_text(self, fingerprint: dict[str, str]) -> None:
         self.text_cache.check(None, fingerprint)
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        return self._source.blocks
-
-    def block_name(self, block: int) -> str:
-        return self._source.block_name(block)
-
-    def identity(self, block: int) -> str:
-        return self._source.identity(block)
-
-    @property
-    def lost(self) -> list[Loss]:
-        return self._source.lost
 
 
 def _padded(rows: list[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,14 @@
 
 from nar_t2i.inference.autoregressive import Autoregressive
 from nar_t2i.inference.confidence import Confidence
+from nar_t2i.inference.entropy_bounded import EntropyBounded
+from nar_t2i.inference.gibbs import GibbsSweeps
+from nar_t2i.inference.halton import Halton
+from nar_t2i.inference.moment import Moment
 from nar_t2i.inference.one_step import OneStep
+from nar_t2i.inference.ordered import RandomOrder
+from nar_t2i.inference.purity import Purity
 
-__all__ = ["Autoregressive", "Confidence", "OneStep"]
+__all__ = [
+    "Autoregressive", "Confidence", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep", "Purity", "RandomOrder",
+]  # fmt: skip

@@ -2,5 +2,7 @@
 
 from nar_t2i.learning.causal import Causal
 from nar_t2i.learning.masked import Masked
+from nar_t2i.learning.replaced import Replaced
+from nar_t2i.learning.unrolled import Unrolled
 
-__all__ = ["Causal", "Masked"]
+__all__ = ["Causal", "Masked", "Replaced", "Unrolled"]

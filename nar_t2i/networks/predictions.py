@@ -29,16 +29,32 @@ class Categorical:
     def guide(self, unconditional: Categorical, scale: float | Tensor) -> Categorical:
         return Categorical(unconditional.logits + scale * (self.logits - unconditional.logits))
 
-    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
-        """Inverse distribution function: one uniform number a slot, whatever V."""
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
+        """Inverse distribution function: one uniform number a slot, whatever V.
+
+        temperature: a number, or (*slots). top_k: only so many likeliest codes are drawn, 0 = all. top_p: only the
+        likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
+        """
         log_probs = self.logits.log_softmax(dim=-1)
         if isinstance(temperature, (int, float)) and temperature == 0:
             values = log_probs.argmax(dim=-1)
         else:
-            mass = (self.logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+            tempered = self.logits / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+            mass = _truncated(tempered.softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
             values = (mass < drawn).sum(dim=-1)
         return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))
+
+
+def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(…, V) probabilities with zeros at the codes that are not to be drawn; not normalised. Of equals the first stay."""
+    if not 0 < top_k < probabilities.shape[-1] and top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    keep = ordered.cumsum(dim=-1) - ordered < top_p
+    if top_k:
+        keep[..., top_k:] = False
+    return probabilities * torch.zeros_like(keep).scatter(-1, order, keep)
 
 
 class Bernoulli:

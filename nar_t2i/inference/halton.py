@@ -1,0 +1,48 @@
+"""Decoding in an order that spreads over the image (Halton scheduler, Besnier et al., arXiv 2503.17076)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nar_t2i.inference.ordered import Ordered
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+from nar_t2i.types import TokenSpec
+
+BASES = (2, 3, 5)
+
+
+def radical_inverse(number: int, base: int) -> float:
+    """The digits of `number` behind the point, mirrored: 6 = 110 in base 2 is 0.011."""
+    inverse, scale = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        scale /= base
+        inverse += digit * scale
+    return inverse
+
+
+def halton_order(shape: tuple[int, ...]) -> list[int]:
+    """The slots of a grid, or a sequence, in the order in which the points of the Halton sequence first fall into them."""
+    found: dict[int, None] = {}
+    number = 0
+    while len(found) < math.prod(shape):
+        slot = 0
+        for size, base in zip(shape, BASES):
+            slot = slot * size + int(radical_inverse(number, base) * size)
+        found.setdefault(slot)
+        number += 1
+    return list(found)
+
+
+@part
+class Halton(Ordered):
+    """Tokens of one pass lie far from each other, so that drawing them apart does little harm. All images share one order.
+    The rest: see Scheduled."""
+
+    def order(self, spec: TokenSpec, noise: Noise) -> Tensor:
+        rank = torch.tensor(halton_order(spec.shape)).argsort()
+        return rank.to(noise.ids.device).expand(len(noise.ids), -1)

@@ -1,0 +1,106 @@
+"""Decoding in a number of passes that is known ahead: what all such strategies share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nar_t2i.errors import UserError
+from nar_t2i.inference.guided import GuidedNetwork, start_state
+from nar_t2i.noise import Noise, SlotNoise
+from nar_t2i.schedules import Guidance, MaskSchedule, masked_counts
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Sampled, Step, TokenNetwork, TokenState
+
+
+class Scheduled(InferenceStrategy):
+    """Each pass predicts the unknown tokens and keeps those of the highest score, as many as the schedule says.
+
+    steps: passes. schedule: of the share that stays masked. temperature: of the token draws, 0 = the mode;
+    final_temperature: what it changes to, linearly, until the last pass; None = it stays. top_k, top_p: see
+    `Categorical.sample`. A subclass says what the score is.
+    """
+
+    def __init__(
+        self,
+        steps: int = 16,
+        schedule: MaskSchedule = "cosine",
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, not {steps}")
+        if not (temperature >= 0 and (final_temperature is None or final_temperature >= 0)):
+            raise UserError(f"temperatures must be at least 0, not {temperature} and {final_temperature}")
+        if top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(f"top_k {top_k} must be at least 0, top_p {top_p} above 0, to 1")
+        self.steps, self.schedule = steps, schedule
+        self.temperature, self.final_temperature = temperature, final_temperature
+        self.truncation = {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
+
+    def counts(self, unknown: Tensor) -> list[Tensor]:
+        """How many tokens stay masked after each pass. unknown: (B,) tokens to fill."""
+        return masked_counts(self.schedule, self.steps, unknown)
+
+    def draw(self, prediction: Prediction, draws: SlotNoise, step: int) -> Sampled:
+        """A token for each slot."""
+        return prediction.sample(draws, self.temperature_at(step), **self.truncation)
+
+    def temperature_at(self, step: int) -> float:
+        last = self.temperature if self.final_temperature is None else self.final_temperature
+        return self.temperature + (last - self.temperature) * self.progress(step)
+
+    def progress(self, step: int) -> float:
+        """0 at the first pass, 1 at the last."""
+        return step / max(self.steps - 1, 1)
+
+    def score(self, prediction: Prediction, sampled: Sampled, draws: SlotNoise, step: int) -> Tensor:
+        """(B, M): the slots of the highest scores keep their tokens."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(
+        self,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Decoded:
+        guided = GuidedNetwork(network, condition, null, guidance)
+        tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
+        unknown = torch.full((len(tokens),), network.spec.length) if known is None else masked.sum(1).cpu()
+        for step, left in enumerate(self.counts(unknown)):
+            most = int(unknown.max())
+            if most == 0:
+                break
+            slots = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            draws = noise.at(step, slots)
+            sampled = self.draw(prediction, draws, step)
+            open_slots = masked.gather(1, slots)
+            score = self.score(prediction, sampled, draws, step).masked_fill(~open_slots, float("-inf"))
+            filled = (lowest_first(-score) < (unknown - left).to(score.device)[:, None]) & open_slots
+            tokens, masked = fill(tokens, masked, slots, sampled.values, filled)
+            unknown = left
+            if on_step:
+                on_step(Step(step, tokens, masked))
+        return Decoded(tokens, guided.passes, guided.rows)
+
+
+def lowest_first(score: Tensor) -> Tensor:
+    """(B, M) rank of each entry, 0 = lowest; equal scores in order of place."""
+    return score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+
+
+def fill(tokens: Tensor, masked: Tensor, slots: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """Write `values` where `filled`, leave every other slot as it is."""
+    masked = masked.scatter(1, slots, masked.gather(1, slots) & ~filled)
+    place = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    keep = filled.view(*filled.shape, *[1] * (values.ndim - 2))
+    return tokens.scatter(1, place, torch.where(keep, values, tokens.gather(1, place))), masked

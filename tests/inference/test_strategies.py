@@ -1,0 +1,219 @@
+"""What every strategy promises, and that the fast code is the plain one."""
+
+import itertools
+
+import pytest
+import torch
+
+from nar_t2i.errors import UserError
+from nar_t2i.inference import (
+    Confidence,
+    EntropyBounded,
+    GibbsSweeps,
+    Halton,
+    Moment,
+    OneStep,
+    Purity,
+    RandomOrder,
+)
+from nar_t2i.inference.halton import halton_order, radical_inverse
+from nar_t2i.networks.predictions import Bernoulli, Categorical
+from nar_t2i.noise import Noise
+from nar_t2i.schedules import Guidance
+from nar_t2i.types import Known, TokenNetwork, TokenSpec
+from tests.inference.eager import Eager
+from tests.inference import test_confidence
+from tests.inference.test_confidence import SPEC, Watched, make_condition
+
+SCHEDULED = [
+    Confidence(5), Confidence(4, "linear", 0.7, 2.0, final_temperature=0.2, top_k=3), Confidence(6, top_p=0.8), OneStep(),
+    Purity(5), Purity(4, sharpness=0.0), Moment(5), RandomOrder(5), RandomOrder(4, temperature=0.0), Halton(5, "square"),
+]  # fmt: skip
+ADAPTIVE = [EntropyBounded(1.5), EntropyBounded(0.0, most_steps=5)]
+SWEEPS = [GibbsSweeps(Confidence(3), sweeps=2, block=5), GibbsSweeps(Halton(4), block=16)]
+STRATEGIES = SCHEDULED + ADAPTIVE + SWEEPS
+
+
+def make_network(dtype):
+    """One that is sure of nothing, and says something else in each place."""
+    network = test_confidence.make_network(dtype)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(network.embedding.position, std=1.0)
+    torch.nn.init.normal_(network.embedding.value.weight, std=1.0)
+    torch.nn.init.normal_(network.head.logits.weight, std=0.3)
+    return network
+
+
+def named(strategy):
+    return type(strategy).__name__
+
+
+def decoded(strategy, rows=3, network=None, scale=2.0, known=None, dtype=torch.float64, on_step=None):
+    condition, null = make_condition(rows, dtype)
+    noise = Noise(0, torch.arange(rows), dtype)
+    return strategy.decode(network or make_network(dtype), condition, null, noise, Guidance(scale), known, on_step)
+
+
+def some_known(rows=3):
+    mask = torch.rand(rows, 16, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.3], [0.9], [0.5]])[:rows]
+    return Known(mask, torch.randint(SPEC.size, (rows, 16), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+def test_it_is_the_plain_strategy(strategy, given):
+    network, known = make_network(torch.float64), some_known() if given else None
+    tokens = decoded(strategy, network=network, known=known).tokens
+    condition, null = make_condition(3, torch.float64)
+    for row in range(3):
+        part = slice(row, row + 1)
+        one = [c.map(lambda x, part=part: x[part]) for c in (condition, null)]
+        eager = Eager(network, *one, Noise(0, torch.tensor([row]), torch.float64), Guidance(2.0))
+        plain = eager.decode(strategy, known and Known(known.mask[part], known.tokens[part]))
+        assert torch.equal(tokens[row], plain), f"row {row}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+def test_known_tokens_stay_and_no_mask_remains(strategy):
+    known, steps = some_known(), []
+    found = decoded(strategy, known=known, on_step=steps.append)
+    assert torch.equal(found.tokens[known.mask], known.tokens[known.mask])
+    assert all(torch.equal(step.tokens[known.mask], known.tokens[known.mask]) for step in steps)
+    assert not steps[-1].masked.any()
+    assert (found.tokens >= 0).all() and (found.tokens < SPEC.size).all()
+    everything = Known(torch.ones(3, 16, dtype=torch.bool), known.tokens)
+    nothing_to_do = decoded(strategy, known=everything)
+    assert torch.equal(nothing_to_do.tokens, known.tokens) and nothing_to_do.passes == 0
+
+
+@pytest.mark.parametrize("strategy", SCHEDULED + SWEEPS, ids=named)
+def test_it_makes_the_calls_that_it_promises(strategy):
+    first = strategy.first if isinstance(strategy, GibbsSweeps) else strategy
+    promised = first.steps
+    if isinstance(strategy, GibbsSweeps):
+        promised += strategy.sweeps * -(-16 // strategy.block)
+    network = Watched(make_network(torch.float64))
+    found = decoded(strategy, network=network)
+    assert network.calls == found.passes == promised and found.rows == 2 * promised
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+def test_an_image_is_the_same_alone_and_in_a_batch(strategy):
+    condition, null = make_condition(5, torch.float64)
+    together = decoded(strategy, rows=5).tokens
+    for row in range(5):
+        one = [c.map(lambda x, row=row: x[row : row + 1]) for c in (condition, null)]
+        noise = Noise(0, torch.tensor([row]), torch.float64)
+        alone = strategy.decode(make_network(torch.float64), *one, noise, Guidance(2.0))
+        assert torch.equal(alone.tokens[0], together[row])
+
+
+def test_no_strategy_is_another_one():
+    traces = {}
+    for strategy in STRATEGIES:
+        steps = []
+        found = decoded(strategy, on_step=steps.append)
+        traces[f"{named(strategy)} {len(traces)}"] = torch.cat([torch.stack([s.masked for s in steps]).flatten().long(), found.tokens.flatten()])
+    for (one, a), (other, b) in itertools.combinations(traces.items(), 2):
+        assert a.shape != b.shape or not torch.equal(a, b), f"{one} and {other} decode alike"
+
+
+class Oracle(TokenNetwork):
+    """Knows the answer."""
+
+    spec = SPEC
+    answer = torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(5))
+
+    def prepare(self, condition):
+        return None
+
+    def forward(self, state, prepared, read=None, cache=None):
+        rows = self.answer.repeat(len(state.values) // 3, 1)
+        return Categorical(60.0 * torch.nn.functional.one_hot(rows if read is None else rows.gather(1, read), SPEC.size))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+def test_a_network_that_knows_the_answer_is_believed(strategy):
+    assert torch.equal(decoded(strategy, network=Oracle()).tokens, Oracle.answer)
+
+
+def test_entropy_decides_how_many_tokens_a_pass_fills():
+    counts = {}
+    for bound in (0.0, 3.0, 8.0, 1e9):
+        steps = []
+        found = decoded(EntropyBounded(bound, most_steps=100), on_step=steps.append)
+        counts[bound] = found.passes
+        assert len(steps) == found.passes <= 16
+    assert counts[0.0] == 16 and counts[1e9] == 1 and 16 > counts[3.0] > counts[8.0] > 1
+    assert decoded(EntropyBounded(0.0, most_steps=5)).passes == 5
+    assert decoded(EntropyBounded(1.0), network=Oracle()).passes == 1  # all is certain
+
+
+def test_the_halton_order_spreads():
+    assert [radical_inverse(n, 2) for n in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
+    assert [radical_inverse(n, 3) for n in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1 / 9])
+    for shape in ((8, 8), (5, 7), (128,), (2, 2), (32, 32)):
+        order = halton_order(shape)
+        assert sorted(order) == list(range(len(order)))
+
+    def nearest(slots):
+        """The mean distance of 8 slots of an 8 × 8 grid to the nearest other."""
+        points = torch.tensor([[slot // 8, slot % 8] for slot in slots]).double()
+        return torch.cdist(points, points).add(100 * torch.eye(len(slots))).amin(1).mean()
+
+    spread = nearest(halton_order((8, 8))[:8])
+    random = torch.stack([nearest(torch.randperm(64, generator=torch.Generator().manual_seed(i))[:8].tolist()) for i in range(200)])
+    assert spread > random.mean() + 1.5 * random.std()
+
+
+def test_ordered_strategies_predict_only_what_they_fill():
+    for strategy in (RandomOrder(4, "linear"), Halton(4, "linear")):
+        network = Watched(make_network(torch.float64))
+        decoded(strategy, network=network)
+        assert [read.shape[1] for read in network.reads] == [4, 4, 4, 4]
+    network = Watched(make_network(torch.float64))
+    decoded(Confidence(4, "linear"), network=network)
+    assert [read.shape[1] for read in network.reads] == [16, 12, 8, 4]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "left"), [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 2]), (0, 0.5, [0]), (0, 0.75, [0, 2]), (3, 0.5, [0])])
+def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
+    probabilities = torch.tensor([0.5, 0.1, 0.3, 0.1], dtype=torch.float64)
+    count = 20_000
+    prediction = Categorical(probabilities.log().expand(count, 1, 4))
+    slots = torch.zeros(count, 1, dtype=torch.long)
+    drawn = prediction.sample(Noise(0, torch.arange(count), torch.float64).at(0, slots), 1.0, top_k, top_p)
+    shares = torch.bincount(drawn.values.flatten(), minlength=4) / count
+    wanted = torch.zeros(4, dtype=torch.float64)
+    wanted[left] = probabilities[left] / probabilities[left].sum()
+    torch.testing.assert_close(shares.double(), wanted, atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.log_prob, probabilities.log()[drawn.values])  # the untempered, whole distribution's
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Confidence(0), lambda: Confidence(temperature=-1.0), lambda: Confidence(top_p=0.0), lambda: Confidence(top_k=-1),
+        lambda: Purity(sharpness=-1.0), lambda: Moment(choice_temperature=0.0), lambda: EntropyBounded(-1.0),
+        lambda: EntropyBounded(most_steps=0), lambda: GibbsSweeps(sweeps=0), lambda: GibbsSweeps(block=0), lambda: Halton(0),
+        lambda: Confidence(final_temperature=-0.1), lambda: Confidence(choice_temperature=float("nan")),
+    ],
+)  # fmt: skip
+def test_arguments_that_cannot_be_are_errors(wrong):
+    with pytest.raises(UserError):
+        wrong()
+
+
+@pytest.mark.parametrize("strategy", [Purity(2), Moment(2), EntropyBounded()], ids=named)
+def test_what_needs_codes_says_so(strategy):
+    class Bits(TokenNetwork):
+        spec = TokenSpec((4,), "binary", 3)
+
+        def prepare(self, condition):
+            return None
+
+        def forward(self, state, prepared, read=None, cache=None):
+            return Bernoulli(torch.zeros(*read.shape, 3))
+
+    with pytest.raises(UserError, match="codes"):
+        decoded(strategy, network=Bits())

@@ -1,0 +1,211 @@
+"""Learning strategies beside plain masked training: what each changes, and that none is another one."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from nar_t2i.errors import UserError
+from nar_t2i.learning import Masked, Replaced, Unrolled
+from nar_t2i.learning.masked import draw_masks
+from nar_t2i.networks.predictions import Categorical
+from nar_t2i.noise import Noise
+from nar_t2i.schedules import FixedRatio, TruncatedGaussian, mask_ratio
+from nar_t2i.types import TokenBatch, TokenNetwork, TokenSpec
+from tests.toys import ToyBinary, ToyCodec, ToyMasked, ToyText
+
+STRATEGIES = [
+    Masked(), Masked("linear"), Masked("square"), Masked("arccos"), Masked("exponential"), Masked(TruncatedGaussian()),
+    Masked(FixedRatio(0.5)), Masked(regions=1.0), Masked(everything=0.5), Masked(label_smoothing=0.1), Replaced(),
+    Replaced(0.0, 0.3), Replaced(0.3, 0.0), Replaced(visible_weight=0.5), Unrolled(), Unrolled(3), Unrolled(fill="mode"),
+    Unrolled(counted="masked"),
+]  # fmt: skip
+
+
+class Watched(TokenNetwork):
+    """Says of every slot a little of what its value and neighbours are, and keeps what it was shown."""
+
+    def __init__(self, spec=TokenSpec((8, 8), "categorical", 7)):
+        super().__init__()
+        self.spec, self.states, self.reads = spec, [], []
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(9, 7, dtype=torch.float64))
+
+    def prepare(self, condition):
+        return None
+
+    def forward(self, state, prepared, read=None, cache=None):
+        self.states.append(state)
+        self.reads.append(read)
+        shown = state.values.masked_fill(state.masked, 7)
+        logits = self.weight[shown] + 0.5 * self.weight[shown.roll(1, 1)] + 0.3 * self.weight[shown.roll(8, 1)]
+        return Categorical(logits if read is None else logits[read])
+
+
+def batch(count=64, seed=0):
+    tokens = torch.randint(7, (count, 64), generator=torch.Generator().manual_seed(seed))
+    return TokenBatch(tokens, ToyText()(["a"] * count))
+
+
+def lost(strategy, network=None, count=64, progress=1.0):
+    terms = strategy.loss(network or Watched(), batch(count), Noise(0, torch.arange(count), torch.float64), progress)
+    return terms["loss"].total / terms["loss"].weight
+
+
+def test_no_strategy_is_another_one():
+    losses = [lost(strategy).item() for strategy in STRATEGIES]
+    for (i, a), (j, b) in itertools.combinations(enumerate(losses), 2):
+        assert a != pytest.approx(b, abs=1e-9), (i, j)
+
+
+@pytest.mark.parametrize("strategy", [Replaced(0.0, 0.0), Unrolled(1), Masked(label_smoothing=0.0)])
+def test_switched_off_they_are_masked_training(strategy):
+    network, plain = Watched(), Watched()
+    one, other = lost(strategy, network), lost(Masked(), plain)
+    torch.testing.assert_close(one, other)
+    one.backward(), other.backward()
+    torch.testing.assert_close(network.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sample_is_the_same_in_any_batch(strategy):
+    whole, half = (lost(strategy, count=count) * count for count in (8, 4))
+    rest = strategy.loss(Watched(), TokenBatch(batch(8).tokens[4:], batch(4).condition), Noise(0, torch.arange(4, 8), torch.float64), 1.0)
+    tokens = batch(8).tokens
+    first = strategy.loss(Watched(), TokenBatch(tokens[:4], batch(4).condition), Noise(0, torch.arange(4), torch.float64), 1.0)
+    torch.testing.assert_close(first["loss"].total + rest["loss"].total, whole)
+    assert half.isfinite()
+
+
+def ratios(schedule, count=20_000):
+    return draw_masks(Noise(0, torch.arange(count), torch.float64), schedule, (256,)).double().mean(1)
+
+
+def test_mask_ratios_of_a_truncated_gaussian():
+    found = ratios(TruncatedGaussian(0.55, 0.25, 0.5, 1.0)).sort().values
+    assert found.min() >= 0.5 - 1e-9 and found.max() <= 1
+
+    def apart(cdf):
+        """The largest distance of two distribution functions."""
+        return max(abs(i / len(found) - cdf(x)) for i, x in enumerate(found.tolist()))
+
+    def normal(x):
+        return 0.5 * (1 + math.erf((x - 0.55) / 0.25 / math.sqrt(2)))
+
+    assert apart(lambda x: (normal(x) - normal(0.5)) / (normal(1.0) - normal(0.5))) < 0.015
+    assert apart(lambda x: 2 * x - 1) > 0.05  # a control: the uniform one
+
+
+def test_mask_ratios_that_are_fixed_or_exponential():
+    assert (ratios(FixedRatio(0.25)) == 0.25).all()
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    by_hand = [(1 - math.exp(-5 * (1 - x))) / (1 - math.exp(-5)) for x in t.tolist()]
+    assert mask_ratio("exponential", t).tolist() == pytest.approx(by_hand)
+    assert mask_ratio("exponential", t)[[0, -1]].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda: TruncatedGaussian(low=0.9, high=0.5), lambda: TruncatedGaussian(deviation=0.0), lambda: FixedRatio(0.0),
+    lambda: FixedRatio(1.5), lambda: Replaced(0.6, 0.6), lambda: Replaced(-0.1), lambda: Replaced(visible_weight=-1.0),
+    lambda: Unrolled(0), lambda: Masked(label_smoothing=1.0),
+])  # fmt: skip
+def test_arguments_that_cannot_be_are_errors(wrong):
+    with pytest.raises(UserError):
+        wrong()
+
+
+def test_replaced_shows_masks_random_and_true_tokens_in_the_stated_shares():
+    network, given = Watched(), batch(2000)
+    noise = Noise(0, torch.arange(2000), torch.float64)
+    Replaced(0.2, 0.3, schedule=FixedRatio(0.5)).loss(network, given, noise, 1.0)
+    state, chosen = network.states[0], network.reads[0]
+    assert (chosen.sum(1) == 32).all()
+    assert not (state.masked & ~chosen).any() and torch.equal(state.values[~chosen], given.tokens[~chosen])
+    assert state.masked[chosen].float().mean() == pytest.approx(0.5, abs=0.01)
+    seen = chosen & ~state.masked
+    wrong = (state.values != given.tokens)[seen].float().mean().item()
+    assert wrong == pytest.approx(0.2 * 6 / 7 / 0.5, abs=0.01)  # one random code in seven is the true one
+
+
+def test_replaced_counts_visible_slots_as_much_as_it_says():
+    network, given = Watched(), batch(16)
+    noise = Noise(0, torch.arange(16), torch.float64)
+    total = Replaced(visible_weight=0.25).loss(network, given, noise, 1.0)["loss"].total
+    chosen = draw_masks(noise, "cosine", (8, 8))
+    nll = network(network.states[0], None).nll(given.tokens)
+    weights = torch.where(chosen, 1.0, 0.25).double()
+    torch.testing.assert_close(total, ((nll * weights).sum(1) / weights.sum(1)).sum())
+
+
+def test_bits_are_replaced_and_real_vectors_are_not():
+    codec, text = ToyCodec("binary"), ToyText()
+    torch.manual_seed(0)
+    condition = text(["a"] * 8)
+    bits = torch.randint(2, (8, 4, 3), dtype=torch.uint8)
+    noise = Noise(0, torch.arange(8))
+    network = ToyBinary(codec.spec, text.widths)
+    for strategy in (Replaced(1.0, 0.0), Unrolled(2)):
+        assert strategy.loss(network, TokenBatch(bits, condition), noise, 1.0)["loss"].total.isfinite()
+    with pytest.raises(UserError, match="label_smoothing"):
+        Masked(label_smoothing=0.1).loss(network, TokenBatch(bits, condition), noise, 1.0)
+    with pytest.raises(UserError, match="real vectors"):
+        spec = TokenSpec((4,), "continuous", 3)
+        Replaced().state(TokenBatch(torch.zeros(8, 4, 3), condition), torch.ones(8, 4, dtype=torch.bool), noise, spec)
+
+
+@pytest.mark.parametrize("fill", ["mode", "sample"])
+@pytest.mark.parametrize("counted", ["hidden", "masked"])
+def test_later_passes_read_what_earlier_ones_said(fill, counted):
+    network, given = Watched(), batch(32)
+    noise = Noise(0, torch.arange(32), torch.float64)
+    terms = Unrolled(3, fill, counted).loss(network, given, noise, 1.0)
+    first, second, third = network.states
+    hidden = first.masked
+    for state, before in ((second, first), (third, second)):
+        assert (state.masked <= hidden).all() and state.masked.any(1).all()  # some of the hidden ones, masked again
+        assert torch.equal(state.values[~hidden], given.tokens[~hidden])
+        assert not torch.equal(state.values[hidden], before.values[hidden])
+    assert (second.masked != hidden).any() and (second.masked != third.masked).any()
+    said = network(first, None, hidden)
+    wanted = said.logits.argmax(-1) if fill == "mode" else said.sample(noise.at(0, hidden)).values
+    assert torch.equal(second.values[hidden], wanted)
+    assert not second.values.requires_grad
+    assert set(terms) == {"loss", "loss_1", "loss_2", "loss_3"}
+    torch.testing.assert_close(terms["loss"].total, sum(terms[f"loss_{i}"].total for i in (1, 2, 3)))
+    assert torch.equal(terms["loss_1"].total, Masked().loss(network, given, noise, 1.0)["loss"].total)
+    assert torch.equal(network.reads[1], hidden if counted == "hidden" else second.masked)
+
+
+def test_no_gradient_flows_through_the_draws():
+    """The gradient of two passes is that of two losses with the second's input held fixed."""
+    network, given = Watched(), batch(16)
+    noise = Noise(0, torch.arange(16), torch.float64)
+    Unrolled(2).loss(network, given, noise, 1.0)["loss"].total.backward()
+    found, states, read = network.weight.grad.clone(), network.states[:2], network.states[0].masked
+    network.weight.grad = None
+    for state in states:
+        nll = network(state, None, read).nll(given.tokens[read])
+        rows = read.nonzero()[:, 0]
+        (nll / read.sum(1)[rows]).sum().backward()
+    torch.testing.assert_close(network.weight.grad, found)
+
+
+def test_a_masked_network_learns_by_each_of_them():
+    """Tokens that follow from the caption: a hundred steps must bring the loss down by half."""
+    codec, text = ToyCodec("categorical"), ToyText()
+    words = ["red", "blue", "green", "dark"]
+    for strategy in (Masked(), Masked(label_smoothing=0.05), Replaced(), Unrolled(2)):
+        torch.manual_seed(0)
+        network = ToyMasked(codec.spec, text.widths)
+        optimizer = torch.optim.Adam([*network.parameters(), *text.parameters()], 2e-2)
+        losses = []
+        for step in range(100):
+            ids = torch.arange(step * 32, step * 32 + 32)
+            condition = text([words[i % 4] for i in ids.tolist()])
+            tokens = (ids[:, None] % 4).expand(-1, 4)
+            terms = strategy.loss(network, TokenBatch(tokens, condition), Noise(0, ids), 1.0)
+            loss = terms["loss"].total / terms["loss"].weight
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] / 2, type(strategy).__name__
