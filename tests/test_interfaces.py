@@ -104,9 +104,9 @@ def test_cached_and_recomputed_causal_predictions_agree() -> None:
     state = TokenState(values, torch.zeros_like(values, dtype=torch.bool))
     whole = net(state, prepared).logits
 
-    from nar_t2i.networks.attention import GrowingCache
+    from nar_t2i.networks.attention import StaticCache
 
-    cache = GrowingCache()
+    cache = StaticCache(4)
     for slot in range(4):
         before = values[:, max(slot - 1, 0) : max(slot, 1)]
         one = TokenState(before, torch.zeros_like(before, dtype=torch.bool), torch.full((2, 1), slot))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.networks.attention import GrowingCache
+from nar_t2i.networks.attention import StaticCache
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance
@@ -16,10 +17,14 @@ from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, To
 
 @part
 class Autoregressive(InferenceStrategy):
-    """N passes for N tokens. temperature: of the draws, 0 = greedy. Known tokens are kept and read as context."""
+    """N passes for N tokens. temperature: of the draws, 0 = greedy. top_k, top_p: see `Categorical.sample`. Known tokens
+    are kept and read as context."""
 
-    def __init__(self, temperature: float = 1.0):
-        self.temperature = temperature
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+        if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+            raise UserError(f"Autoregressive: temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} "
+                            "above 0, to 1")  # fmt: skip
+        self.temperature, self.truncation = temperature, {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
 
     @torch.no_grad()
     def decode(
@@ -34,13 +39,14 @@ class Autoregressive(InferenceStrategy):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        cache = GrowingCache()
+        cache = StaticCache(network.spec.length)
         last = network.spec.length - 1
         for slot in range(network.spec.length):
             here = torch.full((len(tokens), 1), slot, device=tokens.device)
             previous = slice(max(slot - 1, 0), max(slot, 1))
             state = TokenState(tokens[:, previous], masked[:, previous], positions=here)
-            sampled = guided(state, slot / max(last, 1), cache=cache).sample(noise.at(slot, here), self.temperature)
+            prediction = guided(state, slot / max(last, 1), cache=cache)
+            sampled = prediction.sample(noise.at(slot, here), self.temperature, **self.truncation)
             drawn = torch.where(masked[:, slot].view(-1, *[1] * (tokens.ndim - 2)), sampled.values[:, 0], tokens[:, slot])
             tokens, masked = tokens.clone(), masked.clone()
             tokens[:, slot], masked[:, slot] = drawn, False

@@ -66,8 +66,12 @@ class SelfAttention(nn.Module):
 
     def mix(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, 3·D) queries, keys and values, side by side → (B, L, D), what each query reads."""
+        return merge_heads(attend(*self.heads_of(qkv), mask))
+
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, 3·D) → three of (B, heads, L, D / heads)."""
         q, k, v = (split_heads(y, self.heads) for y in qkv.chunk(3, dim=-1))
-        return merge_heads(attend(q, k, v, mask))
+        return q, k, v
 
 
 class CrossAttention(nn.Module):
@@ -105,22 +109,27 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), act, nn.Linear(hidden, width))
 
 
-class GrowingCache:
-    """A KVCache that grows by concatenation: the plain reference."""
+class StaticCache:
+    """A KVCache whose memory is set aside once, for `length` slots: appending copies what is new and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int):
+        self._longest = length
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._filled: dict[int, int] = {}
 
     @property
     def length(self) -> int:
-        return self._layers[0][0].shape[-2] if self._layers else 0
+        return self._filled.get(0, 0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = torch.cat([old_k, k], dim=-2), torch.cat([old_v, v], dim=-2)
-        self._layers[layer] = (k, v)
-        return k, v
+        if layer not in self._layers:
+            shape = (*k.shape[:2], self._longest, k.shape[-1])
+            self._layers[layer] = k.new_empty(shape), v.new_empty(shape)
+        start = self._filled.get(layer, 0)
+        end = self._filled[layer] = start + k.shape[-2]
+        keys, values = self._layers[layer]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def crop(self, length: int) -> None:
-        self._layers = {i: (k[..., :length, :], v[..., :length, :]) for i, (k, v) in self._layers.items()}
+        self._filled = {layer: min(length, filled) for layer, filled in self._filled.items()}

@@ -1,0 +1,77 @@
+"""Emage's twin that draws one token at a time: the same blocks, seeing only what stands before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nar_t2i.networks.attention import attend, merge_heads
+from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, PreparedText
+from nar_t2i.networks.tokens import select
+from nar_t2i.parts import part
+from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState
+
+
+@part
+class CausalDecoder(EncoderDecoder):
+    """EncoderDecoder whose slots are predicted in raster order, each from the tokens before it and the text.
+
+    As many weights as EncoderDecoder without a grid convolution, so that autoregressive and parallel decoding compare at
+    equal size: what the mask vector is there, stands before the first token here. The arguments are EncoderDecoder's.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        text_widths: Sequence[int],
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        activation: Literal["gelu", "silu", "relu"] = "gelu",
+        code_width: int = 0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(
+            spec, text_widths, width, depth, heads, mlp_ratio, activation, False, code_width, activation_checkpointing
+        )
+
+    def forward(
+        self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
+    ) -> Prediction:
+        before, slots = state.values, state.positions
+        if cache is None:
+            slots = torch.arange(self.spec.length, device=before.device).expand(len(before), -1)
+            before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
+        x = self.embedding(TokenState(before, slots == 0, slots))
+        for layer, (block, keys_and_values) in enumerate(zip(self.blocks, prepared.keys_and_values, strict=True)):
+            arguments = (block, layer, x, keys_and_values, prepared.mask, slots, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(_block, *arguments, use_reentrant=False)
+            else:
+                x = _block(*arguments)
+        return self.head(select(x, read))
+
+
+def _block(
+    block: DecoderBlock, layer: int, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor, slots: Tensor,
+    cache: KVCache | None,
+) -> Tensor:  # fmt: skip
+    """A block whose self-attention sees the slots up to its own, of which all rows hold the same."""
+    attention = block.self_attention
+    q, k, v = attention.heads_of(attention.qkv(block.norm_self(x)))
+    if cache is not None:
+        k, v = cache.append(layer, k, v)
+    if q.shape[2] == 1:
+        seen = None  # the newest slot sees all
+    else:
+        seen = torch.arange(k.shape[2], device=x.device) <= slots[0].unsqueeze(-1)
+    x = x + attention.out(merge_heads(attend(q, k, v, seen)))
+    x = x + block.cross_attention(block.norm_cross(x), keys_and_values, mask)
+    return x + block.mlp(block.norm_mlp(x))
