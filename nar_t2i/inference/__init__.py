@@ -2,6 +2,7 @@
 
 from nar_t2i.inference.autoregressive import Autoregressive
 from nar_t2i.inference.confidence import Confidence
+from nar_t2i.inference.critic_guided import CriticGuided
 from nar_t2i.inference.entropy_bounded import EntropyBounded
 from nar_t2i.inference.gibbs import GibbsSweeps
 from nar_t2i.inference.halton import Halton
@@ -11,5 +12,6 @@ from nar_t2i.inference.ordered import RandomOrder
 from nar_t2i.inference.purity import Purity
 
 __all__ = [
-    "Autoregressive", "Confidence", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep", "Purity", "RandomOrder",
+    "Autoregressive", "Confidence", "CriticGuided", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep", "Purity",
+    "RandomOrder",
 ]  # fmt: skip

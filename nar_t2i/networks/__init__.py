@@ -1,8 +1,9 @@
 """Networks: tokens + text states → a prediction. One file a network."""
 
 from nar_t2i.networks.causal import CausalDecoder
+from nar_t2i.networks.critic import TokenCritic
 from nar_t2i.networks.encoder_decoder import EncoderDecoder
 from nar_t2i.networks.text_reader import TextReader
 from nar_t2i.networks.two_way import TwoWayDecoder
 
-__all__ = ["CausalDecoder", "EncoderDecoder", "TextReader", "TwoWayDecoder"]
+__all__ = ["CausalDecoder", "EncoderDecoder", "TextReader", "TokenCritic", "TwoWayDecoder"]

@@ -1,0 +1,108 @@
+"""Decoding in which a critic chooses what stays (TCTS, arXiv 2304.01515, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part
+from nar_t2i.inference.guided import GuidedNetwork, start_state
+from nar_t2i.inference.scheduled import Scheduled, fill, lowest_first
+from nar_t2i.noise import Noise, gumbel
+from nar_t2i.parts import part
+from nar_t2i.schedules import Guidance, MaskSchedule
+from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenSpec, TokenState
+
+
+@part
+class CriticGuided(Scheduled):
+    """Each pass draws all tokens that are open; a critic, which sees the whole picture and the text, says which may stay.
+
+    As many stay as the schedule says, and all others are open again, those that stood before included: choices can be
+    revoked. The last pass fills what is left. critic: the model folder of a run with CriticOf, or its network.
+    choice_temperature: of Gumbel noise on the critic's log-probabilities, falling to 0. persistent: the share of the
+    slots whose token, once it stands, is not revoked: frequency-adaptive sampling. 0 revokes everywhere, 1 nowhere. These
+    are the slots of least detail: the paper reads that from self-attention, here it is the share of a slot's neighbours
+    that hold another code (our choice).
+
+    The critic makes one call a pass, on conditional rows alone; `passes` and `rows` count the generator's and its calls.
+    """
+
+    def __init__(
+        self,
+        critic: str | TokenNetwork,
+        steps: int = 16,
+        schedule: MaskSchedule = "linear",
+        temperature: float = 1.0,
+        choice_temperature: float = 0.0,
+        persistent: float = 0.0,
+        final_temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        super().__init__(steps, schedule, temperature, final_temperature, top_k, top_p)
+        if not (0 <= persistent <= 1 and choice_temperature >= 0):
+            raise UserError(f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0")
+        self.choice_temperature, self.persistent = choice_temperature, persistent
+        self.critic = load_part(Path(critic) / "network").eval() if isinstance(critic, str) else critic
+
+    @torch.no_grad()
+    def decode(
+        self,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
+        known: Known | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Decoded:
+        guided = GuidedNetwork(network, condition, null, guidance)
+        tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
+        free, judge = masked, self.critic.to(tokens.device)
+        text = judge.prepare(condition)
+        unknown = masked.sum(1)
+        slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
+        asked = 0
+        for step, left in enumerate(self.counts(unknown.cpu()) if known is None or bool(free.any()) else []):
+            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            tokens, _ = fill(tokens, masked, slots, self.draw(prediction, noise.at(step, slots), step).values, masked)
+            if step + 1 == self.steps:
+                masked = torch.zeros_like(masked)
+            else:
+                right = -torch.nn.functional.softplus(judge(TokenState(tokens, torch.zeros_like(masked)), text).logits.squeeze(-1))
+                asked += 1
+                luck = gumbel(noise.at(step, slots).uniform("choice"))
+                score = right + self.choice_temperature * (1 - (step + 1) / self.steps) * luck
+                stands = ~masked & free & self.smooth(tokens, free, network.spec)
+                score = score.masked_fill(stands, float("inf")).masked_fill(~free, float("-inf"))
+                keep = (lowest_first(-score) < (unknown - left.to(unknown.device))[:, None]) & free
+                masked = free & ~keep
+            if on_step:
+                on_step(Step(step, tokens, masked))
+        return Decoded(tokens, guided.passes + asked, guided.rows + asked)
+
+    def smooth(self, tokens: Tensor, free: Tensor, spec: TokenSpec) -> Tensor:
+        """(B, N), the `persistent` share of the free slots that differ from the fewest of their neighbours."""
+        count = (self.persistent * free.sum(1, keepdim=True)).round()
+        detail = differing_neighbours(tokens.flatten(2) if tokens.ndim > 2 else tokens.unsqueeze(-1), spec.shape)
+        return lowest_first(detail.masked_fill(~free, float("inf"))) < count
+
+
+def differing_neighbours(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, N, C) values of slots laid out as `shape` → (B, N), the share of the neighbours along each dimension that differ."""
+    grid = values.unflatten(1, shape)
+    differs, neighbours = torch.zeros(grid.shape[:-1], device=values.device), torch.zeros(shape, device=values.device)
+    for dimension in range(1, 1 + len(shape)):
+        length = grid.shape[dimension]
+        if length < 2:
+            continue
+        change = (grid.narrow(dimension, 1, length - 1) != grid.narrow(dimension, 0, length - 1)).any(-1).float()
+        for start in (0, 1):
+            differs.narrow(dimension, start, length - 1).add_(change)
+            neighbours.narrow(dimension - 1, start, length - 1).add_(1)
+    return (differs / neighbours.clamp(min=1)).flatten(1)

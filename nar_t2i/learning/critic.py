@@ -1,0 +1,68 @@
+"""Teaching a critic on what a frozen generator draws (TCTS, arXiv 2304.01515, section 3.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import load_part
+from nar_t2i.learning.masked import draw_masks, term
+from nar_t2i.noise import Noise
+from nar_t2i.parts import part
+from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
+from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
+
+
+@part
+class CriticOf(LearningStrategy):
+    """A network with one logit a slot (TokenCritic) learns which tokens a generator drew, or drew wrongly.
+
+    Some tokens are hidden, the generator draws them all in one pass, and the critic, which sees the result and the text,
+    is asked about each. generator: a model folder (as `save_pretrained` writes it), or its network; it is frozen and in no
+    checkpoint. The text encoder beside must be the generator's own, frozen, since both read the same states: start from
+    its run with `init_from`. schedule: of the share that is hidden. temperature: of the draws. label: "drawn", hidden
+    tokens are wrong whatever was drawn (both papers'); "changed", those that differ from the truth (our choice). redraw:
+    "hidden", visible tokens stay (Token-Critic's); "all", they are drawn too (TCTS's, for generators that have learned to
+    predict visible tokens).
+    """
+
+    def __init__(
+        self,
+        generator: str | TokenNetwork,
+        schedule: MaskSchedule | TruncatedGaussian | FixedRatio = "linear",
+        temperature: float = 1.0,
+        label: Literal["drawn", "changed"] = "drawn",
+        redraw: Literal["hidden", "all"] = "hidden",
+    ):
+        super().__init__()
+        network = load_part(Path(generator) / "network") if isinstance(generator, str) else generator
+        self._generator = [network.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module
+        self.schedule, self.temperature, self.label, self.redraw = schedule, temperature, label, redraw
+
+    @torch.no_grad()
+    def drawn(self, batch: TokenBatch, noise: Noise, masked: torch.Tensor) -> torch.Tensor:
+        """(B, N, …), what the generator makes of the tokens of which some are hidden."""
+        generator = self._generator[0]
+        if next(generator.parameters()).device != batch.tokens.device:
+            generator.to(batch.tokens.device)
+        read = torch.ones_like(masked) if self.redraw == "all" else masked
+        prediction = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition), read=read)
+        values = prediction.sample(noise.at(0, read), self.temperature).values
+        return batch.tokens.masked_scatter(read.view(*read.shape, *[1] * (batch.tokens.ndim - 2)), values)
+
+    def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        if self._generator[0].spec != network.spec:
+            raise UserError(f"CriticOf: the generator draws {self._generator[0].spec}, the critic reads {network.spec}")
+        masked = draw_masks(noise, self.schedule, network.spec.shape)
+        tokens = self.drawn(batch, noise, masked)
+        wrong = masked
+        if self.label == "changed":
+            differs = tokens != batch.tokens
+            wrong = differs if differs.ndim == 2 else differs.flatten(2).any(-1)
+        prediction = network(TokenState(tokens, torch.zeros_like(masked)), network.prepare(batch.condition))
+        nll = prediction.nll(wrong.unsqueeze(-1))
+        right = ((prediction.logits.squeeze(-1) > 0) == wrong).float()
+        return {"loss": term(nll.mean(1)), "critic_accuracy": term(right.mean(1))}
