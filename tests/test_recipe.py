@@ -7,6 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nar_t2i.errors import UserError
+from nar_t2i.networks import CausalDecoder, EncoderDecoder
 from nar_t2i.recipe import load, shipped
 from tests.text.tiny_models import make_named
 
@@ -138,10 +139,21 @@ SWEEPS = sorted((Path(__file__).parents[1] / "recipes/sweeps").glob("*.yaml"))
 RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if path not in SWEEPS)
 
 
+MADE: dict[str, Path] = {}  # by earlier tests of this session, by the name that recipes have for it
+SMALL = shipped() / "scale/small.yaml"
+
+
+def scaled(path):
+    """Ablations are built as their headers say they are run where there is no cluster."""
+    return [path, SMALL] if path.parent.name in ("learning", "inference") else [path]
+
+
 def built(path):
     from nar_t2i.training.command import RecipeCLI
 
-    cli = RecipeCLI(load(path, ["run_dir=run"]))
+    # How large emage's networks are is told below; to build one block of them is enough.
+    shallow = ["model.init_args.network.init_args.depth=1"] if "346m" in path.stem else []
+    cli = RecipeCLI(load(scaled(path), ["run_dir=run", *shallow]))
     make_earlier_stages(path, cli.config)
     cli.build("fit")
     return cli
@@ -153,14 +165,19 @@ def make_earlier_stages(path, config):
     from nar_t2i.prepare.sentencepiece import train_sentencepiece
 
     for key, value in config.items(branches=False):
-        if not isinstance(value, str) or Path(value).exists():
+        kind = key.rpartition(".")[2]
+        if kind not in ("vocabulary", "tokenizer") or not isinstance(value, str) or Path(value).exists():
             continue
-        if key.endswith(".vocabulary"):
-            Path(value).parent.mkdir(parents=True, exist_ok=True)
+        Path(value).parent.mkdir(parents=True, exist_ok=True)
+        if value in MADE:
+            Path(value).symlink_to(MADE[value])
+            continue
+        if kind == "vocabulary":
             train_sentencepiece(["a red circle above two blue squares"] * 9, value, 300)
-        elif key.endswith(".tokenizer"):
+        else:
             save_part(built(shipped() / Path(value).parts[1] / "tokenizer.yaml").model.codec, value)
-    if (text := load(path).config["model"]["init_args"].get("text")) is not None:
+        MADE[value] = Path(value).resolve()
+    if (text := load(scaled(path)).config["model"]["init_args"].get("text")) is not None:
         make_named(text)
 
 
@@ -168,9 +185,38 @@ def make_earlier_stages(path, config):
 def test_every_shipped_recipe_resolves_and_builds(path, tmp_path, monkeypatch):
     """A recipe that sets no model is a base for others: it only has to resolve."""
     monkeypatch.chdir(tmp_path)
-    if "model" in load(path).config:
+    if "class_path" in load(path).config.get("model", {}):
         cli = built(path)
         assert cli.model is not None and cli.datamodule is not None and cli.trainer is not None
+
+
+def test_emage_is_as_large_as_the_paper_says():
+    """346M parameters, a BERT-base encoder among them; its autoregressive twin as many; and 38M of the tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from nar_t2i.parts import build
+    from nar_t2i.types import TokenSpec
+
+    with torch.device("meta"):
+        codec = build(load("emage/tokenizer").config["model"]["init_args"]["codec"])
+        text = BertModel(BertConfig(), add_pooling_layer=False)  # whose defaults are google-bert/bert-base-uncased's
+        sizes = {}
+        for name in ("346m-256", "ar-346m-256"):
+            network = load(f"emage/{name}").config["model"]["init_args"]["network"]
+            cls = {"EncoderDecoder": EncoderDecoder, "CausalDecoder": CausalDecoder}[network["class_path"].rpartition(".")[2]]
+            parts = cls(codec.spec, (768,), **network["init_args"]), text
+            sizes[name] = sum(p.numel() for part in parts for p in part.parameters())
+    assert codec.spec == TokenSpec((32, 32), "categorical", 8192)
+    assert sizes["346m-256"] == pytest.approx(346e6, rel=0.01) and sizes["ar-346m-256"] == sizes["346m-256"]
+    assert sum(p.numel() for p in codec.parameters()) == pytest.approx(38e6, rel=0.01)
+
+
+def test_ablations_are_a_diff_of_few_lines():
+    for folder in ("learning", "inference"):
+        for path in (shipped() / folder).glob("*.yaml"):
+            lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+            assert len(lines) <= 10, path
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
