@@ -26,6 +26,7 @@ MODULES = {
     "doctor": "nar_t2i.training.doctor",
     "export": "nar_t2i.training.export",
     "report": "nar_t2i.evaluation.report",
+    "ablate": "nar_t2i.ablate",
     "quickstart": "nar_t2i.quickstart",
 }
 INTERRUPTED = 130
@@ -128,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html and metrics.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+
+    ablate = commands.add_parser("ablate", help="train and judge a list of recipes, and compare them")
+    ablate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, or names of shipped recipes")
+    ablate.add_argument("--scale", metavar="NAME", help="a recipe of recipes/scale that is laid over each, such as small")
+    ablate.add_argument("--out", default="runs/ablation", metavar="DIR", help="default: runs/ablation")
+    ablate.add_argument("--seeds", type=int, default=1, help="trainings of each recipe (default: 1)")
+    ablate.add_argument("--prompts", type=int, default=200, help="a category, seen and held out (default: 200, all)")
+    ablate.add_argument("--equal", choices=("flops", "steps"), default="flops", help="what trainings share (default: flops)")
+    ablate.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="laid over every recipe")
 
     quickstart = commands.add_parser("quickstart", help="captions to pictures on the embedded data set, in minutes")
     quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")

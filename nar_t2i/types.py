@@ -251,7 +251,12 @@ class Term(NamedTuple):
 
 
 class LearningStrategy(nn.Module):
-    """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__."""
+    """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
+
+    passes: forward passes of the network a step, which the cost of a step goes by.
+    """
+
+    passes: int = 1
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         """Named terms, of which "loss" is minimised and the others are logged. progress: 0 to 1 through training."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,17 @@ from nar_t2i.folders import write_json
 from nar_t2i.pipeline import Samples, TextToImage
 
 
-def evaluate_prompts(
+class Drawn(NamedTuple):
+    """images: (n, S, S, 3) uint8. passes, rows: see Samples. seconds: of drawing all. truncated: share of the prompts."""
+
+    images: np.ndarray
+    passes: int
+    rows: int
+    seconds: float
+    truncated: float
+
+
+def draw_prompts(
     t2i: TextToImage,
     prompts: Sequence[ScenePrompt],
     steps: int | None = None,
@@ -30,11 +40,10 @@ def evaluate_prompts(
     bf16: bool = False,
     workers: int = 1,
     name: str = "prompts",
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Draw one picture a prompt, of seed `seed` + the prompt's index, and score them.
+) -> Drawn:
+    """One picture a prompt, of seed `seed` + the prompt's index.
 
-    bf16: generate under autocast. workers: processes of the detector, and on a CPU batches that are drawn side by side.
-    Returns (accuracy, shuffled, chance, decoder passes, …) and the pictures, (n, S, S, 3) uint8.
+    bf16: generate under autocast. workers: on a CPU, batches that are drawn side by side. passes: of the longest batch.
     """
     start = time.perf_counter()
     encoded, truncated = t2i.text.encoded, t2i.text.truncated
@@ -48,22 +57,45 @@ def evaluate_prompts(
     bar = {"desc": name, "unit": "batch", "mininterval": 0.5, "total": len(starts)}
     with side_by_side(workers if t2i.device.type == "cpu" else 1) as map_each:
         drawn = list(tqdm(map_each(draw, starts), **bar))
-    images = np.concatenate([sampled.images.permute(0, 2, 3, 1).cpu().numpy() for sampled in drawn])
-    seconds = time.perf_counter() - start
-    found = scene_accuracy.detect_all(images, workers)
+    return Drawn(
+        np.concatenate([sampled.images.permute(0, 2, 3, 1).cpu().numpy() for sampled in drawn]),
+        max(sampled.passes for sampled in drawn),
+        max(sampled.rows for sampled in drawn),
+        time.perf_counter() - start,
+        (t2i.text.truncated - truncated) / max(1, t2i.text.encoded - encoded),
+    )
+
+
+def evaluate_prompts(
+    t2i: TextToImage,
+    prompts: Sequence[ScenePrompt],
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    bf16: bool = False,
+    workers: int = 1,
+    name: str = "prompts",
+) -> tuple[dict[str, Any], np.ndarray]:
+    """`draw_prompts`, and their scores. workers: processes of the detector, too.
+
+    Returns (accuracy, shuffled, chance, decoder passes, …) and the pictures, (n, S, S, 3) uint8.
+    """
+    drawn = draw_prompts(t2i, prompts, steps, guidance_scale, seed, batch_size, bf16, workers, name)
+    found = scene_accuracy.detect_all(drawn.images, workers)
     result = {
         "accuracy": scene_accuracy.score(found, prompts),
         "shuffled": {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)},
-        "decoder_passes": drawn[-1].passes,
-        "decoder_rows": drawn[-1].rows,
-        "truncated_prompts": (t2i.text.truncated - truncated) / max(1, t2i.text.encoded - encoded),
-        "images_per_second": len(images) / seconds,
+        "decoder_passes": drawn.passes,
+        "decoder_rows": drawn.rows,
+        "truncated_prompts": drawn.truncated,
+        "images_per_second": len(drawn.images) / drawn.seconds,
         "precision": "bf16" if bf16 else "fp32",
         "steps": steps,
         "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
         "seed": seed,
     }
-    return result, images
+    return result, drawn.images
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Unrolled(Masked):
         if stages < 1:
             raise UserError(f"Unrolled: stages must be at least 1, not {stages}")
         self.stages, self.fill, self.counted = stages, fill, counted
+        self.passes = stages
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         hidden = masked = self.masks(noise, network.spec, progress)

@@ -1,0 +1,155 @@
+"""`nar-t2i ablate`: a list of recipes, trained one after another and judged on the same prompts with the same seeds.
+
+    OUT/
+      runs/NAME-SEED/      a run folder for each recipe that trains
+      judged/NAME-SEED/    verdicts.json (one a prompt), sheet.png
+      comparison.md .csv .html .json   what nar_t2i.evaluation.comparison makes of them
+
+A recipe that only decodes otherwise (its run_dir is another recipe's) is judged on that one's run, which is trained if it
+was not yet. Everything that is finished is kept: the same command goes on after an interruption. Strategies that make
+several forward passes a step take that many times fewer steps, unless --equal steps is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from nar_t2i import recipe as recipes
+from nar_t2i.errors import UserError
+from nar_t2i.folders import write_json
+from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
+from nar_t2i.parts import build
+
+INTERRUPTED = 130
+SHOWN = 8  # pictures of a sheet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe at one seed. trained: the name of the run that it is judged on. config: as resolved."""
+
+    name: str
+    trained: str
+    seed: int
+    paths: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a training step."""
+        return build(_whole(self.config["model"]["init_args"]["learning"])).passes
+
+
+def main(arguments: argparse.Namespace) -> int:
+    entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override)
+    out = Path(arguments.out)
+    for entry in entries:
+        folder = out / "judged" / f"{entry.name}-{entry.seed}"
+        if (folder / "verdicts.json").exists():
+            print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
+            continue
+        status = train(entry, out, arguments.equal, arguments.override)
+        if status:
+            return status
+        judge(entry, out, folder, arguments.prompts)
+    from nar_t2i.evaluation.comparison import write_comparison
+
+    print(write_comparison(out, [entry.name for entry in entries]))
+    return 0
+
+
+def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequence[str] = ()) -> list[Entry]:
+    """The entries in the order in which they are run. UserError where two recipes would share a name."""
+    entries: list[Entry] = []
+    for name in names:
+        paths = (name, f"scale/{scale}") if scale else (name,)
+        config = recipes.load(paths, overrides).config
+        if "learning" not in config.get("model", {}).get("init_args", {}):
+            raise UserError(f"{name}: trains no generator; ablate compares learning and inference strategies")
+        known = Path(name).stem
+        if any(entry.name == known for entry in entries):
+            raise UserError(f"two recipes are named {known}; their results would be one")
+        trained = Path(config.get("run_dir") or known).name
+        entries += [Entry(known, trained, seed, paths, config) for seed in range(seeds)]
+    return entries
+
+
+def train(entry: Entry, out: Path, equal: str, overrides: Sequence[str]) -> int:
+    """Train the run of an entry, or go on with it; the exit status."""
+    from nar_t2i.training.command import run
+
+    folder = out / "runs" / f"{entry.trained}-{entry.seed}"
+    steps = entry.config["trainer"]["max_steps"]
+    own = {
+        "run_dir": str(folder),
+        "seed_everything": entry.seed,
+        "model.init_args.seed": entry.seed,
+        "data.init_args.seed": entry.seed,
+        "trainer.max_steps": max(1, round(steps / entry.passes)) if equal == "flops" else steps,
+        "trainer.precision": fast_precision(),
+    }
+    if (folder / "model/config.json").exists():
+        return 0
+    print(f"▶ {entry.trained}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes} passes", flush=True)
+    status = run("fit", entry.paths, [*overrides, *(f"{key}={value}" for key, value in own.items())])
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    return status
+
+
+def judge(entry: Entry, out: Path, folder: Path, prompts_a_category: int) -> None:
+    """Draw and judge all prompts with the entry's way to decode."""
+    from nar_t2i.evaluation.command import draw_prompts
+    from nar_t2i.evaluation.scene_accuracy import verdicts
+    from nar_t2i.evaluation.scene_prompts import committed, take
+    from nar_t2i.generate import contact_sheet
+    from nar_t2i.pipeline import TextToImage
+
+    run = out / "runs" / f"{entry.trained}-{entry.seed}"
+    t2i, model = TextToImage.from_pretrained(run / "model"), entry.config["model"]["init_args"]
+    t2i.inference, t2i.guidance = build(_whole(model["inference"])), type(t2i.guidance)(**model.get("guidance", {}))
+    found: dict[str, Any] = {}
+    for which in ("seen", "held_out"):
+        prompts = take(committed(which), prompts_a_category)
+        cores = usable_cores()
+        # The seed of a picture says which prompt it is of, and nothing about the training: entries are paired.
+        drawn = draw_prompts(
+            t2i, prompts, batch_size=32, bf16=fast_precision() != "32-true", workers=cores, name=f"{entry.name}, {which}"
+        )
+        found[which] = {
+            "passed": verdicts(drawn.images, prompts, cores), "category": [prompt.category for prompt in prompts],
+        }  # fmt: skip
+        found.setdefault("passes", drawn.passes), found.setdefault("rows", drawn.rows)
+        found.setdefault("seconds_an_image", drawn.seconds / len(prompts))
+        if which == "seen":
+            chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
+            images, captions = [Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen]
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(images, captions, columns=SHOWN).save(folder / "sheet.png")
+    write_json(folder / "verdicts.json", {
+        **found, "machine": describe_machine(), "trained": entry.trained, "training_passes": entry.passes,
+        "steps": _steps(run), "recipe": entry.paths[0],
+        "strategy": {key: model[key] for key in ("learning", "inference", "guidance") if key in model},
+    })  # fmt: skip
+
+
+def _steps(run: Path) -> int:
+    """Optimizer steps that a run has taken."""
+    from nar_t2i.evaluation.report_curves import read_curves
+
+    curves = read_curves(run / "metrics.csv")
+    return int(max(steps[-1] for steps, _ in curves.values())) + 1
+
+
+def _whole(description: Any) -> Any:
+    """A description with empty init_args wherever a recipe leaves them out."""
+    if isinstance(description, dict):
+        inner = {key: _whole(value) for key, value in description.items()}
+        return {"init_args": {}, **inner} if "class_path" in inner else inner
+    return [_whole(value) for value in description] if isinstance(description, list) else description

@@ -1,0 +1,159 @@
+"""Ablations side by side: one table, two plots and a grid of pictures, from what `nar-t2i ablate` has judged.
+
+Accuracies are means over the categories. All entries draw the same prompts with the same seeds, so that the difference
+between two of them is a mean of paired differences, whose interval is far narrower than those of the accuracies. Intervals
+are of the sampling of prompts and pictures (normal, 95%); what another training would give is the spread over seeds, which
+stands apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.figure
+import numpy as np
+
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table
+from nar_t2i.folders import read_json, write_json
+
+Z95 = 1.959964
+COLUMNS = ("name", "seen", "seen_low", "seen_high", "held_out", "difference", "difference_low", "difference_high", "passes",
+           "seconds_an_image", "seeds", "spread", "steps", "forward_passes")  # fmt: skip
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """One entry. seen, held_out: accuracies. difference: of `seen` to the first entry's; None for that one. spread: the
+    standard deviation of `seen` over seeds, None with one. forward_passes: of the network, in all of training."""
+
+    name: str
+    seen: Interval
+    held_out: Interval
+    difference: Interval | None
+    passes: int
+    seconds_an_image: float
+    seeds: int
+    spread: float | None
+    steps: int
+    forward_passes: int
+    strategy: dict[str, Any]
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """Of the mean of independent values."""
+    mean = float(values.mean())
+    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Interval(mean, mean - half, mean + half)
+
+
+def compare(judged: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """name → verdicts, one dict a seed; the first name is what the others are compared with."""
+    rows: list[Row] = []
+    reference: np.ndarray | None = None
+    for name, seeds in judged.items():
+        seen = np.array([verdicts["seen"]["passed"] for verdicts in seeds], dtype=float)  # (seeds, prompts)
+        held_out = np.array([verdicts["held_out"]["passed"] for verdicts in seeds], dtype=float)
+        first = seeds[0]
+        if reference is not None and seen.shape[1] != reference.shape[0]:
+            raise UserError(f"{name} was judged on {seen.shape[1]} prompts, the first entry on {len(reference)}")
+        means = seen.mean(1)
+        rows.append(Row(
+            name, mean_interval(seen.mean(0)), mean_interval(held_out.mean(0)),
+            None if reference is None else mean_interval(seen.mean(0) - reference),
+            first["passes"], float(np.mean([verdicts["seconds_an_image"] for verdicts in seeds])), len(seeds),
+            float(means.std(ddof=1)) if len(seeds) > 1 else None, first["steps"], first["steps"] * first["training_passes"],
+            first["strategy"],
+        ))  # fmt: skip
+        reference = seen.mean(0) if reference is None else reference
+    return rows
+
+
+def write_comparison(out: Path, names: Sequence[str]) -> Path:
+    """Write comparison.html, .md, .csv and .json into `out`, of the entries of these names, in this order."""
+    judged: dict[str, list[dict[str, Any]]] = {}
+    for name in dict.fromkeys(names):
+        files = sorted(out.glob(f"judged/{name}-[0-9]*/verdicts.json"))
+        if not files:
+            raise UserError(f"{out / 'judged'}: nothing was judged under the name {name}")
+        judged[name] = [read_json(file) for file in files]
+    rows = compare(judged)
+    machine = next(iter(judged.values()))[0]["machine"]
+    write_json(out / "comparison.json", {"machine": machine, "rows": [row._asdict() for row in rows]})
+    (out / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
+    (out / "comparison.md").write_text(as_markdown(rows, machine), encoding="utf-8")
+    html = out / "comparison.html"
+    html.write_text(as_html(rows, machine, out), encoding="utf-8")
+    return html
+
+
+def cells(row: Row) -> list[str]:
+    """What the table shows of a row."""
+    spread = "–" if row.spread is None else f"{row.spread:.3f}"
+    difference = "reference" if row.difference is None else _told(row.difference, "+.3f")
+    return [row.name, _told(row.seen), f"{row.held_out.mean:.3f}", difference, str(row.passes), f"{1000 * row.seconds_an_image:.0f}",
+            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread]  # fmt: skip
+
+
+HEAD = ("strategy", "seen [95%]", "held out", "difference in seen [95%]", "passes", "ms an image", "training steps",
+        "forward passes of training", "seeds", "spread over seeds")  # fmt: skip
+
+
+def as_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
+    told = ", ".join(f"{key} {value}" for key, value in machine.items())
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMachine: {told}.\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        difference = row.difference or ("", "", "")
+        writer.writerow([row.name, *row.seen, row.held_out.mean, *difference, row.passes, row.seconds_an_image, row.seeds,
+                         "" if row.spread is None else row.spread, row.steps, row.forward_passes])  # fmt: skip
+    return file.getvalue()
+
+
+def as_html(rows: Sequence[Row], machine: dict[str, Any], out: Path) -> str:
+    sheets = [figure(picture(out / "judged" / f"{row.name}-0" / "sheet.png", row.name), row.name) for row in rows]
+    strategies = [[row.name, json.dumps(row.strategy)] for row in rows]
+    return page(
+        "nar_t2i: comparison",
+        section("Table", table(HEAD, map(cells, rows)), ", ".join(f"{key} {value}" for key, value in machine.items())),
+        section("Accuracy against cost", embedded(plot(rows), "image/png", "accuracy against decoder passes and time")),
+        section("The same prompts and seeds", *[sheet for sheet in sheets if sheet is not None]),
+        section("Strategies", table(("strategy", "as resolved"), strategies)),
+    )
+
+
+def plot(rows: Sequence[Row]) -> bytes:
+    """Accuracy over decoder passes, and over time an image, as a PNG."""
+    drawing = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    costs = (("decoder passes", [row.passes for row in rows]), ("ms an image", [1000 * row.seconds_an_image for row in rows]))
+    for axes, (title, values) in zip(drawing.subplots(1, 2, sharey=True), costs):
+        means = [row.seen.mean for row in rows]
+        axes.errorbar(values, means, [row.seen.mean - row.seen.low for row in rows], fmt="o", capsize=3)
+        for row, x, y in zip(rows, values, means):
+            axes.annotate(row.name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", xlabel=title, ylabel="scene accuracy, seen")
+        axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    drawing.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _told(interval: Interval, how: str = ".3f") -> str:
+    return f"{interval.mean:{how}} [{interval.low:{how}}, {interval.high:{how}}]"

@@ -1,0 +1,131 @@
+"""`nar-t2i ablate`: what is trained once, what is judged on whose run, and the table that comes of it."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from nar_t2i.ablate import plan
+from nar_t2i.cli import main
+from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.data.shards import ShardSource
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.comparison import compare, mean_interval
+from nar_t2i.folders import save_part
+from nar_t2i.prepare.rendering import write_source
+from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
+from nar_t2i.prepare.tokens import encode_tokens
+from nar_t2i.recipe import load
+
+RECIPES = ["learning/masked", "learning/unrolled", "inference/halton", "inference/one_step"]
+LINE = ["--scale", "small", "--prompts", "1", "--out", "out"]
+for override in (
+    "init_from=null", "model.init_args.text.init_args.trainable=all", "model.init_args.network.init_args.width=16",
+    "model.init_args.network.init_args.depth=1", "trainer.max_steps=4", "trainer.val_check_interval=4",
+    "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "data.init_args.global_batch_size=4",
+    "model.init_args.sample_prompts=[]",
+):  # fmt: skip
+    LINE += ["--override", override]
+
+
+@pytest.fixture(scope="module")
+def beside_a_quickstart(tmp_path_factory):
+    """A folder with what recipes/scale/small needs; the tokenizer has not learned anything."""
+    from nar_t2i.training.command import RecipeCLI
+
+    folder = tmp_path_factory.mktemp("ablate")
+    run = folder / "runs/quickstart"
+    codec = RecipeCLI(load("quickstart/tokenizer")).build_model().codec
+    save_part(codec, run / "tokenizer/model")
+    for split in ("train", "validation"):
+        write_source(RenderedScenes(split, 24), run / "data" / split)
+        encode_tokens(codec, ShardSource(str(run / "data" / split)), run / "tokens" / split)
+    train_sentencepiece(captions_of(ShardSource(str(run / "data/train"))), run / "data/vocabulary.model", 300)
+    return folder
+
+
+def steps_of(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return max(int(row["step"]) for row in csv.DictReader(file)) + 1
+
+
+def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(beside_a_quickstart)
+    assert main(["ablate", *RECIPES[:2], *LINE]) == 0
+    out = beside_a_quickstart / "out"
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["masked-0", "unrolled-0"]
+    assert steps_of(out / "runs/masked-0") == 4 and steps_of(out / "runs/unrolled-0") == 2  # two passes a step
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "comparison" not in path.name}
+    capsys.readouterr()
+    assert main(["ablate", *RECIPES, *LINE]) == 0
+    told = capsys.readouterr().out
+    assert "masked, seed 0: judged before" in told and "unrolled, seed 0: judged before" in told
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # nothing was trained or judged again
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["masked-0", "unrolled-0"]
+
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["masked", "unrolled", "halton", "one_step"]
+    assert [row["passes"] for row in rows] == [16, 16, 16, 1]
+    assert [row["forward_passes"] for row in rows] == [4, 4, 4, 4] and [row["steps"] for row in rows] == [4, 2, 4, 4]
+    assert [row["difference"] is None for row in rows] == [True, False, False, False]
+    assert rows[2]["strategy"]["inference"]["class_path"] == "nar_t2i.inference.Halton"
+    table = (out / "comparison.md").read_text()
+    assert table.count("\n| ") == 5 and "reference" in table
+    assert len(list(csv.DictReader((out / "comparison.csv").open()))) == 4
+    assert (out / "comparison.html").read_text().count("data:image/png") == 5
+    verdicts = json.loads((out / "judged/halton-0/verdicts.json").read_text())
+    assert len(verdicts["seen"]["passed"]) == 6 and len(verdicts["held_out"]["passed"]) == 6
+
+
+def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
+    monkeypatch.chdir(beside_a_quickstart)
+    shutil.rmtree("out", ignore_errors=True)
+    assert main(["ablate", "learning/masked", *LINE, "--seeds", "2", "--equal", "steps"]) == 0
+    (row,) = json.loads((beside_a_quickstart / "out/comparison.json").read_text())["rows"]
+    assert row["seeds"] == 2 and row["spread"] is not None
+    one, other = ((beside_a_quickstart / f"out/runs/masked-{seed}/metrics.csv").read_text() for seed in (0, 1))
+    assert one != other
+
+
+@pytest.mark.parametrize(("names", "reason"), [
+    (["learning/masked", "learning/masked"], "two recipes are named masked"), (["quickstart/tokenizer"], "trains no generator"),
+    (["learning/none"], "does not exist"),
+])  # fmt: skip
+def test_lists_that_cannot_be_compared_are_errors(names, reason):
+    with pytest.raises(UserError, match=reason):
+        plan(names, None, 1)
+
+
+def judged(*seeds):
+    return [{"seen": {"passed": list(map(bool, seed))}, "held_out": {"passed": [True, False]}, "passes": 16, "rows": 31,
+             "seconds_an_image": 0.1, "steps": 10, "training_passes": 2, "strategy": {}} for seed in seeds]  # fmt: skip
+
+
+def test_differences_are_paired():
+    draw = np.random.default_rng(0)
+    easy = draw.random(2000)
+    base, better = easy < 0.5, easy < 0.53  # the same prompts are hard for both
+    other = draw.random(2000) < 0.53
+    rows = compare({"base": judged(base), "paired": judged(better), "apart": judged(other)})
+    half = [row.difference.high - row.difference.mean for row in rows[1:]]
+    assert rows[1].difference.mean == pytest.approx((better.mean() - base.mean())) and rows[1].difference.low > 0
+    assert half[0] < half[1] / 3  # pairs tell more than two samples
+    assert half[1] == pytest.approx(1.96 * (2 * 0.25 / 2000) ** 0.5, rel=0.05)
+    assert rows[0].forward_passes == 20 and rows[0].spread is None
+
+
+def test_intervals_hold_what_they_say():
+    draw, inside = np.random.default_rng(1), 0
+    for _ in range(400):
+        interval = mean_interval((draw.random(500) < 0.3).astype(float))
+        inside += interval.low <= 0.3 <= interval.high
+    assert 0.92 < inside / 400 < 0.98
+
+
+def test_the_spread_over_seeds_stands_apart():
+    rows = compare({"one": judged([1] * 60 + [0] * 40, [1] * 40 + [0] * 60)})
+    assert rows[0].seen.mean == 0.5 and rows[0].spread == pytest.approx(0.1 * 2**0.5)
+    with pytest.raises(UserError, match="judged on"):
+        compare({"one": judged([1, 0, 1]), "other": judged([1, 0])})
