@@ -1,12 +1,12 @@
 """Cached tokens and text states beside making them anew, and beside webdataset reading the same arrays.
 
-    nar-t2i quickstart
-    python data_prep/encode_text.py runs/quickstart/data/train text/minilm_frozen runs/text/states/train
-    python benchmarks/cache.py --text-cache runs/text/states/train --text text/minilm_frozen
+    python benchmarks/cache.py                          # after nar-t2i quickstart
+    python benchmarks/cache.py --shards runs/emoji/64/train --tokenizer runs/emoji/tokenizer/model --cache runs/emoji/tokens/train \
+        --text-cache runs/emoji/minilm_states/train --text emoji/minilm --run runs/emoji/minilm --out docs/results/cache/emoji.json
 
-One process, batches of the quickstart's size, in turns; the medians are written to docs/results/cache/metrics.json, with
-what a sample takes on disk and the share of its time for which the quickstart's generator waited for data. What is
-compared must agree: a side that reads other tokens than the cache, or other states, ends the benchmark.
+One process, batches of the quickstart's size, in turns; the medians are written as JSON, with what a sample takes on disk
+and the share of its time for which a run waited for data. What is compared must agree: a side that reads other tokens than
+the cache, or other states, ends the benchmark.
 """
 
 from __future__ import annotations
@@ -40,19 +40,21 @@ Batches = Iterator[tuple[Tensor, Any]]  # tokens, and captions or states
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quickstart", default="runs/quickstart", help="default: runs/quickstart")
-    parser.add_argument("--text-cache", help="states of the quickstart's training captions; default: tokens alone")
+    parser.add_argument("--shards", default="runs/quickstart/data/train", help="default: runs/quickstart/data/train")
+    parser.add_argument("--tokenizer", default="runs/quickstart/tokenizer/model", help="default: the quickstart's")
+    parser.add_argument("--cache", default="runs/quickstart/tokens/train", help="tokens; default: the quickstart's")
+    parser.add_argument("--run", default="runs/quickstart/generator", help="that trained on them; default: the quickstart's")
+    parser.add_argument("--text-cache", help="states of the captions; default: tokens alone")
     parser.add_argument("--text", help="what made them: a recipe, a run or a model folder")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", default="docs/results/cache")
+    parser.add_argument("--out", default="docs/results/cache/quickstart.json")
     parsed = parser.parse_args()
-    run = Path(parsed.quickstart)
-    bench = Bench(run, parsed.text_cache, parsed.batch_size)
+    bench = Bench(parsed)
     metrics: dict[str, Any] = {
         "command": "python benchmarks/cache.py " + " ".join(sys.argv[1:]), "machine": describe_machine(),
-        "batch_size": parsed.batch_size, "bytes_a_sample": bench.sizes(), "data_wait": data_wait(run / "generator"),
+        "batch_size": parsed.batch_size, "bytes_a_sample": bench.sizes(), "data_wait": data_wait(Path(parsed.run)),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         metrics["tokens"] = bench.compare(Path(folder, "tokens.tar"), parsed.samples, parsed.rounds, bench.codec_batches)
@@ -60,7 +62,8 @@ def main() -> int:
             encoder = find_text(parsed.text)
             anew = lambda: bench.text_batches(encoder)  # noqa: E731
             metrics["text"] = bench.compare(Path(folder, "text.tar"), parsed.samples, parsed.rounds, anew, states=True)
-    write_json(Path(parsed.out) / "metrics.json", metrics)
+    Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(parsed.out), metrics)
     for name in ("tokens", "text"):
         print(name, metrics.get(name))
     return 0
@@ -69,16 +72,15 @@ def main() -> int:
 class Bench:
     """The sides of the comparison, each an iterator over batches."""
 
-    def __init__(self, run: Path, text_cache: str | None, batch_size: int):
-        self.run, self.text_cache, self.batch_size = run, text_cache, batch_size
-        self.codec = load_part(run / "tokenizer/model").eval()
+    def __init__(self, parsed: argparse.Namespace):
+        self.shards, self.cache, self.text_cache, self.batch_size = parsed.shards, parsed.cache, parsed.text_cache, parsed.batch_size
+        self.codec = load_part(Path(parsed.tokenizer)).eval()
 
     def data(self, cached: bool, states: bool) -> CaptionedImages:
-        folder = self.run / "data/train"
-        cache = str(self.run / "tokens/train") if cached else None
         return CaptionedImages(
-            self.codec.image_size, self.batch_size, train=str(folder), cache=cache, text_cache=self.text_cache if states else None
-        )
+            self.codec.image_size, self.batch_size, train=self.shards, cache=self.cache if cached else None,
+            text_cache=self.text_cache if states else None,
+        )  # fmt: skip
 
     def cached_batches(self, states: bool = False) -> Batches:
         for batch in self.data(True, states).train_dataloader():
@@ -155,8 +157,8 @@ class Bench:
     def sizes(self) -> dict[str, float]:
         """Bytes a sample: raw pixels, shards, tokens, states."""
         source = self.data(True, False).source("train")
-        found = {"pixels": 3.0 * self.codec.image_size**2, "shards": _bytes(self.run / "data/train", ".tar") / len(source)}
-        found["tokens"] = _bytes(self.run / "tokens/train", ".tokens.npy") / len(source)
+        found = {"pixels": 3.0 * self.codec.image_size**2, "shards": _bytes(Path(self.shards), ".tar") / len(source)}
+        found["tokens"] = _bytes(Path(self.cache), ".tokens.npy") / len(source)
         if self.text_cache:
             found["text_states"] = _bytes(Path(self.text_cache), ".safetensors") / len(source)
         return found

@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_decoding(generate)
     generate.add_argument("--temperature", type=float, help="of the draws (default: the model's own)")
     generate.add_argument("--out", default="generated", metavar="DIR", help="where pictures go (default: generated)")
+    generate.add_argument("--image", metavar="FILE", help="a picture to edit: its middle square")
+    generate.add_argument("--mask", metavar="FILE", help="light where --image is drawn anew (default: where it is transparent)")
+    generate.add_argument("--variation", type=float, metavar="SHARE", help="draw a share of --image anew, anywhere: 0 to 1")
     generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
 
     evaluate = commands.add_parser("evaluate", help="measure a model on scene prompts")

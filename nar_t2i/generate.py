@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from nar_t2i.editing import Edit, composited, known_outside, known_share, read_edit, read_image
 from nar_t2i.errors import UserError
+from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_uint8
-from nar_t2i.types import Step, TokenCodec
+from nar_t2i.types import Known, Step, TokenCodec
 
 UNKNOWN_GREY = 150
 FRAME_MILLISECONDS = 180
@@ -40,6 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: {error.strerror}") from None
     t2i = TextToImage.from_pretrained(arguments.model or shipped_model())
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
+    edit, known = _edit(arguments, t2i, len(prompts))
     samples = t2i.sample(
         prompts,
         steps=arguments.steps,
@@ -47,9 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         seed=arguments.seed,
         negative_prompts=arguments.negative_prompt,
+        known=known,
         on_step=films,
     )
-    images = [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
+    pixels = samples.images if edit is None else composited(samples.images, edit)
+    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
     names = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)]
     for name, image in zip(names, images, strict=True):
         image.save(out / f"{name}.png")
@@ -58,6 +63,22 @@ def main(arguments: argparse.Namespace) -> int:
         films.save([out / name for name in names], arguments.film)
     print(f"{len(images)} pictures in {out}, all of them on {out / 'sheet.png'}")
     return 0
+
+
+def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[Edit | None, Known | None]:
+    """What --image, --mask and --variation say: pixels to keep, and tokens to keep."""
+    if arguments.image is None:
+        if arguments.mask is not None or arguments.variation is not None:
+            raise UserError("generate: --mask and --variation need --image FILE")
+        return None, None
+    if arguments.variation is not None:
+        if arguments.mask is not None:
+            raise UserError("generate: give --mask or --variation, not both")
+        noise = Noise(0, torch.arange(arguments.seed, arguments.seed + rows, device=t2i.device))
+        image = read_image(arguments.image, t2i.tokenizer.image_size)
+        return None, known_share(t2i.tokenizer, image, arguments.variation, noise)
+    edit = read_edit(arguments.image, arguments.mask, t2i.tokenizer.image_size)
+    return edit, known_outside(t2i.tokenizer, edit, rows)
 
 
 def _read_prompts(path: str) -> list[str]:

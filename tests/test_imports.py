@@ -17,11 +17,11 @@ LAYERS = [
     ["networks"],  # whose shared layers text encoders are made of
     ["tokenizers", "text"],
     ["learning", "inference"],
-    ["pipeline"],
+    ["pipeline", "editing"],
     ["prepare"],
     ["evaluation"],
     ["training", "generate"],
-    ["quickstart"],
+    ["quickstart", "ablate"],
     ["cli"],
     ["__main__"],
 ]

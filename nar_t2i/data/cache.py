@@ -27,6 +27,7 @@ from nar_t2i.types import Condition, TokenSpec
 FORMAT = 2
 CONDITIONS = ("original_width", "original_height", "crop_top", "crop_left")
 MANIFEST = "cache.json"
+IN_MEMORY = 32 * 2**20  # bytes of a kind of arrays that are read at once
 
 
 def pack(tokens: np.ndarray, spec: TokenSpec, float_dtype: str = "float16") -> np.ndarray:
@@ -60,6 +61,7 @@ class TokenCache:
         self.blocks: list[dict[str, Any]] = self.manifest["blocks"]
         self._starts = np.cumsum([0, *(b["length"] for b in self.blocks)])
         self._maps: dict[tuple[int, str], np.ndarray] = {}
+        self._wholes: dict[str, np.ndarray | None] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -108,6 +110,9 @@ class TokenCache:
 
     def rows(self, kind: str, indices: np.ndarray, view: np.ndarray | int = 0) -> np.ndarray:
         """(B, …), as stored. kind: "tokens", "errors" or "conditions"."""
+        whole = self._whole(kind)
+        if whole is not None:
+            return whole[indices * self.views + view]
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         gathered = None
         for number in np.unique(numbers):
@@ -118,6 +123,16 @@ class TokenCache:
                 gathered = np.empty((len(indices), *rows.shape[1:]), dtype=rows.dtype)
             gathered[chosen] = rows
         return gathered
+
+    def _whole(self, kind: str) -> np.ndarray | None:
+        """All rows of a small cache, in memory: one look-up instead of one a shard. None where they are too many."""
+        if kind not in self._wholes:
+            paths = [self.folder / f"{block['name']}.{kind}.npy" for block in self.blocks]
+            size = sum(path.stat().st_size for path in paths if path.is_file())
+            small = size <= IN_MEMORY and len(self.blocks) > 0
+            maps = [self._map(number, kind) for number in range(len(self.blocks))] if small else []
+            self._wholes[kind] = np.concatenate(maps) if small else None
+        return self._wholes[kind]
 
     def _map(self, number: int, kind: str) -> np.ndarray:
         if (number, kind) not in self._maps:
@@ -135,7 +150,7 @@ class TokenCache:
         return self._maps[number, kind]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # maps do not travel to other processes
+        return {**self.__dict__, "_maps": {}, "_wholes": {}}  # maps do not travel to other processes
 
 
 class CachedSource(SourceAround):

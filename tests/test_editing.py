@@ -1,0 +1,113 @@
+"""Editing through `nar-t2i generate`: what is kept, what is drawn anew, and what its mistakes print."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nar_t2i.cli import main
+from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.editing import known_outside, known_share, read_edit
+from nar_t2i.generate import shipped_model
+from nar_t2i.noise import Noise
+from nar_t2i.pipeline import TextToImage
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return TextToImage.from_pretrained(shipped_model()).tokenizer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(RenderedScenes("validation", 8).read(3).image).save("scene.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 8:16] = 255  # rows 20 to 29 touch patches of rows 2 and 3, columns 8 to 15 are patch 1 exactly
+    Image.fromarray(mask).save("mask.png")
+    return tmp_path
+
+
+def generate(*arguments):
+    return main(["generate", "--prompt", "a red circle", "--steps", "4", "--out", "out", *arguments])
+
+
+def drawn():
+    return np.asarray(Image.open(next(Path("out").glob("0000-*.png"))))
+
+
+def test_a_mask_reaches_every_token_that_it_touches(codec):
+    edit = read_edit("scene.png", "mask.png", 64)
+    known = known_outside(codec, edit, 2)
+    redrawn = (~known.mask[0]).view(8, 8).nonzero().tolist()
+    assert redrawn == [[2, 1], [3, 1]] and torch.equal(known.mask[0], known.mask[1])
+    assert edit.redraw.sum() == 80
+
+
+def test_pixels_outside_of_the_mask_are_kept(codec):
+    scene, redraw = np.asarray(Image.open("scene.png")), np.asarray(Image.open("mask.png")) > 0
+    assert generate("--image", "scene.png", "--mask", "mask.png") == 0
+    assert np.array_equal(drawn()[~redraw], scene[~redraw])
+    everything = Image.new("L", (64, 64), 255)
+    everything.save("all.png")
+    assert generate("--image", "scene.png", "--mask", "all.png") == 0
+    anew = drawn()
+    assert not np.array_equal(anew, scene)
+    assert main(["generate", "--prompt", "a red circle", "--steps", "4", "--out", "free"]) == 0
+    assert np.array_equal(anew, np.asarray(Image.open(next(Path("free").glob("0000-*.png")))))  # as without an image
+
+
+def test_what_is_transparent_is_painted(codec):
+    """Outpainting: a picture in the middle of an empty canvas."""
+    canvas = Image.new("RGBA", (128, 128), (0, 0, 0, 0))
+    canvas.paste(Image.open("scene.png").convert("RGBA"), (32, 32))
+    canvas.save("canvas.png")
+    edit = read_edit("canvas.png", None, 64)
+    inner = edit.redraw[17:47, 17:47]
+    assert not inner.any() and edit.redraw[:15].all() and edit.redraw[:, 49:].all()
+    assert generate("--image", "canvas.png") == 0
+    kept = ~edit.redraw.numpy()
+    assert np.array_equal(drawn()[kept], edit.image.permute(1, 2, 0).numpy()[kept])
+
+
+def test_a_variation_keeps_a_share_of_the_tokens(codec):
+    image = torch.tensor(np.asarray(Image.open("scene.png"))).permute(2, 0, 1)
+    for share in (0.25, 0.75):
+        known = known_share(codec, image, share, Noise(0, torch.arange(200)))
+        assert (~known.mask).float().mean() == pytest.approx(share, abs=0.02)
+        assert (known.mask[0] != known.mask[1]).any()
+    assert generate("--image", "scene.png", "--variation", "0.3") == 0
+    near = drawn()
+    assert generate("--image", "scene.png", "--variation", "1.0") == 0
+    far = drawn()
+    scene = np.asarray(Image.open("scene.png")).astype(float)
+    assert np.abs(near - scene).mean() < np.abs(far - scene).mean()
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--mask", "mask.png"], "need --image"), (["--variation", "0.5"], "need --image"),
+    (["--image", "scene.png"], "nothing in it is transparent"), (["--image", "none.png", "--mask", "mask.png"], "none.png: No such file"),
+    (["--image", "scene.png", "--mask", "broken.png"], "broken.png: does not decode"),
+    (["--image", "scene.png", "--mask", "small.png"], "32 × 32 pixels, but scene.png has 64 × 64"),
+    (["--image", "scene.png", "--mask", "black.png"], "nothing to be drawn anew"),
+    (["--image", "scene.png", "--mask", "mask.png", "--variation", "0.5"], "not both"),
+    (["--image", "scene.png", "--variation", "1.5"], "above 0, to 1"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_line(capsys, arguments, reason):
+    Path("broken.png").write_bytes(b"no picture")
+    Image.new("L", (32, 32), 255).save("small.png")
+    Image.new("L", (64, 64)).save("black.png")
+    assert generate(*arguments) == 2
+    told = capsys.readouterr()
+    assert reason in told.err and told.err.count("\n") == 1
+
+
+def test_tokens_on_no_grid_have_no_places(codec):
+    from tests.toys import ToyCodec
+
+    from nar_t2i.errors import UserError
+
+    with pytest.raises(UserError, match="no grid"):
+        known_outside(ToyCodec("continuous"), read_edit("scene.png", "mask.png", 16), 1)
