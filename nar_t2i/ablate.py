@@ -1,7 +1,7 @@
 """`nar-t2i ablate`: a list of recipes, trained one after another and judged on the same prompts with the same seeds.
 
     OUT/
-      runs/NAME-SEED/      a run folder for each recipe that trains
+      runs/SEED/NAME/      a run folder for each recipe that trains
       judged/NAME-SEED/    verdicts.json (one a prompt), sheet.png
       comparison.md .csv .html .json   what nar_t2i.evaluation.comparison makes of them
 
@@ -24,7 +24,7 @@ from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
 from nar_t2i.folders import write_json
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
-from nar_t2i.parts import build
+from nar_t2i.parts import build, resolve
 
 INTERRUPTED = 130
 SHOWN = 8  # pictures of a sheet
@@ -32,13 +32,18 @@ SHOWN = 8  # pictures of a sheet
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe at one seed. trained: the name of the run that it is judged on. config: as resolved."""
+    """One recipe at one seed. run: the folder of the run that it is judged on. config: as resolved for it."""
 
     name: str
-    trained: str
+    run: Path
     seed: int
     paths: tuple[str, ...]
     config: dict[str, Any]
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is anything to judge: a critic is trained for others."""
+        return resolve(self.config["model"]["init_args"]["learning"]["class_path"]).draws
 
     @property
     def passes(self) -> int:
@@ -47,25 +52,30 @@ class Entry:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override)
     out = Path(arguments.out)
+    entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override, out)
     for entry in entries:
         folder = out / "judged" / f"{entry.name}-{entry.seed}"
         if (folder / "verdicts.json").exists():
             print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
             continue
-        status = train(entry, out, arguments.equal, arguments.override)
+        status = train(entry, arguments.equal, arguments.override)
         if status:
             return status
-        judge(entry, out, folder, arguments.prompts)
+        if entry.draws:
+            judge(entry, folder, arguments.prompts)
     from nar_t2i.evaluation.comparison import write_comparison
 
-    print(write_comparison(out, [entry.name for entry in entries]))
+    print(write_comparison(out, [entry.name for entry in entries if entry.draws]))
     return 0
 
 
-def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequence[str] = ()) -> list[Entry]:
-    """The entries in the order in which they are run. UserError where two recipes would share a name."""
+def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequence[str], out: Path) -> list[Entry]:
+    """The entries in the order in which they are run. UserError where two recipes would share a name.
+
+    Runs of one seed lie side by side, as they do under a recipe's own run_dir: a recipe that builds on another's run finds
+    it at `${run_dir}/../NAME`.
+    """
     entries: list[Entry] = []
     for name in names:
         paths = (name, f"scale/{scale}") if scale else (name,)
@@ -75,35 +85,36 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
         known = Path(name).stem
         if any(entry.name == known for entry in entries):
             raise UserError(f"two recipes are named {known}; their results would be one")
-        trained = Path(config.get("run_dir") or known).name
-        entries += [Entry(known, trained, seed, paths, config) for seed in range(seeds)]
+        for seed in range(seeds):
+            run = out / f"runs/{seed}" / Path(config.get("run_dir") or known).name
+            config = recipes.load(paths, [*overrides, f"run_dir={run}"]).config
+            entries.append(Entry(known, run, seed, paths, config))
     return entries
 
 
-def train(entry: Entry, out: Path, equal: str, overrides: Sequence[str]) -> int:
+def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     """Train the run of an entry, or go on with it; the exit status."""
     from nar_t2i.training.command import run
 
-    folder = out / "runs" / f"{entry.trained}-{entry.seed}"
     steps = entry.config["trainer"]["max_steps"]
     own = {
-        "run_dir": str(folder),
+        "run_dir": str(entry.run),
         "seed_everything": entry.seed,
         "model.init_args.seed": entry.seed,
         "data.init_args.seed": entry.seed,
         "trainer.max_steps": max(1, round(steps / entry.passes)) if equal == "flops" else steps,
         "trainer.precision": fast_precision(),
     }
-    if (folder / "model/config.json").exists():
+    if (entry.run / "model/config.json").exists():
         return 0
-    print(f"▶ {entry.trained}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes} passes", flush=True)
+    print(f"▶ {entry.run.name}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes} passes", flush=True)
     status = run("fit", entry.paths, [*overrides, *(f"{key}={value}" for key, value in own.items())])
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     return status
 
 
-def judge(entry: Entry, out: Path, folder: Path, prompts_a_category: int) -> None:
+def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     """Draw and judge all prompts with the entry's way to decode."""
     from nar_t2i.evaluation.command import draw_prompts
     from nar_t2i.evaluation.scene_accuracy import verdicts
@@ -111,8 +122,7 @@ def judge(entry: Entry, out: Path, folder: Path, prompts_a_category: int) -> Non
     from nar_t2i.generate import contact_sheet
     from nar_t2i.pipeline import TextToImage
 
-    run = out / "runs" / f"{entry.trained}-{entry.seed}"
-    t2i, model = TextToImage.from_pretrained(run / "model"), entry.config["model"]["init_args"]
+    t2i, model = TextToImage.from_pretrained(entry.run / "model"), entry.config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(_whole(model["inference"])), type(t2i.guidance)(**model.get("guidance", {}))
     found: dict[str, Any] = {}
     for which in ("seen", "held_out"):
@@ -133,8 +143,8 @@ def judge(entry: Entry, out: Path, folder: Path, prompts_a_category: int) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(images, captions, columns=SHOWN).save(folder / "sheet.png")
     write_json(folder / "verdicts.json", {
-        **found, "machine": describe_machine(), "trained": entry.trained, "training_passes": entry.passes,
-        "steps": _steps(run), "recipe": entry.paths[0],
+        **found, "machine": describe_machine(), "trained": entry.run.name, "training_passes": entry.passes,
+        "steps": _steps(entry.run), "recipe": entry.paths[0],
         "strategy": {key: model[key] for key in ("learning", "inference", "guidance") if key in model},
     })  # fmt: skip
 

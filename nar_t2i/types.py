@@ -37,6 +37,9 @@ class TokenSpec:
     kind: Literal["categorical", "binary", "continuous"]
     size: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # JSON has lists
+
     @property
     def length(self) -> int:
         """N, the number of token slots an image."""
@@ -253,10 +256,12 @@ class Term(NamedTuple):
 class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
 
-    passes: forward passes of the network a step, which the cost of a step goes by.
+    passes: forward passes of the network a step, which the cost of a step goes by. draws: whether the network that it
+    teaches draws pictures; a critic does not.
     """
 
     passes: int = 1
+    draws: bool = True
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         """Named terms, of which "loss" is minimised and the others are logged. progress: 0 to 1 through training."""

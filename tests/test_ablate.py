@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,15 +56,15 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     monkeypatch.chdir(beside_a_quickstart)
     assert main(["ablate", *RECIPES[:2], *LINE]) == 0
     out = beside_a_quickstart / "out"
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["masked-0", "unrolled-0"]
-    assert steps_of(out / "runs/masked-0") == 4 and steps_of(out / "runs/unrolled-0") == 2  # two passes a step
+    assert sorted(path.name for path in (out / "runs/0").iterdir()) == ["masked", "unrolled"]
+    assert steps_of(out / "runs/0/masked") == 4 and steps_of(out / "runs/0/unrolled") == 2  # two passes a step
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "comparison" not in path.name}
     capsys.readouterr()
     assert main(["ablate", *RECIPES, *LINE]) == 0
     told = capsys.readouterr().out
     assert "masked, seed 0: judged before" in told and "unrolled, seed 0: judged before" in told
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # nothing was trained or judged again
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["masked-0", "unrolled-0"]
+    assert sorted(path.name for path in (out / "runs/0").iterdir()) == ["masked", "unrolled"]
 
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["masked", "unrolled", "halton", "one_step"]
@@ -79,13 +80,24 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     assert len(verdicts["seen"]["passed"]) == 6 and len(verdicts["held_out"]["passed"]) == 6
 
 
+def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_quickstart, monkeypatch):
+    monkeypatch.chdir(beside_a_quickstart)
+    recipes = ["learning/masked", "learning/critic", "inference/critic_guided", "inference/critic_adaptive"]
+    frozen = [part.replace("trainable=all", "trainable=none") for part in LINE]
+    assert main(["ablate", *recipes, *frozen, "--out", "criticised"]) == 0
+    rows = json.loads((beside_a_quickstart / "criticised/comparison.json").read_text())["rows"]
+    assert [(row["name"], row["passes"]) for row in rows] == [("masked", 16), ("critic_guided", 31), ("critic_adaptive", 31)]
+    with open(beside_a_quickstart / "criticised/runs/0/critic/metrics.csv", newline="") as file:
+        assert any(row.get("critic_accuracy") for row in csv.DictReader(file))
+
+
 def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
     monkeypatch.chdir(beside_a_quickstart)
     shutil.rmtree("out", ignore_errors=True)
     assert main(["ablate", "learning/masked", *LINE, "--seeds", "2", "--equal", "steps"]) == 0
     (row,) = json.loads((beside_a_quickstart / "out/comparison.json").read_text())["rows"]
     assert row["seeds"] == 2 and row["spread"] is not None
-    one, other = ((beside_a_quickstart / f"out/runs/masked-{seed}/metrics.csv").read_text() for seed in (0, 1))
+    one, other = ((beside_a_quickstart / f"out/runs/{seed}/masked/metrics.csv").read_text() for seed in (0, 1))
     assert one != other
 
 
@@ -95,7 +107,7 @@ def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
 ])  # fmt: skip
 def test_lists_that_cannot_be_compared_are_errors(names, reason):
     with pytest.raises(UserError, match=reason):
-        plan(names, None, 1)
+        plan(names, None, 1, [], Path("out"))
 
 
 def judged(*seeds):

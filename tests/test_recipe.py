@@ -139,6 +139,7 @@ SWEEPS = sorted((Path(__file__).parents[1] / "recipes/sweeps").glob("*.yaml"))
 RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if path not in SWEEPS)
 
 
+EARLIER = ("vocabulary", "tokenizer", "generator", "critic")  # keys that name what another stage makes
 MADE: dict[str, Path] = {}  # by earlier tests of this session, by the name that recipes have for it
 SMALL = shipped() / "scale/small.yaml"
 
@@ -166,7 +167,7 @@ def make_earlier_stages(path, config):
 
     for key, value in config.items(branches=False):
         kind = key.rpartition(".")[2]
-        if kind not in ("vocabulary", "tokenizer") or not isinstance(value, str) or Path(value).exists():
+        if kind not in EARLIER or not isinstance(value, str) or Path(value).exists():
             continue
         Path(value).parent.mkdir(parents=True, exist_ok=True)
         if value in MADE:
@@ -174,8 +175,10 @@ def make_earlier_stages(path, config):
             continue
         if kind == "vocabulary":
             train_sentencepiece(["a red circle above two blue squares"] * 9, value, 300)
-        else:
+        elif kind == "tokenizer":
             save_part(built(shipped() / Path(value).parts[1] / "tokenizer.yaml").model.codec, value)
+        else:  # the network of the run beside
+            save_part(built(shipped() / "learning" / f"{Path(value).parts[-2]}.yaml").model.network, Path(value) / "network")
         MADE[value] = Path(value).resolve()
     if (text := load(scaled(path)).config["model"]["init_args"].get("text")) is not None:
         make_named(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class CriticGuided(Scheduled):
         if not (0 <= persistent <= 1 and choice_temperature >= 0):
             raise UserError(f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0")
         self.choice_temperature, self.persistent = choice_temperature, persistent
-        self.critic = load_part(Path(critic) / "network").eval() if isinstance(critic, str) else critic
+        self.critic = load_part(Path(os.path.normpath(critic), "network")).eval() if isinstance(critic, str) else critic
 
     @torch.no_grad()
     def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,8 @@ class CriticOf(LearningStrategy):
     predict visible tokens).
     """
 
+    draws = False
+
     def __init__(
         self,
         generator: str | TokenNetwork,
@@ -38,7 +41,7 @@ class CriticOf(LearningStrategy):
         redraw: Literal["hidden", "all"] = "hidden",
     ):
         super().__init__()
-        network = load_part(Path(generator) / "network") if isinstance(generator, str) else generator
+        network = load_part(Path(os.path.normpath(generator), "network")) if isinstance(generator, str) else generator
         self._generator = [network.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module
         self.schedule, self.temperature, self.label, self.redraw = schedule, temperature, label, redraw
 

@@ -164,10 +164,12 @@ class GeneratorModule(TrainedModule):
             self.log(f"validation_{name}", total / weight, batch_size=int(weight), sync_dist=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        if self.sample_prompts and not self.trainer.sanity_checking:
+        if not self.learning.draws or self.trainer.sanity_checking:
+            return
+        if self.sample_prompts:
             images = self.pipeline().sample(self.sample_prompts).images
             log_picture(self, "samples", rows_of(images.cpu(), columns=8))
-        if self.scene_prompts and not self.trainer.sanity_checking:
+        if self.scene_prompts:
             self.log("validation_scene_accuracy", self._scene_accuracy(), sync_dist=True, prog_bar=True)
 
     def _scene_accuracy(self) -> float:
