@@ -9,9 +9,10 @@ from nar_t2i.inference.halton import Halton
 from nar_t2i.inference.moment import Moment
 from nar_t2i.inference.one_step import OneStep
 from nar_t2i.inference.ordered import RandomOrder
+from nar_t2i.inference.progressive import ProgressiveStages
 from nar_t2i.inference.purity import Purity
 
 __all__ = [
-    "Autoregressive", "Confidence", "CriticGuided", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep", "Purity",
-    "RandomOrder",
+    "Autoregressive", "Confidence", "CriticGuided", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep",
+    "ProgressiveStages", "Purity", "RandomOrder",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from nar_t2i.inference import (
     Halton,
     Moment,
     OneStep,
+    ProgressiveStages,
     Purity,
     RandomOrder,
 )
@@ -31,7 +32,8 @@ SCHEDULED = [
 ]  # fmt: skip
 ADAPTIVE = [EntropyBounded(1.5), EntropyBounded(0.0, most_steps=5)]
 SWEEPS = [GibbsSweeps(Confidence(3), sweeps=2, block=5), GibbsSweeps(Halton(4), block=16)]
-STRATEGIES = SCHEDULED + ADAPTIVE + SWEEPS
+STAGES = [ProgressiveStages(4), ProgressiveStages(5, "cosine", revise=0.0)]
+STRATEGIES = SCHEDULED + ADAPTIVE + SWEEPS + STAGES
 
 
 def make_network(dtype):
@@ -86,13 +88,14 @@ def test_known_tokens_stay_and_no_mask_remains(strategy):
     assert torch.equal(nothing_to_do.tokens, known.tokens) and nothing_to_do.passes == 0
 
 
-@pytest.mark.parametrize("strategy", SCHEDULED + SWEEPS, ids=named)
+@pytest.mark.parametrize("strategy", SCHEDULED + SWEEPS + STAGES, ids=named)
 def test_it_makes_the_calls_that_it_promises(strategy):
     first = strategy.first if isinstance(strategy, GibbsSweeps) else strategy
     promised = first.steps
     if isinstance(strategy, GibbsSweeps):
         promised += strategy.sweeps * -(-16 // strategy.block)
     network = Watched(make_network(torch.float64))
+    network.reads_unknown_alone = strategy not in STAGES  # these look at what stands, too
     found = decoded(strategy, network=network)
     assert network.calls == found.passes == promised and found.rows == 2 * promised
 
@@ -176,6 +179,27 @@ def test_ordered_strategies_predict_only_what_they_fill():
     assert [read.shape[1] for read in network.reads] == [16, 12, 8, 4]
 
 
+def test_revision_mends_errors_that_are_put_in_early():
+    class Corrupting(Oracle):
+        """Knows the answer, but says something else in its first pass."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, state, prepared, read=None, cache=None):
+            self.calls += 1
+            said = super().forward(state, prepared, read)
+            return Categorical(said.logits.roll(1, -1)) if self.calls == 1 else said
+
+    wrong = {}
+    for revise in (0.0, 0.3, 1.0):
+        found = decoded(ProgressiveStages(4, revise=revise), network=Corrupting(), scale=1.0)
+        wrong[revise] = int((found.tokens != Oracle.answer).sum())
+        assert found.passes == 4
+    assert wrong[0.0] == 12 > wrong[0.3] and wrong[1.0] == 0  # a quarter of 3 × 16 was filled wrongly
+
+
 @pytest.mark.parametrize(("top_k", "top_p", "left"), [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 2]), (0, 0.5, [0]), (0, 0.75, [0, 2]), (3, 0.5, [0])])
 def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
     probabilities = torch.tensor([0.5, 0.1, 0.3, 0.1], dtype=torch.float64)
@@ -195,7 +219,7 @@ def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
     [
         lambda: Confidence(0), lambda: Confidence(temperature=-1.0), lambda: Confidence(top_p=0.0), lambda: Confidence(top_k=-1),
         lambda: Purity(sharpness=-1.0), lambda: Moment(choice_temperature=0.0), lambda: EntropyBounded(-1.0),
-        lambda: EntropyBounded(most_steps=0), lambda: GibbsSweeps(sweeps=0), lambda: GibbsSweeps(block=0), lambda: Halton(0),
+        lambda: EntropyBounded(most_steps=0), lambda: ProgressiveStages(revise=1.5), lambda: GibbsSweeps(sweeps=0), lambda: GibbsSweeps(block=0), lambda: Halton(0),
         lambda: Confidence(final_temperature=-0.1), lambda: Confidence(choice_temperature=float("nan")),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning import Masked, Replaced, Unrolled
+from nar_t2i.learning import Masked, Progressive, Replaced, Unrolled
 from nar_t2i.learning.masked import draw_masks
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
@@ -19,7 +19,7 @@ STRATEGIES = [
     Masked(), Masked("linear"), Masked("square"), Masked("arccos"), Masked("exponential"), Masked(TruncatedGaussian()),
     Masked(FixedRatio(0.5)), Masked(regions=1.0), Masked(everything=0.5), Masked(label_smoothing=0.1), Replaced(),
     Replaced(0.0, 0.3), Replaced(0.3, 0.0), Replaced(visible_weight=0.5), Unrolled(), Unrolled(3), Unrolled(fill="mode"),
-    Unrolled(counted="masked"),
+    Unrolled(counted="masked"), Progressive(), Progressive(2), Progressive(first="high"), Progressive(revise=0.0),
 ]  # fmt: skip
 
 
@@ -45,7 +45,8 @@ class Watched(TokenNetwork):
 
 def batch(count=64, seed=0):
     tokens = torch.randint(7, (count, 64), generator=torch.Generator().manual_seed(seed))
-    return TokenBatch(tokens, ToyText()(["a"] * count))
+    error = torch.rand(count, 64, generator=torch.Generator().manual_seed(seed + 1))
+    return TokenBatch(tokens, ToyText()(["a"] * count), error)
 
 
 def lost(strategy, network=None, count=64, progress=1.0):
@@ -71,9 +72,11 @@ def test_switched_off_they_are_masked_training(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sample_is_the_same_in_any_batch(strategy):
     whole, half = (lost(strategy, count=count) * count for count in (8, 4))
-    rest = strategy.loss(Watched(), TokenBatch(batch(8).tokens[4:], batch(4).condition), Noise(0, torch.arange(4, 8), torch.float64), 1.0)
-    tokens = batch(8).tokens
-    first = strategy.loss(Watched(), TokenBatch(tokens[:4], batch(4).condition), Noise(0, torch.arange(4), torch.float64), 1.0)
+    given, text = batch(8), batch(4).condition
+    first, rest = (
+        strategy.loss(Watched(), TokenBatch(given.tokens[part], text, given.error[part]), Noise(0, torch.arange(8)[part], torch.float64), 1.0)
+        for part in (slice(0, 4), slice(4, 8))
+    )
     torch.testing.assert_close(first["loss"].total + rest["loss"].total, whole)
     assert half.isfinite()
 
@@ -108,7 +111,7 @@ def test_mask_ratios_that_are_fixed_or_exponential():
 @pytest.mark.parametrize("wrong", [
     lambda: TruncatedGaussian(low=0.9, high=0.5), lambda: TruncatedGaussian(deviation=0.0), lambda: FixedRatio(0.0),
     lambda: FixedRatio(1.5), lambda: Replaced(0.6, 0.6), lambda: Replaced(-0.1), lambda: Replaced(visible_weight=-1.0),
-    lambda: Unrolled(0), lambda: Masked(label_smoothing=1.0),
+    lambda: Progressive(1), lambda: Progressive(revise=2.0), lambda: Unrolled(0), lambda: Masked(label_smoothing=1.0),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_errors(wrong):
     with pytest.raises(UserError):
@@ -175,6 +178,39 @@ def test_later_passes_read_what_earlier_ones_said(fill, counted):
     torch.testing.assert_close(terms["loss"].total, sum(terms[f"loss_{i}"].total for i in (1, 2, 3)))
     assert torch.equal(terms["loss_1"].total, Masked().loss(network, given, noise, 1.0)["loss"].total)
     assert torch.equal(network.reads[1], hidden if counted == "hidden" else second.masked)
+
+
+def test_stages_part_all_slots_by_their_error():
+    from nar_t2i.learning.progressive import stage_of
+
+    error = batch(50).error
+    stages = stage_of(error, 4)
+    assert all((stages == stage).sum(1).eq(16).all() for stage in range(4))
+    for row, stage in zip(error, stages):
+        highest, lowest = ([row[stage == s].max() for s in range(3)], [row[stage == s].min() for s in range(1, 4)])
+        assert all(high <= low for high, low in zip(highest, lowest))
+    assert stage_of(torch.rand(1, 10), 4).flatten().bincount().tolist() == [3, 2, 3, 2]
+
+
+@pytest.mark.parametrize("first", ["low", "high"])
+def test_a_stage_is_predicted_from_the_ones_before_it(first):
+    from nar_t2i.learning.progressive import stage_of
+
+    network, given = Watched(), batch(400)
+    noise = Noise(0, torch.arange(400), torch.float64)
+    Progressive(4, first, revise=0.2).loss(network, given, noise, 1.0)
+    (state,), (read,) = network.states, network.reads
+    stages = stage_of(given.error if first == "low" else -given.error, 4)
+    drawn = torch.where(state.masked, stages, 9).amin(1)
+    assert drawn.bincount().tolist() == pytest.approx([100] * 4, abs=30)
+    assert torch.equal(state.masked, stages >= drawn[:, None])
+    assert torch.equal(read & state.masked, stages == drawn[:, None])
+    wrong = read & ~state.masked
+    assert wrong[~state.masked].double().mean() == pytest.approx(0.2, abs=0.02)
+    assert torch.equal(state.values[~state.masked & ~wrong], given.tokens[~state.masked & ~wrong])
+    assert (state.values[wrong] != given.tokens[wrong]).double().mean() == pytest.approx(6 / 7, abs=0.05)
+    with pytest.raises(UserError, match="--errors"):
+        Progressive().loss(network, TokenBatch(given.tokens, given.condition), noise, 1.0)
 
 
 def test_no_gradient_flows_through_the_draws():
