@@ -71,9 +71,8 @@ class Eager:
             if isinstance(strategy, Confidence):
                 score = own + strategy.choice_temperature * (1 - (step + 1) / strategy.steps) * luck
             order = sorted((slot for slot in range(self.n) if masked[slot]), key=lambda slot: (-float(score[slot]), slot))
-            for slot in order[: left - stay]:
-                tokens[slot], masked[slot] = values[slot], False
-            left = stay
+            kept = order[: left - stay]
+            tokens[kept], masked[kept], left = values[kept], False, stay
         return tokens
 
     def entropy_bounded(self, strategy, tokens, masked):
