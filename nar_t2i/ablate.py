@@ -46,7 +46,7 @@ class Entry:
         return resolve(self.config["model"]["init_args"]["learning"]["class_path"]).draws
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """Forward passes of a training step."""
         return build(_whole(self.config["model"]["init_args"]["learning"])).passes
 
@@ -107,7 +107,7 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     }
     if (entry.run / "model/config.json").exists():
         return 0
-    print(f"▶ {entry.run.name}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes} passes", flush=True)
+    print(f"▶ {entry.run.name}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes:.3g} passes", flush=True)
     status = run("fit", entry.paths, [*overrides, *(f"{key}={value}" for key, value in own.items())])
     if status == INTERRUPTED:
         raise KeyboardInterrupt

@@ -92,6 +92,8 @@ class TokenState(NamedTuple):
     positions: (B, N) where a permuted or windowed order puts each slot; None = in order.
     targets: (B, N) the site that each slot predicts (RAR); None = its own.
     time: (B,) diffusion time or mask rate; None where the network does not use it.
+    guess: (B, N) codes that an earlier pass drew for masked slots, −1 = none (self-conditioning); None where there is none,
+    or where the network does not read it.
     """
 
     values: Tensor
@@ -99,6 +101,7 @@ class TokenState(NamedTuple):
     positions: Tensor | None = None
     targets: Tensor | None = None
     time: Tensor | None = None
+    guess: Tensor | None = None
 
 
 class Sampled(NamedTuple):
@@ -149,10 +152,12 @@ class KVCache(Protocol):
 
 
 class TokenNetwork(nn.Module):
-    """Tokens + text → a prediction. `spec` says which tokens; `causal` whether slot i sees only slots before it."""
+    """Tokens + text → a prediction. `spec` says which tokens; `causal` whether slot i sees only slots before it;
+    `self_conditioning` whether it reads `TokenState.guess`."""
 
     spec: TokenSpec
     causal: bool = False
+    self_conditioning: bool = False
 
     def prepare(self, condition: Condition) -> Any:
         """Everything that depends on the text alone (cross-attention keys and values): once a generation."""
@@ -256,11 +261,11 @@ class Term(NamedTuple):
 class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
 
-    passes: forward passes of the network a step, which the cost of a step goes by. draws: whether the network that it
+    passes: forward passes of the network a step, which the cost of a step goes by; one without a gradient is a third. draws: whether the network that it
     teaches draws pictures; a critic does not.
     """
 
-    passes: int = 1
+    passes: float = 1
     draws: bool = True
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:

@@ -73,7 +73,7 @@ def compare(judged: dict[str, list[dict[str, Any]]]) -> list[Row]:
             name, mean_interval(seen.mean(0)), mean_interval(held_out.mean(0)),
             None if reference is None else mean_interval(seen.mean(0) - reference),
             first["passes"], float(np.mean([verdicts["seconds_an_image"] for verdicts in seeds])), len(seeds),
-            float(means.std(ddof=1)) if len(seeds) > 1 else None, first["steps"], first["steps"] * first["training_passes"],
+            float(means.std(ddof=1)) if len(seeds) > 1 else None, first["steps"], round(first["steps"] * first["training_passes"]),
             first["strategy"],
         ))  # fmt: skip
         reference = seen.mean(0) if reference is None else reference

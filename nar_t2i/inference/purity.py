@@ -40,7 +40,8 @@ class Purity(Scheduled):
         temperature = self.temperature_at(step)
         if temperature == 0:
             return prediction.sample(draws, 0.0)
-        return prediction.sample(draws, temperature / (1 + self.sharpness * purity(prediction)), **self.truncation)
+        sharper = 1 + self.sharpness * purity(prediction)
+        return prediction.sample(draws, temperature / sharper.unsqueeze(-1), **self.truncation)
 
     def score(self, prediction: Prediction, sampled: Sampled, draws: SlotNoise, step: int) -> Tensor:
         # The largest of log-weights with Gumbel noise are a draw without replacement.

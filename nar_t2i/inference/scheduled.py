@@ -75,14 +75,17 @@ class Scheduled(InferenceStrategy):
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         unknown = torch.full((len(tokens),), network.spec.length) if known is None else masked.sum(1).cpu()
+        guess = torch.full_like(tokens, -1) if network.self_conditioning else None
         for step, left in enumerate(self.counts(unknown)):
             most = int(unknown.max())
             if most == 0:
                 break
             slots = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
             draws = noise.at(step, slots)
             sampled = self.draw(prediction, draws, step)
+            if guess is not None:
+                guess = guess.scatter(1, slots, sampled.values)
             open_slots = masked.gather(1, slots)
             score = self.score(prediction, sampled, draws, step).masked_fill(~open_slots, float("-inf"))
             filled = (lowest_first(-score) < (unknown - left).to(score.device)[:, None]) & open_slots

@@ -90,7 +90,8 @@ class EncoderDecoder(TokenNetwork):
     width, depth, heads, mlp_ratio: of the decoder; pre-norm, learned positions (our choice: the paper gives no widths).
     grid_convolution: a depthwise 3×3 convolution in every block, for tokens on a grid (see GridConvolution).
     code_width: of the tokenizer's code vectors, which are then used beside free embeddings (see CodeVectors); 0 = not.
-    activation_checkpointing: recompute each block in the backward pass, for memory.
+    activation_checkpointing: recompute each block in the backward pass, for memory. self_conditioning: masked slots show
+    what an earlier pass guessed for them (see `nar_t2i.learning.SelfConditioned`).
     """
 
     def __init__(
@@ -105,12 +106,13 @@ class EncoderDecoder(TokenNetwork):
         grid_convolution: bool = False,
         code_width: int = 0,
         activation_checkpointing: bool = False,
+        self_conditioning: bool = False,
     ):
         super().__init__()
         self.spec = spec
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.self_conditioning = activation_checkpointing, self_conditioning
         self.codes = CodeVectors(spec.size, code_width) if code_width else None
-        self.embedding = TokenEmbedding(spec, width, self.codes)
+        self.embedding = TokenEmbedding(spec, width, self.codes, self_conditioning)
         self.text = nn.ModuleList(nn.Linear(w, width) for w in text_widths)
         self.text_norm = nn.LayerNorm(width)
         if grid_convolution and len(spec.shape) != 2:

@@ -32,15 +32,14 @@ class Categorical:
     def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
         """Inverse distribution function: one uniform number a slot, whatever V.
 
-        temperature: a number, or (*slots). top_k: only so many likeliest codes are drawn, 0 = all. top_p: only the
+        temperature: a number, or a tensor that broadcasts to the logits. top_k: only so many likeliest codes are drawn, 0 = all. top_p: only the
         likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
         """
         log_probs = self.logits.log_softmax(dim=-1)
         if isinstance(temperature, (int, float)) and temperature == 0:
             values = log_probs.argmax(dim=-1)
         else:
-            tempered = self.logits / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
-            mass = _truncated(tempered.softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
+            mass = _truncated((self.logits / temperature).softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
             values = (mass < drawn).sum(dim=-1)
         return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))

@@ -33,10 +33,16 @@ class TokenEmbedding(nn.Module):
     """A TokenState → (B, N, D). Masked slots get a learned vector; every slot gets its position.
 
     codes: vectors of the codes, of which a projection is added to each code's own embedding; None = no projection.
+    self_conditioning: masked slots get an embedding of what was guessed for them, too, which starts at zero.
     """
 
-    def __init__(self, spec: TokenSpec, width: int, codes: CodeVectors | None = None):
+    def __init__(self, spec: TokenSpec, width: int, codes: CodeVectors | None = None, self_conditioning: bool = False):
         super().__init__()
+        if self_conditioning and spec.kind != "categorical":
+            raise UserError("self_conditioning needs tokens that are codes")
+        self.guess = nn.Embedding(spec.size + 1, width) if self_conditioning else None  # the first row: nothing guessed
+        if self.guess is not None:
+            nn.init.zeros_(self.guess.weight)
         self.codes = [codes] if codes else []  # in a list: it belongs to the network
         self.project = nn.Linear(codes.vectors.shape[1], width, bias=False) if codes else None
         self.spec = spec
@@ -55,7 +61,11 @@ class TokenEmbedding(nn.Module):
         embedded = self.value(values)
         for codes in self.codes:
             embedded = embedded + F.embedding(values, self.project(codes.vectors))
-        x = torch.where(state.masked.unsqueeze(-1), self.mask, embedded.to(self.mask.dtype))
+        mask = self.mask
+        if self.guess is not None:  # read in every pass, so that all ranks run the same modules
+            guess = torch.full_like(values, -1) if state.guess is None else state.guess
+            mask = mask + self.guess(guess + 1)
+        x = torch.where(state.masked.unsqueeze(-1), mask, embedded.to(self.mask.dtype))
         return x + (self.position if state.positions is None else self.position[state.positions])
 
 
