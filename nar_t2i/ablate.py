@@ -6,8 +6,9 @@
       comparison.md .csv .html .json   what nar_t2i.evaluation.comparison makes of them
 
 A recipe that only decodes otherwise (its run_dir is another recipe's) is judged on that one's run, which is trained if it
-was not yet. Everything that is finished is kept: the same command goes on after an interruption. Strategies that make
-several forward passes a step take that many times fewer steps, unless --equal steps is given.
+was not yet. Everything that is finished is kept, with the settings that it was made by: the same command goes on after an
+interruption, and another one that would mix settings is refused. Strategies that make several forward passes a step take
+that many times fewer steps, unless --equal steps is given. Every run trains on one device.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from PIL import Image
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
-from nar_t2i.folders import write_json
-from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
+from nar_t2i.folders import read_json, write_json
+from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve
 
 INTERRUPTED = 130
 SHOWN = 8  # pictures of a sheet
+DECODING = ("inference", "guidance", "sample_prompts", "scene_prompts")  # arguments of a generator that train nothing
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Entry:
     seed: int
     paths: tuple[str, ...]
     config: dict[str, Any]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the weights of the run depend on."""
+        kept = {key: value for key, value in self.config["model"]["init_args"].items() if key not in DECODING}
+        return {**self.config, "model": {**self.config["model"], "init_args": kept}}
 
     @property
     def draws(self) -> bool:
@@ -55,19 +63,34 @@ def main(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override, out)
     for entry in entries:
-        folder = out / "judged" / f"{entry.name}-{entry.seed}"
-        if (folder / "verdicts.json").exists():
-            print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
-            continue
         status = train(entry, arguments.equal, arguments.override)
         if status:
             return status
-        if entry.draws:
+        folder = out / "judged" / f"{entry.name}-{entry.seed}"
+        if not entry.draws:
+            continue
+        settings = {"config": entry.config, "prompts": arguments.prompts}
+        if (folder / "verdicts.json").exists():
+            check_same(folder / "settings.json", settings)
+            print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
+        else:
             judge(entry, folder, arguments.prompts)
+            write_json(folder / "settings.json", settings)
     from nar_t2i.evaluation.comparison import write_comparison
 
-    print(write_comparison(out, [entry.name for entry in entries if entry.draws]))
+    print(write_comparison(out, [entry.name for entry in entries if entry.draws], arguments.seeds))
     return 0
+
+
+def check_same(path: Path, settings: dict[str, Any]) -> None:
+    """UserError where what lies beside `path` was made with other settings; says which."""
+    before = _flat(read_json(path)) if path.exists() else {}
+    now = _flat(settings)
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        raise UserError(f"{path.parent} was made with {key} {before.get(key)!r}, and now it is {now.get(key)!r} "
+                        f"({len(differing)} such differences); name another folder with --out")  # fmt: skip
 
 
 def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequence[str], out: Path) -> list[Entry]:
@@ -89,6 +112,11 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
             run = out / f"runs/{seed}" / Path(config.get("run_dir") or known).name
             config = recipes.load(paths, [*overrides, f"run_dir={run}"]).config
             entries.append(Entry(known, run, seed, paths, config))
+    by_run: dict[Path, Entry] = {}
+    for entry in entries:
+        other = by_run.setdefault(entry.run, entry)
+        if entry.training != other.training:
+            raise UserError(f"{entry.paths[0]} trains otherwise than {other.paths[0]}, but has its run_dir; give it its own")
     return entries
 
 
@@ -97,18 +125,24 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     from nar_t2i.training.command import run
 
     steps = entry.config["trainer"]["max_steps"]
+    settings = {"training": entry.training, "equal": equal}
+    if (entry.run / "ablation.json").exists():
+        check_same(entry.run / "ablation.json", settings)
+    if (entry.run / "model/config.json").exists():
+        return 0
     own = {
         "run_dir": str(entry.run),
         "seed_everything": entry.seed,
         "model.init_args.seed": entry.seed,
         "data.init_args.seed": entry.seed,
         "trainer.max_steps": max(1, round(steps / entry.passes)) if equal == "flops" else steps,
-        "trainer.precision": fast_precision(),
     }
-    if (entry.run / "model/config.json").exists():
-        return 0
+    first = {"trainer.precision": fast_precision(), "trainer.devices": 1}  # which an override may change
+    entry.run.mkdir(parents=True, exist_ok=True)
+    write_json(entry.run / "ablation.json", settings)
     print(f"▶ {entry.run.name}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes:.3g} passes", flush=True)
-    status = run("fit", entry.paths, [*overrides, *(f"{key}={value}" for key, value in own.items())])
+    lines = [*(f"{key}={value}" for key, value in first.items()), *overrides, *(f"{key}={value}" for key, value in own.items())]
+    status = run("fit", entry.paths, lines)
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     return status
@@ -122,7 +156,7 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     from nar_t2i.generate import contact_sheet
     from nar_t2i.pipeline import TextToImage
 
-    t2i, model = TextToImage.from_pretrained(entry.run / "model"), entry.config["model"]["init_args"]
+    t2i, model = TextToImage.from_pretrained(entry.run / "model").to(best_device()), entry.config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(_whole(model["inference"])), type(t2i.guidance)(**model.get("guidance", {}))
     found: dict[str, Any] = {}
     for which in ("seen", "held_out"):
@@ -155,6 +189,15 @@ def _steps(run: Path) -> int:
 
     curves = read_curves(run / "metrics.csv")
     return int(max(steps[-1] for steps, _ in curves.values())) + 1
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key, as JSON would give them back."""
+    if isinstance(settings, dict):
+        return {k: v for key, value in settings.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(settings, (list, tuple)):
+        return {k: v for number, value in enumerate(settings) for k, v in _flat(value, f"{prefix}{number}.").items()}
+    return {prefix.removesuffix("."): settings}
 
 
 def _whole(description: Any) -> Any:

@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=16, help="decoding steps (default: 16)")
+    parser.add_argument("--steps", type=int, help="decoding steps (default: the model's own)")
     parser.add_argument("--guidance-scale", type=float, help="1 = no guidance (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nar_t2i.data.images import ImageError, decode_image, fit
+from nar_t2i.data.images import ImageError, decode_image, fit, upright
 from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.pixels import to_float
@@ -30,8 +30,8 @@ def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
     """The middle square of an image, scaled to `size` pixels, and its mask.
 
     mask: an image of the same size, light where something new is to come; None takes what is transparent. A pixel of the
-    square that holds any such part is drawn anew. Raises UserError where a file does not decode, sizes differ, or
-    there is nothing, or nothing but, to draw anew.
+    square that holds any such part is drawn anew. Raises UserError where a file does not decode, sizes differ, or there is
+    nothing to draw anew.
     """
     pixels = _read(image)
     if mask is None:
@@ -72,15 +72,17 @@ def known_outside(codec: TokenCodec, edit: Edit, rows: int) -> Known:
     patches = patches.unfold(1, edit.redraw.shape[1] // width, edit.redraw.shape[1] // width)
     kept = ~patches.flatten(2).any(-1).flatten()
     tokens = _tokens(codec, edit.image)
-    return Known(kept.expand(rows, -1), tokens.expand(rows, *tokens.shape[1:]))
+    return Known(kept.to(tokens.device).expand(rows, -1), tokens.expand(rows, *tokens.shape[1:]))
 
 
 def known_share(codec: TokenCodec, image: Tensor, share: float, noise: Noise) -> Known:
-    """All but a share of the image's tokens, other ones for each of the noise's samples. share: of tokens drawn anew."""
+    """All but a share of the image's tokens, other ones for each of the noise's samples. share: of tokens drawn anew, one at
+    least."""
     if not 0 < share <= 1:
         raise UserError(f"--variation must be above 0, to 1, not {share}")
     tokens = _tokens(codec, image)
-    kept = noise.uniform("variation", shape=(codec.spec.length,)) >= share
+    order = noise.uniform("variation", shape=(codec.spec.length,)).argsort(dim=1).argsort(dim=1)
+    kept = order >= max(1, round(share * codec.spec.length))
     return Known(kept, tokens.expand(len(kept), *tokens.shape[1:]))
 
 
@@ -110,7 +112,7 @@ def _transparent(path: str | Path) -> np.ndarray | None:
     with Image.open(path) as image:
         if not image.has_transparency_data:
             return None
-        found = np.asarray(image.convert("RGBA"))[..., 3] < OPAQUE
+        found = np.asarray(upright(image).convert("RGBA"))[..., 3] < OPAQUE
     return found if found.any() else None
 
 

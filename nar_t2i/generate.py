@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nar_t2i.editing import Edit, composited, known_outside, known_share, read_edit, read_image
 from nar_t2i.errors import UserError
+from nar_t2i.hardware import best_device
 from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_uint8
@@ -40,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    t2i = TextToImage.from_pretrained(arguments.model or shipped_model())
+    t2i = TextToImage.from_pretrained(arguments.model or shipped_model()).to(best_device())
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     edit, known = _edit(arguments, t2i, len(prompts))
     samples = t2i.sample(

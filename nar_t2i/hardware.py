@@ -45,6 +45,11 @@ def _seconds(dtype: torch.dtype, size: int = 512, trials: int = 5, device: torch
     return fastest
 
 
+def best_device() -> torch.device:
+    """Where a model draws fastest: the first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def usable_cores() -> int:
     """Cores that this process may run on, which a scheduler or a container may have made fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,6 +15,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from nar_t2i.errors import UserError
 
 T = TypeVar("T", bound=type)
@@ -42,6 +44,8 @@ def describe(value: Any) -> Any:
     """A part as `{"class_path", "init_args"}`, recursively; plain values as themselves."""
     arguments = getattr(value, "_described_args", None)
     if arguments is not None:
+        if not isinstance(value, nn.Module) and any(isinstance(argument, nn.Module) for argument in arguments.values()):
+            raise TypeError(f"{type(value).__name__} holds a network, whose weights no description has; name its folder instead")
         return {"class_path": class_path(type(value)), "init_args": {k: describe(v) for k, v in arguments.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -54,6 +58,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [describe(v) for v in value]
     raise TypeError(f"{type(value).__name__} cannot be described; decorate the class with @part")
+
+
+def changed(part: Any, **changes: Any) -> Any:
+    """A part of the same kind, made from the same arguments but for some."""
+    return type(part)(**{**part._described_args, **changes})
 
 
 def build(description: Any, trusted: Sequence[str] = ()) -> Any:

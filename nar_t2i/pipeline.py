@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, read_json, save_part, write_json
 from nar_t2i.noise import Noise
-from nar_t2i.parts import build, describe
+from nar_t2i.parts import build, changed, describe
 from nar_t2i.pixels import to_uint8
 from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
@@ -164,11 +165,9 @@ class TextToImage:
         changes = {k: v for k, v in (("steps", steps), ("temperature", temperature)) if v is not None}
         if not changes:
             return self.inference
-        description = describe(self.inference)
-        accepted = description["init_args"]
-        if unknown := set(changes) - set(accepted):
+        if unknown := set(changes) - set(inspect.signature(type(self.inference).__init__).parameters):
             raise UserError(f"{type(self.inference).__name__} has no {', '.join(sorted(unknown))}")
-        return build({**description, "init_args": {**accepted, **changes}})
+        return changed(self.inference, **changes)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> Tensor:

@@ -175,6 +175,13 @@ class TokenNetwork(nn.Module):
         raise NotImplementedError
 
 
+def beside(network: TokenNetwork, condition: Condition) -> TokenNetwork:
+    """A network that was loaded apart, moved to where the text states are, and, without autocast, to their precision."""
+    states = condition.states[0]
+    autocast = torch.is_autocast_enabled(states.device.type)
+    return network.to(states.device, None if autocast else states.dtype)
+
+
 class TokenCodec(nn.Module):
     """Images ↔ tokens. Images are float in [−1, 1], (B, 3, H, W)."""
 

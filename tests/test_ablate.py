@@ -59,6 +59,10 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     assert sorted(path.name for path in (out / "runs/0").iterdir()) == ["masked", "unrolled"]
     assert steps_of(out / "runs/0/masked") == 4 and steps_of(out / "runs/0/unrolled") == 2  # two passes a step
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "comparison" not in path.name}
+    for other, reason in ((["--prompts", "2"], "prompts 1"), (["--equal", "steps"], "equal 'flops'"),
+                          (["--override", "model.init_args.network.init_args.width=8"], "width 16")):  # fmt: skip
+        assert main(["ablate", *RECIPES[:2], *LINE, *other]) == 2
+        assert f"was made with {reason}" in capsys.readouterr().err.replace("settings.", "").replace("config.model.init_args.network.init_args.", "").replace("training.model.init_args.network.init_args.", "")
     capsys.readouterr()
     assert main(["ablate", *RECIPES, *LINE]) == 0
     told = capsys.readouterr().out
@@ -89,6 +93,17 @@ def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_qu
     assert [(row["name"], row["passes"]) for row in rows] == [("masked", 16), ("critic_guided", 31), ("critic_adaptive", 31)]
     with open(beside_a_quickstart / "criticised/runs/0/critic/metrics.csv", newline="") as file:
         assert any(row.get("critic_accuracy") for row in csv.DictReader(file))
+
+
+def test_a_recipe_that_trains_otherwise_needs_a_run_of_its_own(tmp_path):
+    """Or it would be judged on another's weights."""
+    same, other = tmp_path / "same.yaml", tmp_path / "other.yaml"
+    same.write_text("extends: learning/masked.yaml\nmodel: {init_args: {guidance: {scale: 1.0}}}\n")
+    other.write_text("extends: learning/masked.yaml\nmodel: {init_args: {learning: {init_args: {schedule: linear}}}}\n")
+    first, second = plan(["learning/masked", str(same)], None, 1, [], tmp_path)
+    assert first.run == second.run and first.config != second.config
+    with pytest.raises(UserError, match="other.yaml trains otherwise than learning/masked, but has its run_dir"):
+        plan(["learning/masked", str(other)], None, 1, [], tmp_path)
 
 
 def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,24 +130,28 @@ class TokenCache:
             paths = [self.folder / f"{block['name']}.{kind}.npy" for block in self.blocks]
             size = sum(path.stat().st_size for path in paths if path.is_file())
             small = size <= IN_MEMORY and len(self.blocks) > 0
-            maps = [self._map(number, kind) for number in range(len(self.blocks))] if small else []
-            self._wholes[kind] = np.concatenate(maps) if small else None
+            # Read, not mapped: each map holds a file handle.
+            parts = [self._open(number, kind, None) for number in range(len(self.blocks))] if small else []
+            self._wholes[kind] = np.concatenate(parts) if small else None
         return self._wholes[kind]
 
     def _map(self, number: int, kind: str) -> np.ndarray:
         if (number, kind) not in self._maps:
             if len(self._maps) >= 256:  # each map holds a file handle
                 del self._maps[next(iter(self._maps))]
-            block = self.blocks[number]
-            path = self.folder / f"{block['name']}.{kind}.npy"
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} cannot be read ({error}); encode_tokens makes it anew") from error
-            if len(array) != block["length"] * self.views:
-                raise UserError(f"{path} has {len(array)} rows instead of {block['length'] * self.views}; delete it and encode anew")
-            self._maps[number, kind] = array
+            self._maps[number, kind] = self._open(number, kind, "r")
         return self._maps[number, kind]
+
+    def _open(self, number: int, kind: str, mmap_mode: Literal["r"] | None) -> np.ndarray:
+        block = self.blocks[number]
+        path = self.folder / f"{block['name']}.{kind}.npy"
+        try:
+            array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); encode_tokens makes it anew") from error
+        if len(array) != block["length"] * self.views:
+            raise UserError(f"{path} has {len(array)} rows instead of {block['length'] * self.views}; delete it and encode anew")
+        return array
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}, "_wholes": {}}  # maps do not travel to other processes

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nar_t2i.evaluation import scene_accuracy
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load
 from nar_t2i.folders import write_json
+from nar_t2i.hardware import best_device
 from nar_t2i.pipeline import Samples, TextToImage
 
 
@@ -91,7 +92,7 @@ def evaluate_prompts(
         "truncated_prompts": drawn.truncated,
         "images_per_second": len(drawn.images) / drawn.seconds,
         "precision": "bf16" if bf16 else "fp32",
-        "steps": steps,
+        "steps": getattr(t2i.inference, "steps", None) if steps is None else steps,
         "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
         "seed": seed,
     }
@@ -124,7 +125,7 @@ def generator_metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    t2i = TextToImage.from_pretrained(arguments.model)
+    t2i = TextToImage.from_pretrained(arguments.model).to(best_device())
     if arguments.prompts:
         sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
     else:

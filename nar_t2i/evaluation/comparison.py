@@ -80,14 +80,12 @@ def compare(judged: dict[str, list[dict[str, Any]]]) -> list[Row]:
     return rows
 
 
-def write_comparison(out: Path, names: Sequence[str]) -> Path:
-    """Write comparison.html, .md, .csv and .json into `out`, of the entries of these names, in this order."""
+def write_comparison(out: Path, names: Sequence[str], seeds: int) -> Path:
+    """Write comparison.html, .md, .csv and .json into `out`, of the entries of these names, in this order, at the seeds
+    from 0 on."""
     judged: dict[str, list[dict[str, Any]]] = {}
     for name in dict.fromkeys(names):
-        files = sorted(out.glob(f"judged/{name}-[0-9]*/verdicts.json"))
-        if not files:
-            raise UserError(f"{out / 'judged'}: nothing was judged under the name {name}")
-        judged[name] = [read_json(file) for file in files]
+        judged[name] = [read_json(out / f"judged/{name}-{seed}/verdicts.json") for seed in range(seeds)]
     rows = compare(judged)
     machine = next(iter(judged.values()))[0]["machine"]
     write_json(out / "comparison.json", {"machine": machine, "rows": [row._asdict() for row in rows]})

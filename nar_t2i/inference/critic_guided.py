@@ -16,7 +16,7 @@ from nar_t2i.inference.scheduled import Scheduled, fill, lowest_first
 from nar_t2i.noise import Noise, gumbel
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, MaskSchedule
-from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenSpec, TokenState
+from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenSpec, TokenState, beside
 
 
 @part
@@ -25,10 +25,12 @@ class CriticGuided(Scheduled):
 
     As many stay as the schedule says, and all others are open again, those that stood before included: choices can be
     revoked. The last pass fills what is left. critic: the model folder of a run with CriticOf, or its network.
-    choice_temperature: of Gumbel noise on the critic's log-probabilities, falling to 0. persistent: the share of the
-    slots whose token, once it stands, is not revoked: frequency-adaptive sampling. 0 revokes everywhere, 1 nowhere. These
-    are the slots of least detail: the paper reads that from self-attention, here it is the share of a slot's neighbours
-    that hold another code (our choice).
+    choice_temperature: of Gumbel noise on the critic's log-probabilities, falling to 0. persistent: a share of the slots;
+    a token that stands when its slot is among that share, of least detail, is not revoked any more (frequency-adaptive
+    sampling). 0 revokes everywhere, 1 nowhere. The paper reads detail from self-attention; here it is the share of a
+    slot's neighbours that hold another code (our choice).
+
+    A saved model names the critic's folder as it was given, and holds no copy of it.
 
     The critic makes one call a pass, on conditional rows alone; `passes` and `rows` count the generator's and its calls.
     """
@@ -64,12 +66,15 @@ class CriticGuided(Scheduled):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        free, judge = masked, self.critic.to(tokens.device)
+        free, judge = masked, beside(self.critic, condition)
         text = judge.prepare(condition)
-        unknown = masked.sum(1)
+        unknown = masked.sum(1).cpu()
+        remaining, protected = unknown, torch.zeros_like(masked)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
         asked = 0
-        for step, left in enumerate(self.counts(unknown.cpu()) if known is None or bool(free.any()) else []):
+        for step, left in enumerate(self.counts(unknown)):
+            if int(remaining.max()) == 0:
+                break
             prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
             tokens, _ = fill(tokens, masked, slots, self.draw(prediction, noise.at(step, slots), step).values, masked)
             if step + 1 == self.steps:
@@ -79,10 +84,11 @@ class CriticGuided(Scheduled):
                 asked += 1
                 luck = gumbel(noise.at(step, slots).uniform("choice"))
                 score = right + self.choice_temperature * (1 - (step + 1) / self.steps) * luck
-                stands = ~masked & free & self.smooth(tokens, free, network.spec)
-                score = score.masked_fill(stands, float("inf")).masked_fill(~free, float("-inf"))
-                keep = (lowest_first(-score) < (unknown - left.to(unknown.device))[:, None]) & free
+                protected = protected | (~masked & free & self.smooth(tokens, free, network.spec))
+                score = score.masked_fill(protected, float("inf")).masked_fill(~free, float("-inf"))
+                keep = (lowest_first(-score) < (unknown - left).to(score.device)[:, None]) & free
                 masked = free & ~keep
+            remaining = left
             if on_step:
                 on_step(Step(step, tokens, masked))
         return Decoded(tokens, guided.passes + asked, guided.rows + asked)

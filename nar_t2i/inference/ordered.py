@@ -41,9 +41,9 @@ class Ordered(Scheduled):
         queue = (order + masked.logical_not() * network.spec.length).argsort(dim=1)
         total = unknown
         for step, left in enumerate(self.counts(unknown)):
-            start, end = (int(x) for x in ((total - unknown).min(), (total - left).max()))
-            if start == end:
+            if int(unknown.max()) == 0:
                 break
+            start, end = (int(x) for x in ((total - unknown).min(), (total - left).max()))
             slots = queue[:, start:end]
             prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
             sampled = self.draw(prediction, noise.at(step, slots), step)

@@ -14,7 +14,7 @@ from nar_t2i.learning.masked import draw_masks, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
-from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
+from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState, beside
 
 
 @part
@@ -48,9 +48,7 @@ class CriticOf(LearningStrategy):
     @torch.no_grad()
     def drawn(self, batch: TokenBatch, noise: Noise, masked: torch.Tensor) -> torch.Tensor:
         """(B, N, …), what the generator makes of the tokens of which some are hidden."""
-        generator = self._generator[0]
-        if next(generator.parameters()).device != batch.tokens.device:
-            generator.to(batch.tokens.device)
+        generator = beside(self._generator[0], batch.condition)
         read = torch.ones_like(masked) if self.redraw == "all" else masked
         prediction = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition), read=read)
         values = prediction.sample(noise.at(0, read), self.temperature).values

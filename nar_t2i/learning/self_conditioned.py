@@ -17,8 +17,8 @@ class SelfConditioned(Masked):
     """A first pass without a gradient guesses the masked tokens, and a second one, which is shown the guesses, is learned.
 
     share: of the images that are shown their guesses (the paper's half); the others learn to do without, as the first
-    decoding step has to. The network must read guesses (`self_conditioning: true`); when it decodes, each pass is shown the
-    draws of the one before. For tokens, where the paper has bits: our choice. The rest: see Masked.
+    decoding step has to. The network must read guesses (`self_conditioning: true`); strategies that choose among all
+    unknown slots (Confidence, Purity, Moment) then show each pass the draws of the one before, and others show none. For tokens, where the paper has bits: our choice. The rest: see Masked.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class SelfConditioned(Masked):
         draws = noise.at(0, masked)
         with torch.no_grad():
             guessed = network(TokenState(batch.tokens, masked), prepared, read=masked).sample(draws).values
+        torch.clear_autocast_cache()  # weights that were cast without a gradient must not serve the pass that has one
         shown = noise.uniform("self-conditioning") < self.share
         guess = torch.full_like(batch.tokens, -1).masked_scatter(masked, guessed)
         guess = guess.masked_fill(~shown[:, None], -1)

@@ -60,7 +60,7 @@ class TokenEmbedding(nn.Module):
             values = 2 * values.to(self.mask.dtype) - 1
         embedded = self.value(values)
         for codes in self.codes:
-            embedded = embedded + F.embedding(values, self.project(codes.vectors))
+            embedded = embedded + F.embedding(values, self.project(codes.vectors.to(self.project.weight.dtype)))
         mask = self.mask
         if self.guess is not None:  # read in every pass, so that all ranks run the same modules
             guess = torch.full_like(values, -1) if state.guess is None else state.guess
@@ -86,7 +86,8 @@ class TokenHead(nn.Module):
         x = self.norm(x)
         logits = self.logits(x)
         for codes in self.codes:
-            logits = logits + F.linear(self.project(x), codes.vectors)
+            projected = self.project(x)
+            logits = logits + F.linear(projected, codes.vectors.to(projected.dtype))
         return Categorical(logits) if self.kind == "categorical" else Bernoulli(logits)
 
 

@@ -20,6 +20,14 @@ from nar_t2i.types import Condition, TextEncoder
 ALIGNMENT = 32
 
 
+class FlatConvolution(nn.Conv1d):
+    """A convolution along a line, as one over an image one pixel high: the kernels for these are several times faster on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, padding = self.weight.unsqueeze(2), (0, *self.padding)
+        return F.conv2d(x.unsqueeze(2), weight, self.bias, padding=padding, groups=self.groups).squeeze(2)
+
+
 class WordConvolution(nn.Module):
     """A depthwise convolution along the caption, added to the states of its tokens.
 
@@ -29,16 +37,12 @@ class WordConvolution(nn.Module):
 
     def __init__(self, width: int, reach: int):
         super().__init__()
-        self.convolution = nn.Conv1d(width, width, 2 * reach + 1, padding=reach, groups=width)
+        self.convolution = FlatConvolution(width, width, 2 * reach + 1, padding=reach, groups=width)
         nn.init.zeros_(self.convolution.weight)
         nn.init.zeros_(self.convolution.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # As images one pixel high: the kernels for these are several times faster on CPUs.
-        image = (x * mask.unsqueeze(-1)).transpose(1, 2).unsqueeze(2)
-        c = self.convolution
-        read = F.conv2d(image, c.weight.unsqueeze(2), c.bias, padding=(0, *c.padding), groups=c.groups)
-        return x + read.squeeze(2).transpose(1, 2)
+        return x + self.convolution((x * mask.unsqueeze(-1)).transpose(1, 2)).transpose(1, 2)
 
 
 class EncoderBlock(nn.Module):

@@ -171,6 +171,17 @@ def test_a_critic_learns_and_another_generators_tokens_are_refused():
         learning.loss(TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1), even, Noise(0, torch.arange(200)), 0.0)
 
 
+def test_a_critic_that_is_a_network_keeps_its_weights(tmp_path):
+    """Changing the number of steps must not make it anew, and saving must not pretend to keep it."""
+    from nar_t2i.parts import changed, describe
+
+    critic = TokenCritic(SPEC, (8,), width=16, depth=1, heads=2)
+    strategy = changed(CriticGuided(critic, steps=4), steps=7)
+    assert strategy.critic is critic and strategy.steps == 7
+    with pytest.raises(TypeError, match="name its folder"):
+        describe(strategy)
+
+
 def test_a_critic_is_a_folder_too(tmp_path):
     from nar_t2i.folders import save_part
 

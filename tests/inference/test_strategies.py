@@ -111,6 +111,15 @@ def test_an_image_is_the_same_alone_and_in_a_batch(strategy):
         assert torch.equal(alone.tokens[0], together[row])
 
 
+@pytest.mark.parametrize("strategy", [Confidence(12, "linear"), RandomOrder(12, "linear"), Halton(12, "linear")], ids=named)
+def test_passes_end_when_nothing_is_left(strategy):
+    mask = torch.ones(3, 16, dtype=torch.bool)
+    for row, unknown in enumerate((2, 5, 0)):
+        mask[row, :unknown] = False
+    known = Known(mask, torch.zeros(3, 16, dtype=torch.long))
+    assert decoded(strategy, known=known).passes == 5
+
+
 def test_no_strategy_is_another_one():
     traces = {}
     for strategy in STRATEGIES:

@@ -56,6 +56,19 @@ def test_a_share_of_the_images_is_shown_its_guesses(share):
     assert torch.equal(second.guess[shown], every[shown])
 
 
+def test_every_weight_gets_a_gradient_under_autocast():
+    """The pass without a gradient must not leave casts behind that have none."""
+    torch.manual_seed(0)
+    reader = EncoderDecoder(SPEC, (8,), width=16, depth=1, heads=2, self_conditioning=True)
+    torch.nn.init.normal_(reader.head.logits.weight)
+    condition = make_condition(8)[0]
+    given = TokenBatch(torch.randint(7, (8, 16)), condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = SelfConditioned(1.0).loss(reader, given, Noise(0, torch.arange(8)), 1.0)["loss"].total
+    total.backward()
+    assert not [name for name, p in reader.named_parameters() if p.grad is None]
+
+
 def test_it_begins_as_masked_training_and_guesses_then_matter():
     reader = network(self_conditioning=True)
     one, other = (s.loss(reader, batch(), noise(), 1.0)["loss"].total for s in (SelfConditioned(), Masked()))
