@@ -57,7 +57,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(40_000, 1000, 1.0, 3.0, 7.6, 1000, 200),
+    "full": Scale(40_000, 1000, 1.0, 3.0, 8.0, 1000, 200),
     # Single objects alone: what can be learned in minutes well enough to tell a working chain from a broken one.
     "shortened": Scale(20_000, 200, 1.0, 1.5, 5.0, 200, 200, 1, ("single_object", "colors")),
     "tiny": Scale(256, 64, 0.05, 0.05, 0.05, 16, 2),  # proves that the chain holds together, nothing more

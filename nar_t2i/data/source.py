@@ -82,6 +82,7 @@ class Source:
     token_spec: TokenSpec | None = None  # set where images come as tokens from a cache
     has_errors = False  # True where tokens come with their quantisation errors
     has_states = False  # True where captions come with their states from a cache
+    truncated: float | None = None  # there, the share of the captions that did not fit into the text encoder
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -155,6 +156,7 @@ class SourceAround(Source):
     def __init__(self, source: Source):
         self._source, self.name = source, source.name
         self.token_spec, self.has_errors, self.has_states = source.token_spec, source.has_errors, source.has_states
+        self.truncated = source.truncated
 
     def __len__(self) -> int:
         return len(self._source)

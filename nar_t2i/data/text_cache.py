@@ -153,6 +153,7 @@ class TextCachedSource(SourceAround):
         super().__init__(source)
         cache.check(source)
         self.text_cache, self.has_states = cache, True
+        self.truncated = cache.manifest["truncated"] / max(1, cache.manifest["captions"])
 
     def read_states(self, indices: np.ndarray, pick: np.ndarray) -> Condition:
         return self.text_cache.states(indices, pick)

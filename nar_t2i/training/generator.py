@@ -52,7 +52,8 @@ class GeneratorModule(TrainedModule):
     travel with the package, of combinations that training has seen.
     text_learning_rate, text_weight_decay: the text encoder's own peak and decay; None: those of the rest. With a peak of
     its own it is trained by AdamW, as pretrained encoders were, whatever trains the rest.
-    Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder.
+    Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder (of all
+    captions, where their states come from a cache).
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -89,6 +90,7 @@ class GeneratorModule(TrainedModule):
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
         self._captions = [0, 0]  # that this process has trained on, and those of them that did not fit
+        self._cached_truncated: float | None = None  # share of those in a text cache
         self.sample_prompts = sample_prompts or []
         self.scene_prompts = take(committed("seen"), scene_prompts)
         if scene_prompts and codec.image_size < MIN_SIDE:
@@ -103,6 +105,7 @@ class GeneratorModule(TrainedModule):
         datamodule.check_codec(self.codec)
         datamodule.check_text(self.text)
         if stage == "fit":
+            self._cached_truncated = None if datamodule.streams else datamodule.source("train").truncated
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
 
@@ -150,8 +153,9 @@ class GeneratorModule(TrainedModule):
         terms = self._terms(batch, self.seed, dropout=True, progress=self.progress)
         self._captions[0] += self.text.encoded - before[0]
         self._captions[1] += self.text.truncated - before[1]
-        if self._captions[0]:
-            self.log("truncated_captions", self._captions[1] / self._captions[0])
+        truncated = self._captions[1] / self._captions[0] if self._captions[0] else self._cached_truncated
+        if truncated is not None:
+            self.log("truncated_captions", truncated)
         means = {name: total / weight for name, (total, weight) in terms.items()}
         for name, mean in means.items():
             self.log(name, mean.detach(), prog_bar=name == "loss")

@@ -1,5 +1,6 @@
 """Text caches: the states of every caption once, refusal of what does not belong together, and the same training."""
 
+import csv
 import json
 import shutil
 from functools import partial
@@ -236,11 +237,13 @@ def recipe(tmp_path, models, monkeypatch):
     return data
 
 
-def losses(folder):
-    import csv
-
+def logged(folder):
     with open(folder / "metrics.csv", newline="") as file:
-        return [float(row["loss"] or row["validation_loss"]) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def losses(folder):
+    return [float(row["loss"] or row["validation_loss"]) for row in logged(folder)]
 
 
 @pytest.mark.parametrize(("stored", "off"), [("float32", 1e-5), ("float16", 2e-3)])
@@ -254,6 +257,18 @@ def test_training_from_the_cache_is_training_without_it(recipe, tmp_path, stored
     assert len(cached) == len(plain) > 12
     assert max(abs(a - b) for a, b in zip(cached, plain)) < off
     assert max(abs(a - b) for a, b in zip(other, plain)) > 10 * off
+
+
+def test_captions_that_do_not_fit_are_told_in_training_from_the_cache_too(recipe, tmp_path):
+    short = "--model.init_args.text.init_args.max_length=4"
+    (tmp_path / "short.yaml").write_text('{"extends": "text.yaml", "model": {"init_args": {"text": {"init_args": {"max_length": 4}}}}}')
+    assert command.main([recipe, "short.yaml", "text"]) == 0
+    manifest = json.loads((tmp_path / "text/text.json").read_text())
+    line = ["--data.init_args.text_cache=text", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", short]
+    assert nar_t2i(["fit", "--config", "text.yaml", "--run_dir=cached", *line]) == 0
+    told = [float(row["truncated_captions"]) for row in logged(tmp_path / "cached") if row.get("truncated_captions")]
+    assert told and told == pytest.approx([manifest["truncated"] / manifest["captions"]] * len(told))
+    assert manifest["truncated"] > 0
 
 
 def test_a_recipe_that_does_not_match_is_one_error(recipe, capsys):
