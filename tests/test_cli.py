@@ -405,7 +405,7 @@ def test_generate_evaluate_report_and_quickstart_are_dispatched(monkeypatch):
     assert seen[::2] == [
         "nar_t2i.generate", "nar_t2i.evaluation.command", "nar_t2i.evaluation.report", "nar_t2i.quickstart"
     ]
-    assert (generate.prompt, generate.steps, generate.guidance_scale, generate.film) == (["a", "b"], 16, 2.0, "gif")
+    assert (generate.prompt, generate.steps, generate.guidance_scale, generate.film) == (["a", "b"], None, 2.0, "gif")
     assert generate.negative_prompt is None and generate.model is None and generate.seed == 0
     assert (evaluate.model, evaluate.batch_size) == ("m", 8)
     assert report.runs == ["runs/a", "runs/b"]
