@@ -2,7 +2,7 @@
 
     python benchmarks/cache.py                          # after nar-t2i quickstart
     python benchmarks/cache.py --shards runs/emoji/64/train --tokenizer runs/emoji/tokenizer/model --cache runs/emoji/tokens/train \
-        --text-cache runs/emoji/minilm_states/train --text emoji/minilm --run runs/emoji/minilm --out docs/results/cache/emoji.json
+        --text-cache runs/emoji/minilm_states/train --text emoji/minilm --run runs/emoji/minilm --fp32 --out docs/results/cache/emoji.json
 
 One process, batches of the quickstart's size, in turns; the medians are written as JSON, with what a sample takes on disk
 and the share of its time for which a run waited for data. What is compared must agree: a side that reads other tokens than
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--run", default="runs/quickstart/generator", help="that trained on them; default: the quickstart's")
     parser.add_argument("--text-cache", help="states of the captions; default: tokens alone")
     parser.add_argument("--text", help="what made them: a recipe, a run or a model folder")
+    parser.add_argument("--fp32", action="store_true", help="the tokens were made so (encode_tokens), not as a quickstart makes them")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -74,11 +75,12 @@ class Bench:
 
     def __init__(self, parsed: argparse.Namespace):
         self.shards, self.cache, self.text_cache, self.batch_size = parsed.shards, parsed.cache, parsed.text_cache, parsed.batch_size
+        self.bf16 = not parsed.fp32 and fast_precision() == "bf16-mixed"
         self.codec = load_part(Path(parsed.tokenizer)).eval()
 
     def data(self, cached: bool, states: bool) -> CaptionedImages:
         return CaptionedImages(
-            self.codec.image_size, self.batch_size, train=self.shards, cache=self.cache if cached else None,
+            image_size=self.codec.image_size, global_batch_size=self.batch_size, train=self.shards, cache=self.cache if cached else None,
             text_cache=self.text_cache if states else None,
         )  # fmt: skip
 
@@ -88,9 +90,9 @@ class Bench:
 
     @torch.no_grad()
     def codec_batches(self) -> Batches:
-        """Images decoded and encoded, in the precision in which the quickstart fills its cache."""
+        """Images decoded and encoded, in the precision in which the cache was filled."""
         for batch in self.data(False, False).train_dataloader():
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_precision() == "bf16-mixed"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 tokens = self.codec.encode(to_float(batch.images)).tokens
             yield tokens, batch.captions
 
