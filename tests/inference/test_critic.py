@@ -95,6 +95,25 @@ def test_persistent_tokens_are_not_revoked():
         assert torch.equal(before.tokens[~before.masked], after.tokens[~before.masked])
 
 
+def test_what_was_protected_once_stays_to_the_end():
+    """Also where its slot is no longer among those of least detail."""
+    smooth = []
+
+    class Recording(CriticGuided):
+        def smooth(self, tokens, free, spec):
+            smooth.append(super().smooth(tokens, free, spec))
+            return smooth[-1]
+
+    _, steps = decoded(Recording(Fickle(), steps=8, persistent=0.5))
+    stood = [torch.zeros_like(steps[0].masked), *(~step.masked for step in steps)]
+    left_again = 0
+    for number, least in enumerate(smooth):
+        protected = least & stood[number]
+        assert not any((protected & step.masked).any() for step in steps[number:])
+        left_again += sum(int((protected & ~later).sum()) for later in smooth[number + 1 :])
+    assert left_again  # some of them did leave that share
+
+
 @pytest.mark.parametrize("persistent", [0.0, 0.4, 1.0])
 def test_known_tokens_stay_and_images_do_not_depend_on_the_batch(persistent):
     known = some_known()
