@@ -14,6 +14,7 @@ that many times fewer steps, unless --equal steps is given. Every run trains on 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.folders import flat, read_json, write_json
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve
 
@@ -62,7 +63,13 @@ class Entry:
 def main(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override, out)
-    for entry in entries:
+    tasks = apart(entries)
+    if arguments.count:
+        print(len(tasks))
+        return 0
+    if arguments.task is not None and not 0 <= arguments.task < len(tasks):
+        raise UserError(f"--task {arguments.task}: there are {len(tasks)}, from 0 on")
+    for entry in entries if arguments.task is None else tasks[arguments.task]:
         status = train(entry, arguments.equal, arguments.override)
         if status:
             return status
@@ -78,14 +85,35 @@ def main(arguments: argparse.Namespace) -> int:
             write_json(folder / "settings.json", settings)
     from nar_t2i.evaluation.comparison import write_comparison
 
-    print(write_comparison(out, [entry.name for entry in entries if entry.draws], arguments.seeds))
+    names = list(dict.fromkeys(entry.name for entry in entries if entry.draws))
+    judged = {name: [out / f"judged/{name}-{seed}" for seed in range(arguments.seeds)] for name in names}
+    left = sum(not (folder / "settings.json").exists() for folders in judged.values() for folder in folders)
+    if left:
+        print(f"{left} of the entries are other tasks' and not judged yet; the last task to end writes the comparison")
+    elif judged:
+        print(write_comparison(out, judged))
     return 0
+
+
+def apart(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The entries in groups that can be done side by side: all that is judged on one run, and what builds on that run."""
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        named = {os.path.normpath(value) for value in flat(entry.config).values() if isinstance(value, str) and "/" in value}
+        for group in groups:
+            runs = [str(other.run) for other in group]
+            if str(entry.run) in runs or any(name == run or name.startswith(run + "/") for name in named for run in runs):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return groups
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
     """UserError where what lies beside `path` was made with other settings; says which."""
-    before = _flat(read_json(path)) if path.exists() else {}
-    now = _flat(settings)
+    before = flat(read_json(path)) if path.exists() else {}
+    now = flat(settings)
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         key = differing[0]
@@ -179,7 +207,7 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     write_json(folder / "verdicts.json", {
         **found, "machine": describe_machine(), "trained": entry.run.name, "training_passes": entry.passes,
         "steps": _steps(entry.run), "recipe": entry.paths[0],
-        "strategy": {key: model[key] for key in ("learning", "inference", "guidance") if key in model},
+        "strategy": {key: model[key] for key in ("learning", "network", "inference", "guidance") if key in model},
     })  # fmt: skip
 
 
@@ -189,15 +217,6 @@ def _steps(run: Path) -> int:
 
     curves = read_curves(run / "metrics.csv")
     return int(max(steps[-1] for steps, _ in curves.values())) + 1
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key, as JSON would give them back."""
-    if isinstance(settings, dict):
-        return {k: v for key, value in settings.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(settings, (list, tuple)):
-        return {k: v for number, value in enumerate(settings) for k, v in _flat(value, f"{prefix}{number}.").items()}
-    return {prefix.removesuffix("."): settings}
 
 
 def _whole(description: Any) -> Any:

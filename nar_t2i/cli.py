@@ -110,11 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", metavar="FILE", help="a picture to edit: its middle square")
     generate.add_argument("--mask", metavar="FILE", help="light where --image is drawn anew (default: where it is transparent)")
     generate.add_argument("--variation", type=float, metavar="SHARE", help="draw a share of --image anew, anywhere: 0 to 1")
+    generate.add_argument("--compile", action="store_true", help="with torch.compile: a minute to begin with, faster after it")
     generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
 
     evaluate = commands.add_parser("evaluate", help="measure a model on scene prompts")
     evaluate.add_argument("--model", required=True, metavar="FOLDER")
     evaluate.add_argument("--prompts", metavar="FILE", help="JSON lines of prompts (default: the committed ones)")
+    evaluate.add_argument("--per-category", type=int, metavar="N", help="the first N prompts of each category (default: all)")
     evaluate.add_argument("--out", required=True, metavar="FILE", help="where the metrics go, as JSON")
     _add_decoding(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
@@ -130,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="FOLDER", help="the model folder to write")
     export.add_argument("--raw", action="store_true", help="the weights of the last step instead of their average")
 
-    report = commands.add_parser("report", help="write report.html and metrics.json of runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    report = commands.add_parser("report", help="write report.html and metrics.json of runs, or one table of ablations")
+    report.add_argument("runs", nargs="+", metavar="DIR", help="a run's folder, or one that ablate has made")
 
     ablate = commands.add_parser("ablate", help="train and judge a list of recipes, and compare them")
     ablate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, or names of shipped recipes")
@@ -140,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--seeds", type=int, default=1, help="trainings of each recipe (default: 1)")
     ablate.add_argument("--prompts", type=int, default=200, help="a category, seen and held out (default: 200, all)")
     ablate.add_argument("--equal", choices=("flops", "steps"), default="flops", help="what trainings share (default: flops)")
+    ablate.add_argument("--task", type=int, metavar="I", help="only the I-th of the parts that can be done side by side, from 0 on")
+    ablate.add_argument("--count", action="store_true", help="say how many such parts there are, and do nothing")
     ablate.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="laid over every recipe")
 
     quickstart = commands.add_parser("quickstart", help="captions to pictures on the embedded data set, in minutes")
@@ -152,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="decoding steps (default: the model's own)")
     parser.add_argument("--guidance-scale", type=float, help="1 = no guidance (default: the model's own)")
+    parser.add_argument("--candidates", type=int, metavar="N", help="draw N of each, keep the likeliest (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -42,6 +42,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON: {error}") from error
 
 
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key, as JSON would give them back."""
+    if isinstance(settings, dict):
+        return {k: v for key, value in settings.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+    if isinstance(settings, (list, tuple)):
+        return {k: v for number, value in enumerate(settings) for k, v in flat(value, f"{prefix}{number}.").items()}
+    return {prefix.removesuffix("."): settings}
+
+
 def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a part into `folder`. dtype: of the stored floating-point weights; None keeps theirs."""
     folder = Path(folder)
@@ -74,6 +83,12 @@ def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder}: {error}".splitlines()[0]) from error
     return part.eval()
+
+
+def frozen_network(model: str | nn.Module) -> nn.Module:
+    """The network of a model folder, or a network that was loaded before: to be asked, not to be trained."""
+    network = load_part(Path(os.path.normpath(model), "network")) if isinstance(model, str) else model
+    return network.eval().requires_grad_(False)
 
 
 def _with_assets(part: Any, folder: Path, inside: str, dtype: torch.dtype | None) -> dict[str, Any]:

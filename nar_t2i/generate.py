@@ -42,6 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     t2i = TextToImage.from_pretrained(arguments.model or shipped_model()).to(best_device())
+    if arguments.compile:
+        t2i.compile()
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     edit, known = _edit(arguments, t2i, len(prompts))
     samples = t2i.sample(
@@ -53,6 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         negative_prompts=arguments.negative_prompt,
         known=known,
         on_step=films,
+        candidates=arguments.candidates,
     )
     pixels = samples.images if edit is None else composited(samples.images, edit)
     images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]

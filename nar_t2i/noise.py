@@ -57,9 +57,10 @@ class Noise:
     """
 
     def __init__(self, seed: int, ids: Tensor, dtype: torch.dtype = torch.float32):
+        self.seed = seed
         self.ids = ids
         self.dtype = dtype
-        seed_key = torch.tensor(_signed(seed), dtype=torch.int64, device=ids.device)
+        seed_key = torch.full((), _signed(seed), dtype=torch.int64, device=ids.device)  # filled there, not copied
         self._keys = _fold(_mix(seed_key), ids)
 
     def uniform(self, stream: str, step: int | Tensor = 0, shape: tuple[int, ...] = ()) -> Tensor:
@@ -69,6 +70,14 @@ class Noise:
     def integers(self, stream: str, high: int, step: int | Tensor = 0, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) int64, uniform on 0 … high − 1."""
         return (self.uniform(stream, step, shape).double() * high).long().clamp_(max=high - 1)
+
+    def copies(self, count: int) -> Noise:
+        """The noise of `count` draws of every image, side by side: (B · count) rows, of which each image's first is as here
+        and the others are independent of it."""
+        copied = Noise(self.seed, self.ids.repeat_interleave(count), self.dtype)
+        number = torch.arange(count, device=self.ids.device).repeat(len(self.ids))
+        copied._keys = torch.where(number == 0, copied._keys, _fold(_fold(copied._keys, _stream_key("copy")), number))
+        return copied
 
     def at(self, step: int | Tensor, positions: Tensor) -> SlotNoise:
         """The numbers of the slots in `positions`: integers (B, M), or booleans (B, N), flattened to (R,)."""

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, read_json, save_part, write_json
+from nar_t2i.inference.best_of import BestOf
+from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build, changed, describe
 from nar_t2i.pixels import to_uint8
@@ -42,7 +44,8 @@ class Samples(NamedTuple):
 class TextToImage:
     """A tokenizer, a text encoder, the null caption, a network, and how to decode by default.
 
-    `t2i(prompts, steps=16, guidance_scale=3.0, seed=0)` gives PIL images; `sample` gives tensors and counts.
+    `t2i(prompts, steps=16, guidance_scale=3.0, seed=0)` gives PIL images; `sample` gives tensors and counts. graphs: recorded
+    decodings, which a loaded pipeline uses on a CUDA device; None = each pass is launched by itself.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TextToImage:
     ):
         self.tokenizer, self.text, self.null, self.network = tokenizer, text, null, network
         self.inference, self.guidance = inference, guidance
+        self.graphs: Graphs | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], trusted: tuple[str, ...] = ()) -> TextToImage:
@@ -74,7 +78,9 @@ class TextToImage:
             raise UserError(f"{folder / 'config.json'}: inference and guidance cannot be built: {error}") from error
         if not (isinstance(inference, InferenceStrategy) and isinstance(guidance, Guidance)):
             raise UserError(f"{folder / 'config.json'}: inference and guidance must name a strategy and a Guidance")
-        return cls(**parts, inference=inference, guidance=guidance)
+        t2i = cls(**parts, inference=inference, guidance=guidance)
+        t2i.graphs = Graphs()  # while a network is trained, its weights move, and memory is short
+        return t2i
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a self-contained folder. dtype: of the stored weights; loading always gives float32."""
@@ -88,6 +94,13 @@ class TextToImage:
         """Move or cast all parts."""
         for name in PARTS:
             getattr(self, name).to(device=device, dtype=dtype)
+        self.graphs = self.graphs and Graphs()
+        return self
+
+    def compile(self) -> TextToImage:
+        """Have torch.compile fuse what the network computes. The first images then take a minute or so longer, and again with
+        another number of them at once; a C++ compiler is needed. Tokens are equal up to rounding."""
+        self.network.compile()
         return self
 
     @property
@@ -105,10 +118,11 @@ class TextToImage:
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
         batch_size: int = 64,
+        candidates: int | None = None,
     ) -> list[Image.Image]:
         """PIL images, one a prompt. See `sample` for the arguments."""
         samples = self.sample(
-            prompts, steps, guidance_scale, temperature, seed, negative_prompts, known, on_step, batch_size
+            prompts, steps, guidance_scale, temperature, seed, negative_prompts, known, on_step, batch_size, candidates
         )
         return [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -124,12 +138,15 @@ class TextToImage:
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
         batch_size: int = 64,
+        candidates: int | None = None,
     ) -> Samples:
         """Generate.
 
         steps, guidance_scale, temperature: None keeps the pipeline's. seed: image i of an integer seed s is the image of
         seed s + i alone; a sequence gives each image its own. negative_prompts: take the null caption's place in
         guidance. known: tokens to keep, a row a prompt. on_step: called after every step of every batch.
+        batch_size: images that are decoded at once. candidates: images to draw of each prompt, of which the one stays that
+        the network finds likeliest (BestOf); None keeps the pipeline's.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -141,18 +158,22 @@ class TextToImage:
             negative_prompts = [negative_prompts] * len(prompts)
         if negative_prompts and len(negative_prompts) != len(prompts):
             raise UserError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
-        inference = self._decoder(steps, temperature)
+        inference = self._decoder(steps, temperature, candidates)
         guidance = self.guidance if guidance_scale is None else _rescaled(self.guidance, guidance_scale)
         for part in (self.tokenizer, self.text, self.null, self.network):
             part.eval()
         images, tokens = [], []
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
+        at_once = max(1, batch_size // getattr(inference, "candidates", 1))
+        for start in range(0, len(prompts), at_once):
+            rows = slice(start, start + at_once)
             condition = self.text(prompts[rows])
             null = self._null(condition, negative_prompts and negative_prompts[rows])
             noise = Noise(0, seeds[rows].to(self.device), _precision(self.network))
             given = known and Known(known.mask[rows], known.tokens[rows])
-            decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
+            if self.graphs and inference.static and given is None and on_step is None and self.device.type == "cuda":
+                decoded = self.graphs.decode(inference, self.network, condition, null, noise, guidance)
+            else:
+                decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
             tokens.append(decoded.tokens)
             images.append(to_uint8(self.tokenizer.decode(decoded.tokens, condition=condition)))
         return Samples(torch.cat(images), torch.cat(tokens), decoded.passes, decoded.rows)
@@ -160,14 +181,24 @@ class TextToImage:
     def _null(self, condition: Condition, negative_prompts: list[str] | None) -> Condition:
         return self.text(negative_prompts) if negative_prompts else self.null(condition)
 
-    def _decoder(self, steps: int | None, temperature: float | None) -> InferenceStrategy:
-        """The default strategy, or one of its kind with other `steps` or `temperature`."""
+    def _decoder(self, steps: int | None, temperature: float | None, candidates: int | None) -> InferenceStrategy:
+        """The default strategy, or one of its kind with other `steps`, `temperature` or `candidates`."""
+        inference = self.inference
+        if candidates is not None:
+            drawn = inference.first if isinstance(inference, BestOf) else inference
+            inference = BestOf(drawn, candidates) if candidates != 1 else drawn
         changes = {k: v for k, v in (("steps", steps), ("temperature", temperature)) if v is not None}
-        if not changes:
-            return self.inference
-        if unknown := set(changes) - set(inspect.signature(type(self.inference).__init__).parameters):
-            raise UserError(f"{type(self.inference).__name__} has no {', '.join(sorted(unknown))}")
-        return changed(self.inference, **changes)
+        return _with(inference, changes) if changes else inference
+
+
+def _with(inference: InferenceStrategy, changes: dict[str, Any]) -> InferenceStrategy:
+    """A strategy with other settings, or around one that has them."""
+    has = inspect.signature(type(inference).__init__).parameters
+    if changes.keys() <= has.keys():
+        return changed(inference, **changes)
+    if "first" in has:
+        return changed(inference, first=_with(inference.first, changes))
+    raise UserError(f"{type(inference).__name__} has no {', '.join(sorted(set(changes) - set(has)))}")
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> Tensor:

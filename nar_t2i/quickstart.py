@@ -199,7 +199,7 @@ class Quickstart:
         prompts = {which: self._prompts(which) for which in ("seen", "held_out")}
         pictures: list[dict[str, Any]] = []
         results = {which: self._score(t2i, "quickstart", which, prompts[which], pictures) for which in prompts}
-        few = take(prompts["seen"], PICTURES // 6)
+        few = take(prompts["seen"], PICTURES // 12)  # it draws four candidates of each
         self._score(shipped, "shipped", "seen", few, pictures)
         write_json(self.folder / "evaluation/samples.json", pictures)
         self._write_sheet(pictures)

@@ -307,7 +307,13 @@ class Known(NamedTuple):
 
 
 class InferenceStrategy:
-    """How tokens are decoded. Critics, drafters and scorers come in __init__."""
+    """How tokens are decoded. Critics, drafters and scorers come in __init__.
+
+    static: with nothing known ahead, all shapes and the number of passes follow from the arguments alone, and nothing is
+    read from the device or copied to it, so that a decoding can be recorded (`nar_t2i.inference.graphs`).
+    """
+
+    static: bool = False
 
     def decode(
         self,

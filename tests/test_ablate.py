@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nar_t2i.ablate import plan
+from nar_t2i.ablate import apart, plan
 from nar_t2i.cli import main
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.shards import ShardSource
@@ -84,6 +84,25 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     assert len(verdicts["seen"]["passed"]) == 6 and len(verdicts["held_out"]["passed"]) == 6
 
 
+def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch, capsys):
+    """After the test above, whose entries are there."""
+    monkeypatch.chdir(beside_a_quickstart)
+    assert main(["ablate", "learning/linear", *LINE, "--out", "other"]) == 0
+    for _ in range(2):  # again, nothing comes twice
+        assert main(["report", "out", "other"]) == 0
+        found = json.loads((beside_a_quickstart / "out/comparison.json").read_text())
+        assert [row["name"] for row in found["rows"]] == ["masked", "unrolled", "halton", "one_step", "linear"]
+    assert found["rows"][4]["changes"] == "learning.schedule linear" and found["rows"][0]["changes"] == ""
+    assert found["rows"][2]["changes"].startswith("inference Halton")
+    assert "learning.schedule linear" in (beside_a_quickstart / "out/comparison.md").read_text()
+    assert main(["ablate", "learning/linear", *LINE, "--out", "third"]) == 0
+    assert main(["report", "other", "third"]) == 0
+    assert "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
+    capsys.readouterr()
+    assert main(["report", "other", "other/runs/0/linear"]) == 2
+    assert "but not both at once" in capsys.readouterr().err
+
+
 def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_quickstart, monkeypatch):
     monkeypatch.chdir(beside_a_quickstart)
     recipes = ["learning/masked", "learning/critic", "inference/critic_guided", "inference/critic_adaptive"]
@@ -93,6 +112,22 @@ def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_qu
     assert [(row["name"], row["passes"]) for row in rows] == [("masked", 16), ("critic_guided", 31), ("critic_adaptive", 31)]
     with open(beside_a_quickstart / "criticised/runs/0/critic/metrics.csv", newline="") as file:
         assert any(row.get("critic_accuracy") for row in csv.DictReader(file))
+
+
+def test_tasks_are_what_can_be_done_side_by_side(beside_a_quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(beside_a_quickstart)
+    recipes = ["learning/masked", "learning/unrolled", "learning/critic", "inference/halton", "inference/critic_guided"]
+    groups = apart(plan(recipes, "small", 2, [], Path("tasks")))
+    assert [sorted({(e.name, e.seed) for e in group}) for group in groups] == [
+        [(name, seed) for name in ("critic", "critic_guided", "halton", "masked")] if run == "masked" else [("unrolled", seed)]
+        for run in ("masked", "unrolled") for seed in (0, 1)
+    ]  # fmt: skip
+    line = ["ablate", "learning/masked", "learning/linear", *LINE, "--out", "tasks"]
+    assert main([*line, "--count"]) == 0 and capsys.readouterr().out == "2\n"
+    assert main([*line, "--task", "1"]) == 0
+    assert "1 of the entries are other tasks'" in capsys.readouterr().out and not (beside_a_quickstart / "tasks/comparison.md").exists()
+    assert main([*line, "--task", "0"]) == 0 and (beside_a_quickstart / "tasks/comparison.md").exists()
+    assert main([*line, "--task", "2"]) == 2 and "there are 2" in capsys.readouterr().err
 
 
 def test_a_recipe_that_trains_otherwise_needs_a_run_of_its_own(tmp_path):

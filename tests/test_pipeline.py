@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import OneStep
+from nar_t2i.inference import BestOf, OneStep
 from nar_t2i.pipeline import PARTS, TextToImage
 from nar_t2i.types import Known
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -174,6 +174,23 @@ def test_steps_and_guidance_override_the_defaults(t2i: TextToImage) -> None:
     assert not torch.equal(unguided.tokens, default.tokens)
     assert torch.equal(t2i.sample(PROMPTS, steps=4, guidance_scale=3.0).tokens, default.tokens)
     assert t2i.inference.steps == 4 and t2i.guidance.scale == 3.0, "an override stays"
+
+
+def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToImage) -> None:
+    plain, one = exact.sample(PROMPTS, steps=4), exact.sample(PROMPTS, steps=4, candidates=1)
+    assert torch.equal(plain.tokens, one.tokens) and one[2:] == plain[2:]
+    best = exact.sample(PROMPTS, steps=4, candidates=5)
+    assert best.passes == 4 + 2 and best.rows == 5 * (2 * 4 + 2)
+    assert not torch.equal(best.tokens, plain.tokens)
+    assert torch.equal(exact.sample(PROMPTS, steps=4, candidates=5, batch_size=7).tokens, best.tokens)
+    exact.inference, before = BestOf(exact.inference, 5), exact.inference
+    try:
+        assert torch.equal(exact.sample(PROMPTS, steps=4).tokens, best.tokens)
+        assert torch.equal(exact.sample(PROMPTS, steps=4, candidates=1).tokens, plain.tokens)
+        with pytest.raises(UserError, match="candidates"):
+            exact.sample(PROMPTS, candidates=0)
+    finally:
+        exact.inference = before
 
 
 def test_temperature_zero_and_one_step_need_no_noise_for_values(t2i: TextToImage) -> None:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from nar_t2i.evaluation import scene_accuracy
-from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load
+from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
 from nar_t2i.folders import write_json
 from nar_t2i.hardware import best_device
 from nar_t2i.pipeline import Samples, TextToImage
@@ -41,6 +41,7 @@ def draw_prompts(
     bf16: bool = False,
     workers: int = 1,
     name: str = "prompts",
+    candidates: int | None = None,
 ) -> Drawn:
     """One picture a prompt, of seed `seed` + the prompt's index.
 
@@ -52,7 +53,7 @@ def draw_prompts(
     def draw(first: int) -> Samples:
         texts = [p.prompt for p in prompts[first : first + batch_size]]
         with torch.autocast(t2i.device.type, torch.bfloat16, enabled=bf16):
-            return t2i.sample(texts, steps, guidance_scale, seed=seed + first, batch_size=batch_size)
+            return t2i.sample(texts, steps, guidance_scale, seed=seed + first, batch_size=batch_size, candidates=candidates)
 
     starts = range(0, len(prompts), batch_size)
     bar = {"desc": name, "unit": "batch", "mininterval": 0.5, "total": len(starts)}
@@ -77,12 +78,13 @@ def evaluate_prompts(
     bf16: bool = False,
     workers: int = 1,
     name: str = "prompts",
+    candidates: int | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """`draw_prompts`, and their scores. workers: processes of the detector, too.
 
     Returns (accuracy, shuffled, chance, decoder passes, …) and the pictures, (n, S, S, 3) uint8.
     """
-    drawn = draw_prompts(t2i, prompts, steps, guidance_scale, seed, batch_size, bf16, workers, name)
+    drawn = draw_prompts(t2i, prompts, steps, guidance_scale, seed, batch_size, bf16, workers, name, candidates)
     found = scene_accuracy.detect_all(drawn.images, workers)
     result = {
         "accuracy": scene_accuracy.score(found, prompts),
@@ -92,7 +94,8 @@ def evaluate_prompts(
         "truncated_prompts": drawn.truncated,
         "images_per_second": len(drawn.images) / drawn.seconds,
         "precision": "bf16" if bf16 else "fp32",
-        "steps": getattr(t2i.inference, "steps", None) if steps is None else steps,
+        "steps": getattr(getattr(t2i.inference, "first", t2i.inference), "steps", None) if steps is None else steps,
+        "candidates": getattr(t2i.inference, "candidates", 1) if candidates is None else candidates,
         "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
         "seed": seed,
     }
@@ -130,11 +133,14 @@ def main(arguments: argparse.Namespace) -> int:
         sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
     else:
         sets = {"seen": committed("seen"), "held_out": committed("held_out")}
+    if arguments.per_category is not None:
+        sets = {name: take(prompts, arguments.per_category) for name, prompts in sets.items()}
     results = {}
     for name, prompts in sets.items():
         results[name], _ = evaluate_prompts(
-            t2i, prompts, arguments.steps, arguments.guidance_scale, arguments.seed, arguments.batch_size, name=name
-        )
+            t2i, prompts, arguments.steps, arguments.guidance_scale, arguments.seed, arguments.batch_size, name=name,
+            candidates=arguments.candidates,
+        )  # fmt: skip
     metrics = {"generator": generator_metrics(results)}
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ import numpy as np
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.folders import flat, read_json, write_json
 
 Z95 = 1.959964
 COLUMNS = ("name", "seen", "seen_low", "seen_high", "held_out", "difference", "difference_low", "difference_high", "passes",
-           "seconds_an_image", "seeds", "spread", "steps", "forward_passes")  # fmt: skip
+           "seconds_an_image", "seeds", "spread", "steps", "forward_passes", "changes")  # fmt: skip
 
 
 class Interval(NamedTuple):
@@ -36,7 +37,7 @@ class Interval(NamedTuple):
 
 class Row(NamedTuple):
     """One entry. seen, held_out: accuracies. difference: of `seen` to the first entry's; None for that one. spread: the
-    standard deviation of `seen` over seeds, None with one. forward_passes: of the network, in all of training."""
+    standard deviation of `seen` over seeds, None with one. forward_passes: of the network, in all of training. changes: see `changes`."""
 
     name: str
     seen: Interval
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     steps: int
     forward_passes: int
     strategy: dict[str, Any]
+    changes: str
 
 
 def mean_interval(values: np.ndarray) -> Interval:
@@ -74,26 +76,56 @@ def compare(judged: dict[str, list[dict[str, Any]]]) -> list[Row]:
             None if reference is None else mean_interval(seen.mean(0) - reference),
             first["passes"], float(np.mean([verdicts["seconds_an_image"] for verdicts in seeds])), len(seeds),
             float(means.std(ddof=1)) if len(seeds) > 1 else None, first["steps"], round(first["steps"] * first["training_passes"]),
-            first["strategy"],
+            first["strategy"], changes(first["strategy"], next(iter(judged.values()))[0]["strategy"]),
         ))  # fmt: skip
         reference = seen.mean(0) if reference is None else reference
     return rows
 
 
-def write_comparison(out: Path, names: Sequence[str], seeds: int) -> Path:
-    """Write comparison.html, .md, .csv and .json into `out`, of the entries of these names, in this order, at the seeds
-    from 0 on."""
-    judged: dict[str, list[dict[str, Any]]] = {}
-    for name in dict.fromkeys(names):
-        judged[name] = [read_json(out / f"judged/{name}-{seed}/verdicts.json") for seed in range(seeds)]
-    rows = compare(judged)
-    machine = next(iter(judged.values()))[0]["machine"]
-    write_json(out / "comparison.json", {"machine": machine, "rows": [row._asdict() for row in rows]})
+def write_comparison(out: Path, judged: dict[str, list[Path]]) -> Path:
+    """Write comparison.html, .md, .csv and .json into `out`. judged: name → the folders that `nar-t2i ablate` has judged,
+    one a seed; the first name is the reference."""
+    verdicts = {name: [read_json(folder / "verdicts.json") for folder in folders] for name, folders in judged.items()}
+    rows = compare(verdicts)
+    machines = {_machine(found["machine"]) for seeds in verdicts.values() for found in seeds}
+    machine = "; and ".join(sorted(machines))
+    write_json(out / "comparison.json", {
+        "machine": machine, "judged": {name: [os.path.relpath(folder.resolve(), out.resolve()) for folder in folders] for name, folders in judged.items()},
+        "rows": [row._asdict() for row in rows],
+    })  # fmt: skip
     (out / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
     (out / "comparison.md").write_text(as_markdown(rows, machine), encoding="utf-8")
     html = out / "comparison.html"
-    html.write_text(as_html(rows, machine, out), encoding="utf-8")
+    html.write_text(as_html(rows, machine, {name: folders[0] / "sheet.png" for name, folders in judged.items()}), encoding="utf-8")
     return html
+
+
+def merge_comparisons(folders: Sequence[Path]) -> Path:
+    """One comparison, in the first folder, of what several runs of `nar-t2i ablate` have judged. An entry that two folders
+    have by one name gets its folder's name, too. UserError where a folder holds no comparison."""
+    judged: dict[str, list[Path]] = {}
+    for folder in folders:
+        found = read_json(folder / "comparison.json")
+        for name, parts in found["judged"].items():
+            paths = [(folder / part).resolve() for part in parts]
+            if paths not in judged.values():  # as they are where this was done before
+                judged[f"{name} ({folder.name})" if name in judged else name] = paths
+    return write_comparison(folders[0], judged)
+
+
+def changes(strategy: dict[str, Any], reference: dict[str, Any]) -> str:
+    """In what a strategy differs from the reference, in a line: class names, and the arguments that are set otherwise."""
+    now, before = flat(strategy), flat(reference)
+    told = []
+    for key in {**now, **before}:
+        if now.get(key) != before.get(key) and (key in now or key.replace("init_args", "class_path") in now):
+            short = key.replace(".init_args", "").removesuffix(".class_path")
+            told.append(f"{short} {str(now.get(key, 'default')).rpartition('.')[2] if key.endswith('class_path') else now.get(key, 'default')}")
+    return ", ".join(told)
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def cells(row: Row) -> list[str]:
@@ -101,17 +133,16 @@ def cells(row: Row) -> list[str]:
     spread = "–" if row.spread is None else f"{row.spread:.3f}"
     difference = "reference" if row.difference is None else _told(row.difference, "+.3f")
     return [row.name, _told(row.seen), f"{row.held_out.mean:.3f}", difference, str(row.passes), f"{1000 * row.seconds_an_image:.0f}",
-            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread]  # fmt: skip
+            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread, row.changes]  # fmt: skip
 
 
 HEAD = ("strategy", "seen [95%]", "held out", "difference in seen [95%]", "passes", "ms an image", "training steps",
-        "forward passes of training", "seeds", "spread over seeds")  # fmt: skip
+        "forward passes of training", "seeds", "spread over seeds", "in what it differs")  # fmt: skip
 
 
-def as_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+def as_markdown(rows: Sequence[Row], machine: str) -> str:
     lines = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
-    told = ", ".join(f"{key} {value}" for key, value in machine.items())
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMachine: {told}.\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nMachine: {machine}.\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -121,16 +152,16 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         difference = row.difference or ("", "", "")
         writer.writerow([row.name, *row.seen, row.held_out.mean, *difference, row.passes, row.seconds_an_image, row.seeds,
-                         "" if row.spread is None else row.spread, row.steps, row.forward_passes])  # fmt: skip
+                         "" if row.spread is None else row.spread, row.steps, row.forward_passes, row.changes])  # fmt: skip
     return file.getvalue()
 
 
-def as_html(rows: Sequence[Row], machine: dict[str, Any], out: Path) -> str:
-    sheets = [figure(picture(out / "judged" / f"{row.name}-0" / "sheet.png", row.name), row.name) for row in rows]
+def as_html(rows: Sequence[Row], machine: str, pictures: dict[str, Path]) -> str:
+    sheets = [figure(picture(pictures[row.name], row.name), row.name) for row in rows]
     strategies = [[row.name, json.dumps(row.strategy)] for row in rows]
     return page(
         "nar_t2i: comparison",
-        section("Table", table(HEAD, map(cells, rows)), ", ".join(f"{key} {value}" for key, value in machine.items())),
+        section("Table", table(HEAD, map(cells, rows)), machine),
         section("Accuracy against cost", embedded(plot(rows), "image/png", "accuracy against decoder passes and time")),
         section("The same prompts and seeds", *[sheet for sheet in sheets if sheet is not None]),
         section("Strategies", table(("strategy", "as resolved"), strategies)),

@@ -35,8 +35,17 @@ SETS = {"seen": "Seen combinations", "held_out": "Held-out combinations"}
 
 
 def main(arguments: argparse.Namespace) -> int:
-    for name in arguments.runs:
-        folder = Path(name)
+    folders = [Path(name) for name in arguments.runs]
+    compared = [folder for folder in folders if (folder / "comparison.json").exists()]
+    if compared and len(compared) < len(folders):
+        other = next(folder for folder in folders if folder not in compared)
+        raise UserError(f"{other} holds no comparison, {compared[0]} does: report runs, or ablations, but not both at once")
+    if compared:
+        from nar_t2i.evaluation.comparison import merge_comparisons
+
+        print(merge_comparisons(folders))
+        return 0
+    for folder in folders:
         _check(folder)
         if not (folder / "metrics.json").exists():
             write_json(folder / "metrics.json", collect_metrics(folder))

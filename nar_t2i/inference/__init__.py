@@ -1,6 +1,7 @@
 """How tokens are decoded. One file a strategy."""
 
 from nar_t2i.inference.autoregressive import Autoregressive
+from nar_t2i.inference.best_of import BestOf, CriticScore, Likelihood
 from nar_t2i.inference.confidence import Confidence
 from nar_t2i.inference.critic_guided import CriticGuided
 from nar_t2i.inference.entropy_bounded import EntropyBounded
@@ -13,6 +14,6 @@ from nar_t2i.inference.progressive import ProgressiveStages
 from nar_t2i.inference.purity import Purity
 
 __all__ = [
-    "Autoregressive", "Confidence", "CriticGuided", "EntropyBounded", "GibbsSweeps", "Halton", "Moment", "OneStep",
-    "ProgressiveStages", "Purity", "RandomOrder",
+    "Autoregressive", "BestOf", "Confidence", "CriticGuided", "CriticScore", "EntropyBounded", "GibbsSweeps", "Halton",
+    "Likelihood", "Moment", "OneStep", "ProgressiveStages", "Purity", "RandomOrder",
 ]  # fmt: skip

@@ -20,6 +20,8 @@ class Autoregressive(InferenceStrategy):
     """N passes for N tokens. temperature: of the draws, 0 = greedy. top_k, top_p: see `Categorical.sample`. Known tokens
     are kept and read as context."""
 
+    static = True
+
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
         if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
             raise UserError(f"Autoregressive: temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} "

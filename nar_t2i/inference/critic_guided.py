@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part
+from nar_t2i.folders import frozen_network
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import Scheduled, fill, lowest_first
+from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
 from nar_t2i.noise import Noise, gumbel
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, MaskSchedule
@@ -51,7 +49,7 @@ class CriticGuided(Scheduled):
         if not (0 <= persistent <= 1 and choice_temperature >= 0):
             raise UserError(f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0")
         self.choice_temperature, self.persistent = choice_temperature, persistent
-        self.critic = load_part(Path(os.path.normpath(critic), "network")).eval() if isinstance(critic, str) else critic
+        self.critic = frozen_network(critic)
 
     @torch.no_grad()
     def decode(
@@ -68,7 +66,7 @@ class CriticGuided(Scheduled):
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         free, judge = masked, beside(self.critic, condition)
         text = judge.prepare(condition)
-        unknown = masked.sum(1).cpu()
+        unknown = to_fill(masked, known)
         remaining, protected = unknown, torch.zeros_like(masked)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
         asked = 0
@@ -86,7 +84,7 @@ class CriticGuided(Scheduled):
                 score = right + self.choice_temperature * (1 - (step + 1) / self.steps) * luck
                 protected = protected | (~masked & free & self.smooth(tokens, free, network.spec))
                 score = score.masked_fill(protected, float("inf")).masked_fill(~free, float("-inf"))
-                keep = (lowest_first(-score) < (unknown - left).to(score.device)[:, None]) & free
+                keep = (lowest_first(-score) < a_row(unknown - left, known, score.device)) & free
                 masked = free & ~keep
             remaining = left
             if on_step:

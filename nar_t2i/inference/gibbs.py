@@ -30,6 +30,7 @@ class GibbsSweeps(InferenceStrategy):
     ):
         if not (sweeps >= 1 and block >= 1 and temperature >= 0):
             raise UserError(f"GibbsSweeps: sweeps {sweeps} and block {block} must be at least 1, temperature {temperature} 0")
+        self.static = first.static
         self.first, self.sweeps, self.block, self.temperature = first, sweeps, block, temperature
 
     @torch.no_grad()

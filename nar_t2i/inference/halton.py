@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,11 +39,16 @@ def halton_order(shape: tuple[int, ...]) -> list[int]:
     return list(found)
 
 
+@functools.lru_cache(maxsize=64)
+def halton_rank(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) the place of each slot in that order; made and moved once."""
+    return torch.tensor(halton_order(shape)).argsort().to(device)
+
+
 @part
 class Halton(Ordered):
     """Tokens of one pass lie far from each other, so that drawing them apart does little harm. All images share one order.
     The rest: see Scheduled."""
 
     def order(self, spec: TokenSpec, noise: Noise) -> Tensor:
-        rank = torch.tensor(halton_order(spec.shape)).argsort()
-        return rank.to(noise.ids.device).expand(len(noise.ids), -1)
+        return halton_rank(spec.shape, noise.ids.device).expand(len(noise.ids), -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import Scheduled, fill, lowest_first
+from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance
@@ -35,7 +35,7 @@ class Ordered(Scheduled):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        unknown = torch.full((len(tokens),), network.spec.length) if known is None else masked.sum(1).cpu()
+        unknown = to_fill(masked, known)
         order = lowest_first(self.order(network.spec, noise))
         # Given slots come last, and rows with fewer unknown ones read some of these along.
         queue = (order + masked.logical_not() * network.spec.length).argsort(dim=1)
@@ -47,9 +47,9 @@ class Ordered(Scheduled):
             slots = queue[:, start:end]
             prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
             sampled = self.draw(prediction, noise.at(step, slots), step)
-            place = torch.arange(start, end)
-            filled = ((place >= (total - unknown)[:, None]) & (place < (total - left)[:, None])).to(slots.device)
-            tokens, masked = fill(tokens, masked, slots, sampled.values, filled)
+            place = torch.arange(start, end, device=slots.device)
+            filled = (place >= a_row(total - unknown, known, slots.device)) & (place < a_row(total - left, known, slots.device))
+            tokens, masked = fill(tokens, masked, slots, sampled.values, filled.expand_as(slots))
             unknown = left
             if on_step:
                 on_step(Step(step, tokens, masked))

@@ -8,7 +8,7 @@ import torch
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import Scheduled, fill, lowest_first
+from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, MaskSchedule
@@ -53,7 +53,7 @@ class ProgressiveStages(Scheduled):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        free, unknown = masked, masked.sum(1).cpu()
+        free, unknown = masked, to_fill(masked, known)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
         for step, left in enumerate(self.counts(unknown)):
             if known is not None and not int(free.sum(1).max()):
@@ -67,7 +67,7 @@ class ProgressiveStages(Scheduled):
             again = (self.revise * standing.sum(1, keepdim=True)).round()
             revised = standing & (lowest_first(doubt.masked_fill(~standing, float("inf"))) < again)
             score = sampled.log_prob.masked_fill(~masked, float("-inf"))
-            filled = masked & (lowest_first(-score) < (unknown - left).to(score.device)[:, None])
+            filled = masked & (lowest_first(-score) < a_row(unknown - left, known, score.device))
             tokens, masked = fill(tokens, masked, slots, sampled.values, filled | revised)
             unknown = left
             if on_step:

@@ -22,6 +22,8 @@ class Scheduled(InferenceStrategy):
     `Categorical.sample`. A subclass says what the score is.
     """
 
+    static = True
+
     def __init__(
         self,
         steps: int = 16,
@@ -74,7 +76,7 @@ class Scheduled(InferenceStrategy):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        unknown = torch.full((len(tokens),), network.spec.length) if known is None else masked.sum(1).cpu()
+        unknown = to_fill(masked, known)
         guess = torch.full_like(tokens, -1) if network.self_conditioning else None
         for step, left in enumerate(self.counts(unknown)):
             most = int(unknown.max())
@@ -88,12 +90,23 @@ class Scheduled(InferenceStrategy):
                 guess = guess.scatter(1, slots, sampled.values)
             open_slots = masked.gather(1, slots)
             score = self.score(prediction, sampled, draws, step).masked_fill(~open_slots, float("-inf"))
-            filled = (lowest_first(-score) < (unknown - left).to(score.device)[:, None]) & open_slots
+            filled = (lowest_first(-score) < a_row(unknown - left, known, score.device)) & open_slots
             tokens, masked = fill(tokens, masked, slots, sampled.values, filled)
             unknown = left
             if on_step:
                 on_step(Step(step, tokens, masked))
         return Decoded(tokens, guided.passes, guided.rows)
+
+
+def to_fill(masked: Tensor, known: Known | None) -> Tensor:
+    """(B,) on the host: how many slots are open in each row. The device is asked only where some are given."""
+    return torch.full((len(masked),), masked.shape[1]) if known is None else masked.sum(1).cpu()
+
+
+def a_row(count: Tensor, known: Known | None, device: torch.device) -> Tensor | int:
+    """What ranks within a row, (B, N), are compared with. Where no slot is given all rows have the same count, a plain
+    number, so that nothing is copied to the device."""
+    return int(count[0]) if known is None else count.to(device)[:, None]
 
 
 def lowest_first(score: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part
+from nar_t2i.folders import frozen_network
 from nar_t2i.learning.masked import draw_masks, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
@@ -41,8 +39,7 @@ class CriticOf(LearningStrategy):
         redraw: Literal["hidden", "all"] = "hidden",
     ):
         super().__init__()
-        network = load_part(Path(os.path.normpath(generator), "network")) if isinstance(generator, str) else generator
-        self._generator = [network.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module
+        self._generator = [frozen_network(generator)]  # in a list: no part of this module
         self.schedule, self.temperature, self.label, self.redraw = schedule, temperature, label, redraw
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from tests.cluster.ranks import ROOT
 from tests.cluster.slurm import Cluster, missing
 from tests.cluster.test_resume import result
 from tests.cluster.wandb_server import Server
+from tests.test_ablate import LINE, beside_a_quickstart  # noqa: F401  (a fixture)
 
 SLOW = f"--trainer.callbacks={json.dumps([{'class_path': 'tests.cluster.faults.Slow', 'init_args': {'seconds': 0.6}}])}"
 
@@ -158,6 +159,28 @@ def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
     for name in ("one", "two"):
         assert (tmp_path / name / "run/config.yaml").read_text().count(f"{tmp_path}/{name}/run") == 1
         assert (tmp_path / name / "run/checkpoints/last.ckpt").exists()
+
+
+def test_an_array_trains_and_judges_an_ablation(cluster, beside_a_quickstart, tmp_path):
+    quickstart = beside_a_quickstart / "runs/quickstart"
+    elsewhere = {
+        "model.init_args.tokenizer": "tokenizer/model", "model.init_args.text.init_args.vocabulary": "data/vocabulary.model",
+        "data.init_args.train": "data/train", "data.init_args.validation": "data/validation",
+        "data.init_args.cache": "tokens/train", "data.init_args.validation_cache": "tokens/validation",
+    }  # fmt: skip
+    options = [part if part != "out" else f"{tmp_path}/out" for part in LINE]
+    for key, path in elsewhere.items():
+        options += ["--override", f"{key}={quickstart / path}"]
+    said = cluster.call(
+        "slurm/ablate.sh", "--parsable", f"--output={tmp_path}/job-%a.log", "learning/masked", "learning/unrolled", "inference/halton",
+        "--", *options, cwd=ROOT, AT_ONCE="1", NAR_T2I_PYTHON=sys.executable, PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    for task in (0, 1):
+        job = cluster.wait(f"{said}_{task}", "COMPLETED", "FAILED")
+        assert job["JobState"] == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()
+    rows = json.loads((tmp_path / "out/comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["masked", "unrolled", "halton"]
+    assert "1 of the entries are other tasks'" in (tmp_path / "job-0.log").read_text()
 
 
 def test_the_trials_of_a_sweep_are_tasks_of_an_array_and_a_preempted_one_goes_on(cluster, tmp_path):

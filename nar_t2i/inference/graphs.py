@@ -1,0 +1,118 @@
+"""Whole decodings recorded as CUDA graphs: at batch 1 the time between kernels is most of a pass.
+
+A strategy is recorded once for each set of shapes and settings, with buffers of its own; after that an image costs one
+launch. What a strategy must keep to is said by `InferenceStrategy.static`, and held by a test on a device without memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nar_t2i.noise import Noise
+from nar_t2i.schedules import Guidance
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork
+
+Record = Callable[[Callable[[], Decoded]], tuple[Callable[[], None], Decoded]]
+WARM_UPS = 2
+
+
+class Recorded(NamedTuple):
+    """owners: held, so that no other object takes their place in memory. inputs: what a replay reads. replay: runs it. result:
+    what it writes."""
+
+    owners: tuple[object, ...]
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    result: Decoded
+
+
+class Graphs:
+    """Decodes by recordings, which it makes where there are none yet. They hold where the weights lie in memory: after these
+    were moved, others are needed.
+
+    keep: recordings that are held at once, each with memory of its own; the one that was used longest ago goes first.
+    round_to: texts are padded to a multiple of it, so that prompts of many lengths share recordings.
+    record: makes one; another than CUDA's is for tests.
+    """
+
+    def __init__(self, keep: int = 4, round_to: int = 32, record: Record | None = None):
+        self.keep, self.round_to, self.record = keep, round_to, record or record_cuda
+        self._recorded: OrderedDict[object, Recorded] = OrderedDict()
+
+    def decode(
+        self, strategy: InferenceStrategy, network: TokenNetwork, condition: Condition, null: Condition, noise: Noise, guidance: Guidance
+    ) -> Decoded:
+        """What `strategy.decode` gives, with nothing known and nobody told of steps."""
+        condition, null = padded(condition, self.round_to), padded(null, self.round_to)
+        inputs = [*_tensors(condition), *_tensors(null), noise.ids]
+        device = noise.ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
+        key = (_settings(strategy), id(network), guidance, noise.seed, noise.dtype, autocast, shapes)
+        if key not in self._recorded:
+            while len(self._recorded) >= self.keep:
+                self._recorded.popitem(last=False)
+            own = [x.clone() for x in inputs]
+            told, untold, ids = _like(condition, own), _like(null, own[len(_tensors(condition)) :]), own[-1]
+
+            def run() -> Decoded:
+                # Weights that autocast has kept from another time would be read where they no longer are.
+                with torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False):
+                    return strategy.decode(network, told, untold, Noise(noise.seed, ids, noise.dtype), guidance)
+
+            self._recorded[key] = Recorded((strategy, network), own, *self.record(run))
+        self._recorded.move_to_end(key)
+        recorded = self._recorded[key]
+        for buffer, value in zip(recorded.inputs, inputs, strict=True):
+            buffer.copy_(value)
+        recorded.replay()
+        return recorded.result._replace(tokens=recorded.result.tokens.clone())
+
+
+def record_cuda(run: Callable[[], Decoded]) -> tuple[Callable[[], None], Decoded]:
+    """Run a few times beside the main stream, then once more while CUDA writes down what is launched."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+def padded(condition: Condition, multiple: int) -> Condition:
+    """The same texts, each stream padded to a length that `multiple` divides."""
+
+    def pad(x: Tensor) -> Tensor:
+        longer = -(-x.shape[1] // multiple) * multiple
+        return x if longer == x.shape[1] else torch.cat([x, x.new_zeros(len(x), longer - x.shape[1], *x.shape[2:])], dim=1)
+
+    return condition._replace(states=tuple(map(pad, condition.states)), masks=tuple(map(pad, condition.masks)))
+
+
+def _settings(value: Any) -> Any:
+    """What a strategy was made with: two of the same settings share a recording."""
+    arguments = getattr(value, "_described_args", None)
+    if arguments is None or isinstance(value, nn.Module):
+        return value if isinstance(value, Hashable) and not isinstance(value, nn.Module) else id(value)
+    return (type(value), *((name, _settings(argument)) for name, argument in arguments.items()))
+
+
+def _tensors(condition: Condition) -> list[Tensor]:
+    found: list[Tensor] = []
+    condition.map(lambda x: found.append(x) or x)
+    return found
+
+
+def _like(condition: Condition, tensors: list[Tensor]) -> Condition:
+    """A condition of the same form, of these tensors, in the order of `_tensors`."""
+    rest = iter(tensors)
+    return condition.map(lambda _: next(rest))
