@@ -1,6 +1,6 @@
 """Whole decodings recorded as CUDA graphs: at batch 1 the time between kernels is most of a pass.
 
-A strategy is recorded once for each set of shapes and settings, with buffers of its own; after that an image costs one
+The second time that a strategy decodes with the same shapes and settings, it is recorded; from then on a batch costs one
 launch. What a strategy must keep to is said by `InferenceStrategy.static`, and held by a test on a device without memory.
 """
 
@@ -18,7 +18,6 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork
 
 Record = Callable[[Callable[[], Decoded]], tuple[Callable[[], None], Decoded]]
-WARM_UPS = 2
 
 
 class Recorded(NamedTuple):
@@ -32,17 +31,16 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """Decodes by recordings, which it makes where there are none yet. They hold where the weights lie in memory: after these
-    were moved, others are needed.
+    """Decodes by recordings. They hold where the weights lie in memory: after these were moved, others are needed.
 
-    keep: recordings that are held at once, each with memory of its own; the one that was used longest ago goes first.
+    keep: recordings that are held at once; the one that was used longest ago goes first.
     round_to: texts are padded to a multiple of it, so that prompts of many lengths share recordings.
     record: makes one; another than CUDA's is for tests.
     """
 
     def __init__(self, keep: int = 4, round_to: int = 32, record: Record | None = None):
-        self.keep, self.round_to, self.record = keep, round_to, record or record_cuda
-        self._recorded: OrderedDict[object, Recorded] = OrderedDict()
+        self.keep, self.round_to, self.record = keep, round_to, record or CudaRecorder()
+        self._recorded: OrderedDict[object, Recorded | None] = OrderedDict()  # None: decoded once
 
     def decode(
         self, strategy: InferenceStrategy, network: TokenNetwork, condition: Condition, null: Condition, noise: Noise, guidance: Guidance
@@ -57,6 +55,10 @@ class Graphs:
         if key not in self._recorded:
             while len(self._recorded) >= self.keep:
                 self._recorded.popitem(last=False)
+            self._recorded[key] = None
+            return strategy.decode(network, condition, null, noise, guidance)
+        self._recorded.move_to_end(key)
+        if self._recorded[key] is None:
             own = [x.clone() for x in inputs]
             told, untold, ids = _like(condition, own), _like(null, own[len(_tensors(condition)) :]), own[-1]
 
@@ -66,7 +68,6 @@ class Graphs:
                     return strategy.decode(network, told, untold, Noise(noise.seed, ids, noise.dtype), guidance)
 
             self._recorded[key] = Recorded((strategy, network), own, *self.record(run))
-        self._recorded.move_to_end(key)
         recorded = self._recorded[key]
         for buffer, value in zip(recorded.inputs, inputs, strict=True):
             buffer.copy_(value)
@@ -74,18 +75,24 @@ class Graphs:
         return recorded.result._replace(tokens=recorded.result.tokens.clone())
 
 
-def record_cuda(run: Callable[[], Decoded]) -> tuple[Callable[[], None], Decoded]:
-    """Run a few times beside the main stream, then once more while CUDA writes down what is launched."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+class CudaRecorder:
+    """Runs once beside the main stream, then once more while CUDA writes down what is launched. All recordings work in the
+    same memory: their inputs lie outside of it, and what one has written is copied before another is replayed."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+
+    def __call__(self, run: Callable[[], Decoded]) -> tuple[Callable[[], None], Decoded]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
+        torch.cuda.current_stream().wait_stream(stream)
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            result = run()
+        return graph.replay, result
 
 
 def padded(condition: Condition, multiple: int) -> Condition:

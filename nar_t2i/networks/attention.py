@@ -123,8 +123,7 @@ class StaticCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._layers:
-            shape = (*k.shape[:2], self._longest, k.shape[-1])
-            self._layers[layer] = k.new_empty(shape), v.new_empty(shape)
+            self._layers[layer] = tuple(x.new_empty(*x.shape[:2], self._longest, x.shape[-1]) for x in (k, v))
         start = self._filled.get(layer, 0)
         end = self._filled[layer] = start + k.shape[-2]
         keys, values = self._layers[layer]

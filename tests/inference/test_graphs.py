@@ -84,7 +84,7 @@ def texts(rows, length):
 def test_recordings_decode_as_the_strategy_does(strategy):
     tape, network = Tape(), make_network(torch.float64)
     graphs = Graphs(record=tape)
-    for call, (length, first) in enumerate([(5, 0), (9, 3), (20, 100)]):
+    for call, (length, first) in enumerate([(5, 0), (9, 3), (20, 100), (7, 50)]):
         condition, null = texts(3, length)
         noise = Noise(0, torch.arange(first, first + 3), torch.float64)
         found = graphs.decode(strategy, network, condition, null, noise, Guidance(2.0))
@@ -100,7 +100,8 @@ def test_what_differs_is_recorded_apart_and_the_oldest_is_forgotten():
     def decode(strategy, scale=2.0):
         expected = strategy.decode(network, condition, null, noise, Guidance(scale)).tokens
         before = tape.made
-        assert torch.equal(graphs.decode(strategy, network, condition, null, noise, Guidance(scale)).tokens, expected)
+        for _ in range(3):
+            assert torch.equal(graphs.decode(strategy, network, condition, null, noise, Guidance(scale)).tokens, expected)
         return tape.made - before
 
     assert decode(Confidence(4)) == 1 and decode(Confidence(4)) == 0  # another object of the same settings
@@ -114,10 +115,22 @@ def test_what_differs_is_recorded_apart_and_the_oldest_is_forgotten():
 def test_results_stay_when_others_are_drawn():
     graphs, network = Graphs(record=Tape()), make_network(torch.float64)
     condition, null = texts(3, 5)
-    first = graphs.decode(Confidence(4), network, condition, null, Noise(0, torch.arange(3), torch.float64), Guidance(2.0)).tokens
-    kept = first.clone()
-    graphs.decode(Confidence(4), network, condition, null, Noise(0, torch.arange(9, 12), torch.float64), Guidance(2.0))
-    assert torch.equal(first, kept)
+
+    def decode(first):
+        return graphs.decode(Confidence(4), network, condition, null, Noise(0, torch.arange(first, first + 3), torch.float64), Guidance(2.0)).tokens
+
+    decode(0)
+    drawn = decode(3)
+    kept = drawn.clone()
+    assert not torch.equal(decode(9), kept) and torch.equal(drawn, kept)
+
+
+def test_what_is_decoded_once_is_not_recorded():
+    tape, network, (condition, null) = Tape(), make_network(torch.float64), texts(3, 5)
+    graphs = Graphs(record=tape)
+    for steps in (2, 3, 4):
+        graphs.decode(Confidence(steps), network, condition, null, Noise(0, torch.arange(3), torch.float64), Guidance(2.0))
+    assert tape.made == 0
 
 
 def test_padding_changes_nothing():

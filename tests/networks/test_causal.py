@@ -8,6 +8,7 @@ from nar_t2i.inference import Autoregressive
 from nar_t2i.learning import Causal
 from nar_t2i.networks import CausalDecoder, EncoderDecoder
 from nar_t2i.networks.attention import StaticCache
+from nar_t2i.networks.causal import CausalGridConvolution
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Known, TokenBatch, TokenSpec, TokenState
@@ -16,10 +17,10 @@ from tests.inference.test_confidence import make_condition
 SPEC = TokenSpec((3, 4), "categorical", 7)
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=[False, True], ids=["plain", "grid convolution"])
+def network(request):
     torch.manual_seed(0)
-    network = CausalDecoder(SPEC, (8,), width=16, depth=3, heads=2).double().eval()
+    network = CausalDecoder(SPEC, (8,), width=16, depth=3, heads=2, grid_convolution=request.param).double().eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return network
@@ -99,8 +100,20 @@ def test_given_tokens_stay_and_are_read(network):
     assert not torch.equal(given.tokens[:, 5:], free.tokens[:, 5:])
 
 
-def test_it_is_as_large_as_its_parallel_twin_and_learns(network):
-    options = {"width": 32, "depth": 2, "heads": 2}
+def test_a_convolution_alone_tells_slots_of_their_neighbours_above_and_before():
+    """Among all that a token may tell through attention, its neighbours hear of it in the convolution, too."""
+    convolution = CausalGridConvolution((3, 4), 2).double()
+    torch.nn.init.ones_(convolution.convolution.weight)
+    x = torch.zeros(1, 12, 2, dtype=torch.float64)
+    x[0, 5] = 1.0  # row 1, column 1
+    heard = (convolution(x) - x)[0, :, 0]
+    assert heard.nonzero().flatten().tolist() == [5, 6, 8, 9, 10]
+    torch.testing.assert_close(convolution(x[:, :7]), convolution(x)[:, :7])
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_it_is_as_large_as_its_parallel_twin_and_learns(grid):
+    options = {"width": 32, "depth": 2, "heads": 2, "grid_convolution": grid}
     sizes = {cls: sum(p.numel() for p in cls(SPEC, (8,), **options).parameters()) for cls in (CausalDecoder, EncoderDecoder)}
     assert sizes[CausalDecoder] == sizes[EncoderDecoder]
     torch.manual_seed(0)
