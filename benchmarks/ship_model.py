@@ -3,23 +3,22 @@
     python benchmarks/ship_model.py runs/shipped/deeper/model
 
 Stores the weights in half precision under nar_t2i/assets/model, set to draw four candidates of each picture and keep the
-likeliest. Scores that very folder on all committed prompts with one candidate, and on a quarter of them with four; writes
-metrics.json there and, with the sheet of 64 prompts, under docs/results/shipped. `--candidates` alone does again, on the
-model that is shipped, what is done with four candidates, `--sheet` alone the sheet.
+likeliest (benchmarks/rerank.py). Scores that very folder on all committed prompts, with one candidate, and writes
+metrics.json there and, with a sheet of 64 prompts as it draws them by default, under docs/results/shipped. `--sheet` alone
+draws the sheet again.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nar_t2i.evaluation.command import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.folders import write_json
 from nar_t2i.generate import contact_sheet
 from nar_t2i.hardware import describe_machine
 from nar_t2i.inference import BestOf
@@ -35,11 +34,6 @@ def main(what: str) -> None:
     if what == "--sheet":
         save_sheet(TextToImage.from_pretrained(ASSETS))
         return
-    if what == "--candidates":
-        t2i = TextToImage.from_pretrained(ASSETS)
-        save_sheet(t2i)
-        write_metrics({**read_json(ASSETS / "metrics.json"), "best_of": scores(t2i, CANDIDATES, 50)})
-        return
     trained = TextToImage.from_pretrained(what)
     trained.inference = BestOf(trained.inference, CANDIDATES)
     trained.save_pretrained(ASSETS, dtype=torch.float16)
@@ -49,28 +43,20 @@ def main(what: str) -> None:
         sys.exit("more than 10 MiB")
     t2i = TextToImage.from_pretrained(ASSETS)
     save_sheet(t2i)
-    write_metrics({
+    results = {}
+    for which in ("seen", "held_out"):
+        results[which], _ = evaluate_prompts(t2i, committed(which), steps=16, batch_size=120, name=which, candidates=1)
+    metrics = {
         "command": f"python benchmarks/ship_model.py {what}",
         "machine": describe_machine(),
         "weights_bytes": size,
         "tokenizer": evaluate_tokenizer(t2i.tokenizer, 1000),
-        "generator": scores(t2i, 1, 200),
-        "best_of": scores(t2i, CANDIDATES, 50),
-    })  # fmt: skip
-
-
-def scores(t2i: TextToImage, candidates: int, prompts_a_category: int) -> dict[str, Any]:
-    found = {}
-    for which in ("seen", "held_out"):
-        prompts, name = take(committed(which), prompts_a_category), f"{which}, best of {candidates}"
-        found[which], _ = evaluate_prompts(t2i, prompts, steps=16, batch_size=120, name=name, candidates=candidates)
-        print(name, {key: round(value, 3) for key, value in found[which]["accuracy"].items() if isinstance(value, float)}, flush=True)
-    return generator_metrics(found)
-
-
-def write_metrics(metrics: dict[str, Any]) -> None:
+        "generator": generator_metrics(results),
+    }
     for place in (ASSETS, RESULTS):
         write_json(place / "metrics.json", metrics)
+    for name, scores in metrics["generator"]["scene_accuracy"].items():
+        print(name, {key: round(value, 3) for key, value in scores.items() if isinstance(value, float)})
 
 
 def save_sheet(t2i: TextToImage) -> None:

