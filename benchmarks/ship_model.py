@@ -35,7 +35,8 @@ def main(what: str) -> None:
         save_sheet(TextToImage.from_pretrained(ASSETS))
         return
     trained = TextToImage.from_pretrained(what)
-    trained.inference = BestOf(trained.inference, CANDIDATES)
+    drawn = trained.inference.first if isinstance(trained.inference, BestOf) else trained.inference
+    trained.inference = BestOf(drawn, CANDIDATES)
     trained.save_pretrained(ASSETS, dtype=torch.float16)
     size = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
     print(f"{size / 2**20:.2f} MiB of weights")

@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nar_t2i.errors import UserError
 from nar_t2i.evaluation.command import draw_prompts
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.folders import write_json
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
+from nar_t2i.inference import BestOf
 from nar_t2i.parts import changed
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
@@ -44,8 +46,10 @@ def main() -> int:
     for model in parsed.models:
         name, _, folder = model.partition("=")
         folder, _, steps = folder.partition(":")
+        if not folder:
+            raise UserError(f"{model}: give NAME=FOLDER")
         t2i = TextToImage.from_pretrained(folder)
-        first, trials = t2i.inference, []
+        first, trials = t2i.inference.first if isinstance(t2i.inference, BestOf) else t2i.inference, []
         for trial in range(parsed.trials):
             settings, guidance = draw_settings(trial)
             possible = {key: value for key, value in settings.items() if key in first._described_args}

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from nar_t2i.folders import flat, read_json, write_json
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve
 
-INTERRUPTED = 130
+INTERRUPTED, REQUEUE = 130, 85  # see nar_t2i.training.preemption
 SHOWN = 8  # pictures of a sheet
 DECODING = ("inference", "guidance", "sample_prompts", "scene_prompts")  # arguments of a generator that train nothing
 
@@ -61,7 +64,9 @@ class Entry:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out)
+    if arguments.seeds < 1 or arguments.prompts < 1:
+        raise UserError(f"--seeds {arguments.seeds} and --prompts {arguments.prompts} must be at least 1")
+    out = Path(os.path.normpath(arguments.out))
     entries = plan(arguments.recipes, arguments.scale, arguments.seeds, arguments.override, out)
     tasks = apart(entries)
     if arguments.count:
@@ -81,13 +86,20 @@ def main(arguments: argparse.Namespace) -> int:
             check_same(folder / "settings.json", settings)
             print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
         else:
-            judge(entry, folder, arguments.prompts)
+            with leaving_on_signals():
+                judge(entry, folder, arguments.prompts)
             write_json(folder / "settings.json", settings)
     from nar_t2i.evaluation.comparison import write_comparison
 
-    names = list(dict.fromkeys(entry.name for entry in entries if entry.draws))
-    judged = {name: [out / f"judged/{name}-{seed}" for seed in range(arguments.seeds)] for name in names}
-    left = sum(not (folder / "settings.json").exists() for folders in judged.values() for folder in folders)
+    judged: dict[str, list[Path]] = {}
+    left = 0
+    for entry in (entry for entry in entries if entry.draws):
+        folder = out / f"judged/{entry.name}-{entry.seed}"
+        judged.setdefault(entry.name, []).append(folder)
+        if (folder / "settings.json").exists():
+            check_same(folder / "settings.json", {"config": entry.config, "prompts": arguments.prompts})
+        else:
+            left += 1
     if left:
         print(f"{left} of the entries are other tasks' and not judged yet; the last task to end writes the comparison")
     elif judged:
@@ -97,17 +109,28 @@ def main(arguments: argparse.Namespace) -> int:
 
 def apart(entries: Sequence[Entry]) -> list[list[Entry]]:
     """The entries in groups that can be done side by side: all that is judged on one run, and what builds on that run."""
-    groups: list[list[Entry]] = []
+    groups: list[tuple[set[str], list[Entry]]] = []  # runs that a group's entries are of, or name
     for entry in entries:
         named = {os.path.normpath(value) for value in flat(entry.config).values() if isinstance(value, str) and "/" in value}
-        for group in groups:
-            runs = [str(other.run) for other in group]
-            if str(entry.run) in runs or any(name == run or name.startswith(run + "/") for name in named for run in runs):
-                group.append(entry)
-                break
-        else:
-            groups.append([entry])
-    return groups
+        runs = {str(other.run) for other in entries if any(f"{name}/".startswith(f"{other.run}/") for name in named)} | {str(entry.run)}
+        members = [entry]
+        for group in [group for group in groups if group[0] & runs]:
+            groups.remove(group)
+            runs, members = runs | group[0], group[1] + members
+        groups.append((runs, members))
+    return [members for _, members in groups]
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """SIGUSR1 and SIGUSR2, by which Slurm says that time is over, end this process with the status that asks to be started
+    again; what was being judged is then judged anew."""
+    before = {number: signal.signal(number, lambda *_: sys.exit(REQUEUE)) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 def write_json(path: Path, value: Any) -> None:
     """Written beside, then renamed, so that a reader never sees half of it."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
 

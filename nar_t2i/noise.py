@@ -62,6 +62,7 @@ class Noise:
         self.dtype = dtype
         seed_key = torch.full((), _signed(seed), dtype=torch.int64, device=ids.device)  # filled there, not copied
         self._keys = _fold(_mix(seed_key), ids)
+        self._copies = "copy"  # another stream for copies of copies
 
     def uniform(self, stream: str, step: int | Tensor = 0, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) in (0, 1). Another `stream` or `step` gives independent numbers."""
@@ -71,12 +72,19 @@ class Noise:
         """(B, *shape) int64, uniform on 0 … high − 1."""
         return (self.uniform(stream, step, shape).double() * high).long().clamp_(max=high - 1)
 
+    def repeated(self, count: int) -> Noise:
+        """The same noise `count` times for every image, side by side: (B · count) rows."""
+        same = Noise(self.seed, self.ids.repeat_interleave(count), self.dtype)
+        same._keys, same._copies = self._keys.repeat_interleave(count), self._copies
+        return same
+
     def copies(self, count: int) -> Noise:
         """The noise of `count` draws of every image, side by side: (B · count) rows, of which each image's first is as here
         and the others are independent of it."""
-        copied = Noise(self.seed, self.ids.repeat_interleave(count), self.dtype)
-        number = torch.arange(count, device=self.ids.device).repeat(len(self.ids))
-        copied._keys = torch.where(number == 0, copied._keys, _fold(_fold(copied._keys, _stream_key("copy")), number))
+        copied, number = self.repeated(count), torch.arange(count, device=self.ids.device).repeat(len(self.ids))
+        other = _fold(_fold(copied._keys, _stream_key(self._copies)), number)
+        copied._copies += " of a copy"
+        copied._keys = torch.where(number == 0, copied._keys, other)
         return copied
 
     def at(self, step: int | Tensor, positions: Tensor) -> SlotNoise:

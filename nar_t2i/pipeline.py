@@ -101,6 +101,7 @@ class TextToImage:
         """Have torch.compile fuse what the network computes. The first images then take a minute or so longer, and again with
         another number of them at once; a C++ compiler is needed. Tokens are equal up to rounding."""
         self.network.compile()
+        self.graphs = self.graphs and Graphs()
         return self
 
     @property
@@ -170,7 +171,7 @@ class TextToImage:
             null = self._null(condition, negative_prompts and negative_prompts[rows])
             noise = Noise(0, seeds[rows].to(self.device), _precision(self.network))
             given = known and Known(known.mask[rows], known.tokens[rows])
-            if self.graphs and inference.static and given is None and on_step is None and self.device.type == "cuda":
+            if self.graphs and given is None and on_step is None and self.device.type == "cuda":
                 decoded = self.graphs.decode(inference, self.network, condition, null, noise, guidance)
             else:
                 decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
@@ -184,21 +185,24 @@ class TextToImage:
     def _decoder(self, steps: int | None, temperature: float | None, candidates: int | None) -> InferenceStrategy:
         """The default strategy, or one of its kind with other `steps`, `temperature` or `candidates`."""
         inference = self.inference
-        if candidates is not None:
-            drawn = inference.first if isinstance(inference, BestOf) else inference
-            inference = BestOf(drawn, candidates) if candidates != 1 else drawn
-        changes = {k: v for k, v in (("steps", steps), ("temperature", temperature)) if v is not None}
-        return _with(inference, changes) if changes else inference
+        if candidates is not None and isinstance(inference, BestOf):
+            inference = changed(inference, candidates=candidates) if candidates != 1 else inference.first
+        elif candidates is not None and candidates != 1:
+            inference = BestOf(inference, candidates)
+        for name, value in (("steps", steps), ("temperature", temperature)):
+            inference = inference if value is None else _with(inference, name, value)
+        return inference
 
 
-def _with(inference: InferenceStrategy, changes: dict[str, Any]) -> InferenceStrategy:
-    """A strategy with other settings, or around one that has them."""
+def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrategy:
+    """A strategy with another setting, and so the one that draws first, where there is one."""
     has = inspect.signature(type(inference).__init__).parameters
-    if changes.keys() <= has.keys():
-        return changed(inference, **changes)
-    if "first" in has:
-        return changed(inference, first=_with(inference.first, changes))
-    raise UserError(f"{type(inference).__name__} has no {', '.join(sorted(set(changes) - set(has)))}")
+    changes = {name: value} if name in has else {}
+    if "first" in has and (not changes or name in inspect.signature(type(inference.first).__init__).parameters):
+        changes["first"] = _with(inference.first, name, value)
+    if not changes:
+        raise UserError(f"{type(inference).__name__} has no {name}")
+    return changed(inference, **changes)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> Tensor:

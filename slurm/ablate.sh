@@ -22,10 +22,15 @@ if [ "${1:-}" = --task ]; then  # this is the job
   cd "$SLURM_SUBMIT_DIR"
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  command=("${NAR_T2I_PYTHON:-$PWD/.venv/bin/python}")
+  if [ -n "${NAR_T2I_CONTAINER:-}" ]; then
+    command=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}")
+  fi
+  [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || { echo "ablate.sh: started 50 times and not finished; not queued again" >&2; exit 2; }
   echo "ablate.sh: task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID, start ${SLURM_RESTART_COUNT:-0}"
   status=0
   # Without SLURM_NTASKS Lightning looks for no other ranks.
-  srun --ntasks=1 env -u SLURM_NTASKS "${NAR_T2I_PYTHON:-.venv/bin/python}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
+  srun --ntasks=1 env -u SLURM_NTASKS "${command[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
   if [ "$status" -eq "$REQUEUE" ]; then
     echo "ablate.sh: queueing ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID again"
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -40,7 +45,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --) judged=true; shift; ablation=("$@"); break ;;
     -*=*) options+=("$1") ;;
-    -*) options+=("$1" "${2:?$1 needs a value}"); shift ;;
+    -*) options+=("$1"); if [ $# -gt 1 ] && [ "$2" != -- ]; then options+=("$2"); shift; fi ;;
     *) recipes+=("$1") ;;
   esac
   shift

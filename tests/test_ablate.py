@@ -2,18 +2,21 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nar_t2i.ablate import apart, plan
+from nar_t2i.ablate import apart, leaving_on_signals, plan
 from nar_t2i.cli import main
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.comparison import compare, mean_interval
+from nar_t2i.evaluation.comparison import changes, compare, mean_interval
 from nar_t2i.folders import save_part
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
@@ -92,6 +95,11 @@ def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch
         assert main(["report", "out", "other"]) == 0
         found = json.loads((beside_a_quickstart / "out/comparison.json").read_text())
         assert [row["name"] for row in found["rows"]] == ["masked", "unrolled", "halton", "one_step", "linear"]
+    fewer = {"inference": {"class_path": "a.B", "init_args": {"steps": 4}}, "guidance": {}}
+    more = {"inference": {"class_path": "a.B", "init_args": {"steps": 4, "temperature": 0.8}}, "guidance": {"scale": 2.0}}
+    assert changes(fewer, more) == "inference.temperature default, guidance.scale default" and not changes(more, more)
+    other = {"inference": {"class_path": "a.C", "init_args": {"order": 1}}, "guidance": {"scale": 2.0}}
+    assert changes(other, more) == "inference C, inference.order 1"  # the other's arguments are not missed
     assert found["rows"][4]["changes"] == "learning.schedule linear" and found["rows"][0]["changes"] == ""
     assert found["rows"][2]["changes"].startswith("inference Halton")
     assert "learning.schedule linear" in (beside_a_quickstart / "out/comparison.md").read_text()
@@ -117,11 +125,16 @@ def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_qu
 def test_tasks_are_what_can_be_done_side_by_side(beside_a_quickstart, monkeypatch, capsys):
     monkeypatch.chdir(beside_a_quickstart)
     recipes = ["learning/masked", "learning/unrolled", "learning/critic", "inference/halton", "inference/critic_guided"]
-    groups = apart(plan(recipes, "small", 2, [], Path("tasks")))
-    assert [sorted({(e.name, e.seed) for e in group}) for group in groups] == [
-        [(name, seed) for name in ("critic", "critic_guided", "halton", "masked")] if run == "masked" else [("unrolled", seed)]
-        for run in ("masked", "unrolled") for seed in (0, 1)
-    ]  # fmt: skip
+    groups = [sorted((e.name, e.seed) for e in group) for group in apart(plan(recipes, "small", 2, [], Path("tasks")))]
+    assert sorted(groups) == sorted(
+        group for seed in (0, 1)
+        for group in ([(name, seed) for name in ("critic", "critic_guided", "halton", "masked")], [("unrolled", seed)])
+    )  # fmt: skip
+    (beside_a_quickstart / "both.yaml").write_text(
+        "extends: learning/unrolled.yaml\nmodel: {init_args: {inference: {class_path: nar_t2i.inference.CriticGuided, "
+        'init_args: {critic: "${run_dir}/../critic/model"}}}}\n'
+    )
+    assert len(apart(plan([*recipes, "both.yaml"], "small", 1, [], Path("tasks")))) == 1  # which needs both runs
     line = ["ablate", "learning/masked", "learning/linear", *LINE, "--out", "tasks"]
     assert main([*line, "--count"]) == 0 and capsys.readouterr().out == "2\n"
     assert main([*line, "--task", "1"]) == 0
@@ -158,6 +171,13 @@ def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
 def test_lists_that_cannot_be_compared_are_errors(names, reason):
     with pytest.raises(UserError, match=reason):
         plan(names, None, 1, [], Path("out"))
+
+
+def test_a_signal_while_pictures_are_judged_asks_for_another_start():
+    with pytest.raises(SystemExit) as left, leaving_on_signals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)
+    assert left.value.code == 85 and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def judged(*seeds):

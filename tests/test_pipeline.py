@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import BestOf, OneStep
+from nar_t2i.inference import BestOf, GibbsSweeps, Likelihood, OneStep
 from nar_t2i.pipeline import PARTS, TextToImage
 from nar_t2i.types import Known
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -189,6 +189,13 @@ def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToIm
         assert torch.equal(exact.sample(PROMPTS, steps=4, candidates=1).tokens, plain.tokens)
         with pytest.raises(UserError, match="candidates"):
             exact.sample(PROMPTS, candidates=0)
+        # What else the pipeline says of its candidates stays.
+        exact.inference = BestOf(before, 5, Likelihood(4))
+        assert exact.sample(PROMPTS, steps=3, candidates=2).passes == 3 + 4
+        # A temperature is that of all draws, steps those of what draws first.
+        exact.inference = GibbsSweeps(before, block=16)
+        changed = exact._decoder(2, 0.0, None)
+        assert (changed.temperature, changed.first.temperature, changed.first.steps) == (0.0, 0.0, 2)
     finally:
         exact.inference = before
 

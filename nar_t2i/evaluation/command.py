@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nar_t2i.errors import UserError
 from nar_t2i.evaluation import scene_accuracy
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
 from nar_t2i.folders import write_json
@@ -134,6 +135,8 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         sets = {"seen": committed("seen"), "held_out": committed("held_out")}
     if arguments.per_category is not None:
+        if arguments.per_category < 1:
+            raise UserError(f"--per-category must be at least 1, not {arguments.per_category}")
         sets = {name: take(prompts, arguments.per_category) for name, prompts in sets.items()}
     results = {}
     for name, prompts in sets.items():

@@ -106,10 +106,14 @@ def merge_comparisons(folders: Sequence[Path]) -> Path:
     judged: dict[str, list[Path]] = {}
     for folder in folders:
         found = read_json(folder / "comparison.json")
+        if "judged" not in found:
+            raise UserError(f"{folder / 'comparison.json'}: says not what was judged; have nar-t2i ablate write it again")
         for name, parts in found["judged"].items():
             paths = [(folder / part).resolve() for part in parts]
-            if paths not in judged.values():  # as they are where this was done before
-                judged[f"{name} ({folder.name})" if name in judged else name] = paths
+            if paths in judged.values():  # as they are where this was done before
+                continue
+            names = (name, f"{name} ({folder.resolve().name})", *(f"{name} ({number})" for number in range(2, len(judged) + 3)))
+            judged[next(free for free in names if free not in judged)] = paths
     return write_comparison(folders[0], judged)
 
 
@@ -118,7 +122,9 @@ def changes(strategy: dict[str, Any], reference: dict[str, Any]) -> str:
     now, before = flat(strategy), flat(reference)
     told = []
     for key in {**now, **before}:
-        if now.get(key) != before.get(key) and (key in now or key.replace("init_args", "class_path") in now):
+        kind = key.rpartition("init_args")[0] + "class_path"  # of the part that the key belongs to
+        same_kind = "init_args" not in key or now.get(kind) == before.get(kind)
+        if now.get(key) != before.get(key) and (key in now or same_kind):
             short = key.replace(".init_args", "").removesuffix(".class_path")
             told.append(f"{short} {str(now.get(key, 'default')).rpartition('.')[2] if key.endswith('class_path') else now.get(key, 'default')}")
     return ", ".join(told)

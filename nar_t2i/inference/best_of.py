@@ -17,7 +17,9 @@ from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, To
 
 
 class Scorer:
-    """Says how good whole images are."""
+    """Says how good whole images are. static: see InferenceStrategy."""
+
+    static: bool = False
 
     def passes(self, network: TokenNetwork) -> int:
         """Network calls that it makes, of one row an image each."""
@@ -37,6 +39,8 @@ class Likelihood(Scorer):
     itself, in one pass whatever `groups` is. (How much likelier the text makes the tokens than the null caption does was
     tried as well and chose no better than chance: docs/results/shipped.)
     """
+
+    static = True
 
     def __init__(self, groups: int = 2):
         if groups < 1:
@@ -65,6 +69,7 @@ class CriticScore(Scorer):
 
     def __init__(self, critic: str | TokenNetwork):
         self.critic = frozen_network(critic)
+        self.static = self.critic.static
 
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
         judge = beside(self.critic, condition)
@@ -88,7 +93,7 @@ class BestOf(InferenceStrategy):
     ):
         if candidates < 1:
             raise UserError(f"BestOf: candidates must be at least 1, not {candidates}")
-        self.static = first.static
+        self.static = first.static and scorer.static
         self.first, self.candidates, self.scorer = first, candidates, scorer
 
     @torch.no_grad()
@@ -114,7 +119,7 @@ class BestOf(InferenceStrategy):
         best = torch.arange(0, len(free), self.candidates, device=free.device)
         if drawn.passes and self.candidates > 1:
             # All candidates of an image are asked the same questions.
-            score = self.scorer.score(network, condition, drawn.tokens, free, Noise(noise.seed, each(noise.ids), noise.dtype))
+            score = self.scorer.score(network, condition, drawn.tokens, free, noise.repeated(self.candidates))
             best = best + score.view(-1, self.candidates).argmax(1)
             asked = self.scorer.passes(network)
             passes, rows = passes + asked, rows + asked * self.candidates

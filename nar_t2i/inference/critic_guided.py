@@ -50,6 +50,7 @@ class CriticGuided(Scheduled):
             raise UserError(f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0")
         self.choice_temperature, self.persistent = choice_temperature, persistent
         self.critic = frozen_network(critic)
+        self.static = self.critic.static
 
     @torch.no_grad()
     def decode(

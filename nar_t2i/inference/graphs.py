@@ -6,6 +6,7 @@ launch. What a strategy must keep to is said by `InferenceStrategy.static`, and 
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork
-
-Record = Callable[[Callable[[], Decoded]], tuple[Callable[[], None], Decoded]]
+ONCE, PLAIN = "once", "plain"
+Record = Callable[[Callable[[], Decoded], torch.device], tuple[Callable[[], None], Decoded]]
 
 
 class Recorded(NamedTuple):
@@ -40,25 +41,29 @@ class Graphs:
 
     def __init__(self, keep: int = 4, round_to: int = 32, record: Record | None = None):
         self.keep, self.round_to, self.record = keep, round_to, record or CudaRecorder()
-        self._recorded: OrderedDict[object, Recorded | None] = OrderedDict()  # None: decoded once
+        self._recorded: OrderedDict[object, Recorded | str] = OrderedDict()  # ONCE and PLAIN: not recorded yet, or never
 
     def decode(
         self, strategy: InferenceStrategy, network: TokenNetwork, condition: Condition, null: Condition, noise: Noise, guidance: Guidance
     ) -> Decoded:
         """What `strategy.decode` gives, with nothing known and nobody told of steps."""
+        if not (strategy.static and network.static):
+            return strategy.decode(network, condition, null, noise, guidance)
         condition, null = padded(condition, self.round_to), padded(null, self.round_to)
         inputs = [*_tensors(condition), *_tensors(null), noise.ids]
         device = noise.ids.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
-        key = (_settings(strategy), id(network), guidance, noise.seed, noise.dtype, autocast, shapes)
+        key = (_settings(strategy), id(network), guidance, noise.seed, noise.dtype, autocast, torch.is_inference_mode_enabled(), shapes)
         if key not in self._recorded:
             while len(self._recorded) >= self.keep:
                 self._recorded.popitem(last=False)
-            self._recorded[key] = None
+            self._recorded[key] = ONCE
             return strategy.decode(network, condition, null, noise, guidance)
         self._recorded.move_to_end(key)
-        if self._recorded[key] is None:
+        if self._recorded[key] == PLAIN:
+            return strategy.decode(network, condition, null, noise, guidance)
+        if self._recorded[key] == ONCE:
             own = [x.clone() for x in inputs]
             told, untold, ids = _like(condition, own), _like(null, own[len(_tensors(condition)) :]), own[-1]
 
@@ -67,7 +72,12 @@ class Graphs:
                 with torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False):
                     return strategy.decode(network, told, untold, Noise(noise.seed, ids, noise.dtype), guidance)
 
-            self._recorded[key] = Recorded((strategy, network), own, *self.record(run))
+            try:
+                self._recorded[key] = Recorded((strategy, network), own, *self.record(run, noise.ids.device))
+            except RuntimeError as error:  # something that cannot be recorded, or too little memory
+                warnings.warn(f"{type(strategy).__name__} is launched pass by pass, since it could not be recorded: {error}", stacklevel=2)
+                self._recorded[key] = PLAIN
+                return strategy.decode(network, condition, null, noise, guidance)
         recorded = self._recorded[key]
         for buffer, value in zip(recorded.inputs, inputs, strict=True):
             buffer.copy_(value)
@@ -82,16 +92,24 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._memory: Any = None
 
-    def __call__(self, run: Callable[[], Decoded]) -> tuple[Callable[[], None], Decoded]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            result = run()
+    def __call__(self, run: Callable[[], Decoded], device: torch.device) -> tuple[Callable[[], None], Decoded]:
+        with torch.cuda.device(device):
+            before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            self._memory = self._memory or torch.cuda.graph_pool_handle()
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                run()
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            # The matrix library's scratch memory must belong to neither another recording nor, after this, to plain launches.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with torch.cuda.graph(graph, pool=self._memory, stream=stream):
+                    result = run()
+            finally:
+                torch.cuda.set_stream(before)  # where a recording fails, torch stays on its stream
+                torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, result
 
 

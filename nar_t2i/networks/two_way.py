@@ -54,6 +54,8 @@ class TwoWayDecoder(EncoderDecoder):
     text_mlp_ratio: of the MLPs that text states pass. The other arguments are EncoderDecoder's.
     """
 
+    static = False  # how many words there are decides shapes
+
     def __init__(
         self,
         spec: TokenSpec,

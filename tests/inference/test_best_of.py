@@ -68,6 +68,8 @@ def test_candidates_differ_and_cost_rows_but_no_passes():
     copies = noise.copies(4).uniform("value", shape=(50,)).view(3, 4, 50)
     assert torch.equal(copies[:, 0], noise.uniform("value", shape=(50,)))
     assert len({tuple(row) for row in copies.flatten(0, 1).tolist()}) == 12
+    twice = noise.copies(2).copies(3).uniform("value", shape=(50,))
+    assert len({tuple(row) for row in twice.tolist()}) == 18 and torch.equal(twice[::6], noise.uniform("value", shape=(50,)))
     network = Watched(make_network(torch.float64))
     network.reads_unknown_alone = False  # the scorer reads all
     found = decoded(BestOf(Confidence(4), candidates=5, scorer=Likelihood(3)), network=network)

@@ -1,13 +1,16 @@
 """What can be recorded reads nothing from the device and copies nothing to it; recordings decode as the strategy does."""
 
+import warnings
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, EntropyBounded, GibbsSweeps, Halton
+from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, CriticScore, EntropyBounded, GibbsSweeps, Halton
+from nar_t2i.inference.best_of import Scorer
 from nar_t2i.inference.graphs import Graphs, padded
 from nar_t2i.inference.halton import halton_rank
-from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic
+from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic, TwoWayDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from tests.inference.test_best_of import make_critic
@@ -17,23 +20,39 @@ from tests.inference.test_strategies import ADAPTIVE, SCHEDULED, STAGES, SWEEPS,
 STATIC = [*SCHEDULED, *SWEEPS, *STAGES, BestOf(Confidence(3), candidates=3)]
 
 
-class NothingCrosses(TorchDispatchMode):
-    """Fails where a tensor comes to the meta device from the host. (Reading from it fails by itself: there is no memory.)"""
+class NothingCrosses(TorchFunctionMode):
+    """Fails where a tensor comes to the meta device from the host. (Reading from it fails by itself: there is no memory.)
+    Numbers in arithmetic are no copies: a kernel takes them as arguments."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    MADE = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+    MOVED = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.copy_, torch.Tensor.type_as, torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        moved = isinstance(found, torch.Tensor) and found.is_meta and function in (
-            torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default,
-        )  # fmt: skip
-        if moved and any(isinstance(x, torch.Tensor) and not x.is_meta and x.ndim for x in args):
-            raise AssertionError(f"{function} copies to the device")
+        meta = isinstance(found, torch.Tensor) and found.is_meta
+        if meta and function in self.MADE:
+            raise AssertionError(f"{function.__name__} makes a tensor of host values on the device")
+        parts = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+        if (meta or function is torch.Tensor.__setitem__) and function in self.MOVED:
+            if any(isinstance(x, torch.Tensor) and not x.is_meta for x in parts):
+                raise AssertionError(f"{function.__name__} copies to the device")
         return found
+
+
+def test_the_guard_sees_copies():
+    there = torch.zeros(3, device="meta")
+    for copy in (lambda: torch.tensor(5, device="meta"), lambda: torch.zeros(2).to("meta"), lambda: there.copy_(torch.zeros(3)),
+                 lambda: there[torch.tensor([1])], lambda: torch.tensor(1.0).to("meta")):  # fmt: skip
+        with pytest.raises(AssertionError), NothingCrosses():
+            copy()
+    with NothingCrosses():
+        assert (torch.full((3,), 2.0, device="meta") * 3 + there).is_meta
 
 
 def decode_without_memory(strategy, network):
     condition, null = (c.map(lambda x: x.to("meta")) for c in make_condition(3, torch.float32))
     network, ids = network.to("meta"), torch.zeros(3, dtype=torch.long, device="meta")
-    with NothingCrosses():
+    with NothingCrosses():  # the noise is made within a recording, too
         return strategy.decode(network, condition, null, Noise(0, ids), Guidance(2.0))
 
 
@@ -46,11 +65,52 @@ def test_static_strategies_touch_no_value(strategy):
 
 
 def test_a_critic_and_one_token_at_a_time_touch_no_value(monkeypatch):
-    monkeypatch.setattr("nar_t2i.inference.critic_guided.beside", lambda network, condition: network)  # autocast has no meta
+    for module in ("critic_guided", "best_of"):  # autocast knows no such device
+        monkeypatch.setattr(f"nar_t2i.inference.{module}.beside", lambda network, condition: network)
     critic = TokenCritic(SPEC, (8,), width=16, depth=1, heads=2).to("meta")
     assert decode_without_memory(CriticGuided(critic, steps=4, persistent=0.5), make_network(torch.float32)).passes == 7
-    causal = CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2)
-    assert decode_without_memory(Autoregressive(), causal).passes == 16
+    assert decode_without_memory(BestOf(Confidence(3), 2, CriticScore(critic)), make_network(torch.float32)).passes == 4
+    for grid in (False, True):
+        causal = CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2, grid_convolution=grid)
+        assert decode_without_memory(Autoregressive(), causal).passes == 16
+
+
+def test_what_reads_values_is_not_recorded():
+    """Neither by a strategy, nor a network, nor a scorer of its own."""
+
+    class Own(Scorer):
+        def score(self, network, condition, tokens, free, noise):
+            return tokens.sum(1).double()
+
+    two_way = TwoWayDecoder(SPEC, (8,), width=16, depth=2, heads=2).double()
+    torch.nn.init.normal_(two_way.head.logits.weight)
+    condition, null = texts(3, 5)
+    for strategy, network in ((Confidence(4), two_way), (BestOf(Confidence(4), 2, Own()), make_network(torch.float64)),
+                              (EntropyBounded(), make_network(torch.float64))):  # fmt: skip
+        tape, noise = Tape(), Noise(0, torch.arange(3), torch.float64)
+        graphs, plain = Graphs(record=tape), strategy.decode(network, condition, null, noise, Guidance(2.0)).tokens
+        for _ in range(3):
+            assert torch.equal(graphs.decode(strategy, network, condition, null, noise, Guidance(2.0)).tokens, plain)
+        assert tape.made == 0
+
+
+def test_what_cannot_be_recorded_is_launched_plainly():
+    def refuse(run, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs, network, (condition, null) = Graphs(record=refuse), make_network(torch.float64), texts(3, 5)
+    noise = Noise(0, torch.arange(3), torch.float64)
+    plain = Confidence(4).decode(network, condition, null, noise, Guidance(2.0)).tokens
+
+    def decode():
+        return graphs.decode(Confidence(4), network, condition, null, noise, Guidance(2.0)).tokens
+
+    assert torch.equal(decode(), plain)
+    with pytest.warns(UserWarning, match="Confidence is launched pass by pass"):
+        assert torch.equal(decode(), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(decode(), plain)  # and not tried again
 
 
 @pytest.mark.parametrize("strategy", [*ADAPTIVE, GibbsSweeps(EntropyBounded()), BestOf(EntropyBounded())], ids=named)
@@ -66,7 +126,7 @@ class Tape:
     def __init__(self):
         self.made = 0
 
-    def __call__(self, run):
+    def __call__(self, run, device):
         self.made += 1
         result = run()
         return lambda: result.tokens.copy_(run().tokens), result
