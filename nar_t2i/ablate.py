@@ -109,16 +109,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 def apart(entries: Sequence[Entry]) -> list[list[Entry]]:
     """The entries in groups that can be done side by side: all that is judged on one run, and what builds on that run."""
-    groups: list[tuple[set[str], list[Entry]]] = []  # runs that a group's entries are of, or name
-    for entry in entries:
+    groups: list[tuple[set[str], list[int]]] = []  # runs that a group's entries are of, or name; the entries' numbers
+    for number, entry in enumerate(entries):
         named = {os.path.normpath(value) for value in flat(entry.config).values() if isinstance(value, str) and "/" in value}
         runs = {str(other.run) for other in entries if any(f"{name}/".startswith(f"{other.run}/") for name in named)} | {str(entry.run)}
-        members = [entry]
+        members = [number]
         for group in [group for group in groups if group[0] & runs]:
             groups.remove(group)
             runs, members = runs | group[0], group[1] + members
-        groups.append((runs, members))
-    return [members for _, members in groups]
+        groups.append((runs, sorted(members)))
+    return [[entries[number] for number in members] for members in sorted(members for _, members in groups)]
 
 
 @contextmanager
