@@ -176,13 +176,18 @@ def as_html(rows: Sequence[Row], machine: str, pictures: dict[str, Path]) -> str
 
 def plot(rows: Sequence[Row]) -> bytes:
     """Accuracy over decoder passes, and over time an image, as a PNG."""
-    drawing = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    drawing = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
     costs = (("decoder passes", [row.passes for row in rows]), ("ms an image", [1000 * row.seconds_an_image for row in rows]))
     for axes, (title, values) in zip(drawing.subplots(1, 2, sharey=True), costs):
         means = [row.seen.mean for row in rows]
         axes.errorbar(values, means, [row.seen.mean - row.seen.low for row in rows], fmt="o", capsize=3)
-        for row, x, y in zip(rows, values, means):
-            axes.annotate(row.name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        line, labels = 0.024 * (max(means) - min(means) or 1.0), []  # names of points that lie close are put above each other
+        for row, x, y in sorted(zip(rows, values, means), key=lambda point: point[2]):
+            place = y
+            while any(abs(math.log(x / other)) < 0.5 and abs(place - height) < line for other, height in labels):
+                place += line / 4
+            labels.append((x, place))
+            axes.annotate(row.name, (x, y), xytext=(1.06 * x, place), fontsize=6.5, va="center", arrowprops={"arrowstyle": "-", "lw": 0.3})
         axes.set(xscale="log", xlabel=title, ylabel="scene accuracy, seen")
         axes.grid(alpha=0.3)
     file = io.BytesIO()
