@@ -1,0 +1,73 @@
+"""Result files of benchmarks: the numbers beside the command, machine, versions and commit that gave them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nar_t2i.errors import UserError
+from nar_t2i.folders import read_json, write_json
+from nar_t2i.hardware import describe_machine
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs/results/bench"
+PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "diffusers", "numpy")
+NEEDED = ("command", "machine", "versions", "commit", "rows")
+
+
+def write(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Write `{"command", "machine", "versions", "commit", **more, "rows"}` as JSON, and make the folder.
+
+    rows: what was measured, a mapping each; keys end in their unit where they have one (`step_ms`, `peak_mib`). `more`:
+    what holds for all rows, such as the matrix rate of the same run. Call it again after each part, so that a run that
+    is broken off loses little.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {
+        "command": command(), "machine": describe_machine(), "versions": versions(), "commit": commit(), **more,
+        "rows": [dict(row) for row in rows],
+    })  # fmt: skip
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises UserError where it is none."""
+    found = read_json(Path(path))
+    missing = [key for key in NEEDED if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise UserError(f"{path}: no result of a benchmark, it has no {', '.join(missing)}")
+    return found
+
+
+def command() -> str:
+    """What was typed, from the root of the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", str(name), *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Python, and the packages whose version changes what is measured."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+changes" where tracked code differs from it; "unknown" outside of one."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        code = ["nar_t2i", "benchmarks", "recipes"]
+        differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + "+changes" * bool(differs)
