@@ -17,12 +17,12 @@ from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, To
 
 
 class Scorer:
-    """Says how good whole images are. static: see InferenceStrategy."""
+    """Says how good whole images are, in one network call. static: see InferenceStrategy."""
 
     static: bool = False
 
-    def passes(self, network: TokenNetwork) -> int:
-        """Network calls that it makes, of one row an image each."""
+    def rows(self, network: TokenNetwork) -> int:
+        """Row evaluations an image."""
         return 1
 
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
@@ -35,8 +35,8 @@ class Likelihood(Scorer):
     """How likely the generator itself finds the tokens, given the text.
 
     The drawn slots fall into `groups` at random, each of which is hidden once and predicted from the others: a
-    pseudo-likelihood (Besag, 1975). What decoding drew apart is so seen together. A causal network gives the likelihood
-    itself, in one pass whatever `groups` is. (How much likelier the text makes the tokens than the null caption does was
+    pseudo-likelihood (Besag, 1975). What decoding drew apart is so seen together. All groups are rows of one pass. A causal
+    network gives the likelihood itself, in one row whatever `groups` is. (How much likelier the text makes the tokens than the null caption does was
     tried as well and chose no better than chance: docs/results/shipped.)
     """
 
@@ -47,20 +47,22 @@ class Likelihood(Scorer):
             raise UserError(f"Likelihood: groups must be at least 1, not {groups}")
         self.groups = groups
 
-    def passes(self, network: TokenNetwork) -> int:
+    def rows(self, network: TokenNetwork) -> int:
         return 1 if network.causal else self.groups
 
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
-        prepared, groups = network.prepare(condition), self.passes(network)
-        slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
+        groups = self.rows(network)
         group = (noise.uniform("score", shape=(network.spec.length,)) * groups).long()
-        total = torch.zeros(len(tokens), device=tokens.device)
-        for hidden in range(groups):
-            asked = free & (group == hidden)
-            masked = torch.zeros_like(free) if network.causal else asked  # it sees only what stands before
-            nll = network(TokenState(tokens, masked), prepared, slots).nll(tokens, noise.at(hidden, slots))
-            total = total - (nll * asked).sum(1)
-        return total
+        asked = torch.stack([free & (group == hidden) for hidden in range(groups)], 1).flatten(0, 1)
+        masked = torch.zeros_like(asked) if network.causal else asked  # it sees only what stands before
+
+        def each(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(groups, 0)
+
+        whole = each(tokens)
+        slots = torch.arange(network.spec.length, device=tokens.device).expand(len(whole), -1)
+        prediction = network(TokenState(whole, masked), network.prepare(condition.map(each)), slots)
+        return -(prediction.nll(whole, noise.repeated(groups).at(0, slots)) * asked).view(len(tokens), -1).sum(1)
 
 
 @part
@@ -121,8 +123,7 @@ class BestOf(InferenceStrategy):
             # All candidates of an image are asked the same questions.
             score = self.scorer.score(network, condition, drawn.tokens, free, noise.repeated(self.candidates))
             best = best + score.view(-1, self.candidates).argmax(1)
-            asked = self.scorer.passes(network)
-            passes, rows = passes + asked, rows + asked * self.candidates
+            passes, rows = passes + 1, rows + self.scorer.rows(network) * self.candidates
         if on_step:
             for step in steps:
                 on_step(Step(step.step, step.tokens[best], step.masked[best]))

@@ -54,14 +54,18 @@ class LoadReport:
 def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> LoadReport:
     """Copy into `module`, in place, every tensor of `path` whose name and shape fit.
 
-    path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), or a pipeline folder (all its
-    .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`). Position embeddings (named
+    path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), a pipeline folder (all its
+    .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`), or one part of such a folder
+    (MODEL/text: the module's `text` alone). Position embeddings (named
     `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may
     be missing, without mention. averaged: prefer averaged weights where there are some. Raises UserError where the source
     cannot be read or nothing fits.
     """
     source, averaged = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
+    part = Path(path).name
+    if (Path(path) / WEIGHTS).is_file() and any(name.startswith(f"{part}.") for name in target):
+        source = {f"{part}.{name}": value for name, value in source.items()}
     report = LoadReport(str(path), averaged)
     used = set()
     for name, value in target.items():

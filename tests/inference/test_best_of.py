@@ -73,7 +73,7 @@ def test_candidates_differ_and_cost_rows_but_no_passes():
     network = Watched(make_network(torch.float64))
     network.reads_unknown_alone = False  # the scorer reads all
     found = decoded(BestOf(Confidence(4), candidates=5, scorer=Likelihood(3)), network=network)
-    assert network.calls == found.passes == 4 + 3 and found.rows == 5 * (2 * 4 + 3)
+    assert network.calls == found.passes == 4 + 1 and found.rows == 5 * (2 * 4 + 3)
     everything = Known(torch.ones(3, 16, dtype=torch.bool), some_known().tokens)
     untouched = decoded(BestOf(Confidence(4)), known=everything)
     assert untouched.passes == 0 and torch.equal(untouched.tokens, everything.tokens)
