@@ -82,10 +82,13 @@ class Probed(NamedTuple):
 def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) -> Probed:
     """Take one step of `size` images on this CPU. Raises UserError, and KeyboardInterrupt."""
     with tempfile.TemporaryDirectory() as folder:
+        asked = recipes.load(configs, overrides).config
         settings = {**PROBE, "run_dir": folder, "data.init_args.global_batch_size": str(size)}
+        if asked.get("model", {}).get("init_args", {}).get("compile"):
+            settings["model.init_args.compile"] = "null"  # compiled passes save what their hardware makes best
         cli = command.RecipeCLI(recipes.load(configs, [*overrides, *(f"{key}={value}" for key, value in settings.items())]))
         cli.build("fit")
-        init_from = recipes.load(configs, overrides).config.get("init_from")
+        init_from = asked.get("init_from")
         if init_from and Path(init_from).exists() and has_frozen(cli.model):
             load_weights(cli.model, init_from)  # a cache of a frozen text encoder's states belongs to its weights
         cli.model.write = lambda folder: None

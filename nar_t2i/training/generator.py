@@ -23,6 +23,7 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
 from nar_t2i.training import optim
 from nar_t2i.training.base import TrainedModule
+from nar_t2i.training.compiling import Compiled, compiled, is_watched, longest, of_one_length
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.pictures import log_picture, rows_of
 from nar_t2i.types import (
@@ -54,6 +55,9 @@ class GeneratorModule(TrainedModule):
     its own it is trained by AdamW, as pretrained encoders were, whatever trains the rest.
     Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder (of all
     captions, where their states come from a cache).
+    compile: "kernels" has torch.compile fuse the network's training passes; "kernels and graphs" also records them as CUDA
+    graphs where there is a GPU, for which captions are padded to the text encoder's longest. Losses are equal up to rounding;
+    the first step takes minutes longer, and a C++ compiler is needed. Validation and sampling run as they are.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -76,6 +80,7 @@ class GeneratorModule(TrainedModule):
         sample_prompts: list[str] | None = None,
         scene_prompts: int = 0,
         budget_minutes: float | None = None,
+        compile: Compiled | None = None,
     ):
         super().__init__(optimizer, ema_decay, budget_minutes)
         codec = load_part(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -86,6 +91,8 @@ class GeneratorModule(TrainedModule):
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
+        self._compiled = [compiled(self.network, compile)] if compile else []  # in a list: the same weights, no second part
+        self._lengths = longest(text) if compile == "kernels and graphs" else None
         self.learning = learning
         self.inference, self.guidance = inference, guidance
         self.caption_dropout, self.seed = caption_dropout, seed
@@ -140,17 +147,23 @@ class GeneratorModule(TrainedModule):
         """(B,), True where the caption is dropped."""
         return noise.uniform("caption dropout") < self.caption_dropout
 
-    def _terms(self, batch: Batch, seed: int, dropout: bool, progress: float) -> dict[str, Any]:
+    def _terms(self, batch: Batch, seed: int, training: bool, progress: float) -> dict[str, Any]:
+        """training: with captions dropped, and through what is compiled."""
         noise = Noise(seed, batch.ids)
         tokens, error = self.tokens_of(batch)
         condition = self.states_of(batch)._replace(scalars=batch.scalars)
+        if training and self._lengths:
+            condition = of_one_length(condition, self._lengths)
         nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
-        condition = self.null(condition, self.dropped(noise) if dropout else nothing)
-        return self.learning.loss(self.network, TokenBatch(tokens, condition, error), noise, progress)
+        condition = self.null(condition, self.dropped(noise) if training else nothing)
+        network = self._compiled[0] if training and self._compiled and not is_watched() else self.network
+        return self.learning.loss(network, TokenBatch(tokens, condition, error), noise, progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         before = self.text.encoded, self.text.truncated
-        terms = self._terms(batch, self.seed, dropout=True, progress=self.progress)
+        terms = self._terms(batch, self.seed, training=True, progress=self.progress)
         self._captions[0] += self.text.encoded - before[0]
         self._captions[1] += self.text.truncated - before[1]
         truncated = self._captions[1] / self._captions[0] if self._captions[0] else self._cached_truncated
@@ -164,7 +177,7 @@ class GeneratorModule(TrainedModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         # As at the end of training, whatever the strategy's curriculum, so that all validations compare.
-        for name, (total, weight) in self._terms(batch, VALIDATION_SEED, dropout=False, progress=1.0).items():
+        for name, (total, weight) in self._terms(batch, VALIDATION_SEED, training=False, progress=1.0).items():
             self.log(f"validation_{name}", total / weight, batch_size=int(weight), sync_dist=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:

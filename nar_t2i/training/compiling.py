@@ -1,0 +1,51 @@
+"""torch.compile for the training step: fused kernels, and on a GPU recorded ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from nar_t2i.types import Condition, TextEncoder, TokenNetwork
+
+Compiled = Literal["kernels", "kernels and graphs"]
+
+
+def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
+    """The network, on the same weights, with its forward and backward passes compiled; `prepare` stays as it is.
+
+    The pass breaks in two where chosen slots are read: their number is read from the device. Before that all shapes stand
+    still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
+    """
+    graphs = kind == "kernels and graphs" and torch.cuda.is_available()
+    # Otherwise a graph would be recorded for every number of slots.
+    options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True} if graphs else None
+    return torch.compile(network, options=options)  # type: ignore[return-value]
+
+
+def is_watched() -> bool:
+    """Whether something looks at each operation, such as the monitor that counts those of the first step. Compiled code has
+    nothing to show it, and what torch.compile meets at such a time it leaves uncompiled for good."""
+    return is_in_torch_dispatch_mode()
+
+
+def longest(text: TextEncoder) -> list[int] | None:
+    """The length of the longest states of each stream; None where the encoder does not say."""
+    encoders: list[Any] = list(getattr(text, "encoders", [text]))
+    lengths = [getattr(encoder, "max_length", None) for encoder in encoders]
+    return None if None in lengths or len(lengths) != len(text.widths) else lengths
+
+
+def of_one_length(condition: Condition, lengths: list[int]) -> Condition:
+    """The streams padded to `lengths`, which no network sees: masks are False there. Recorded shapes must not change."""
+
+    def padded(x: Tensor, length: int, value: float) -> Tensor:
+        missing = max(0, length - x.shape[1])
+        return F.pad(x, (0, 0, 0, missing) if x.ndim == 3 else (0, missing), value=value)
+
+    states = tuple(padded(x, length, 0.0) for x, length in zip(condition.states, lengths, strict=True))
+    masks = tuple(padded(x, length, False) for x, length in zip(condition.masks, lengths, strict=True))
+    return condition._replace(states=states, masks=masks)
