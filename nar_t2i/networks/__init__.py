@@ -5,5 +5,6 @@ from nar_t2i.networks.critic import TokenCritic
 from nar_t2i.networks.encoder_decoder import EncoderDecoder
 from nar_t2i.networks.text_reader import TextReader
 from nar_t2i.networks.two_way import TwoWayDecoder
+from nar_t2i.networks.uvit import UVit
 
-__all__ = ["CausalDecoder", "EncoderDecoder", "TextReader", "TokenCritic", "TwoWayDecoder"]
+__all__ = ["CausalDecoder", "EncoderDecoder", "TextReader", "TokenCritic", "TwoWayDecoder", "UVit"]
