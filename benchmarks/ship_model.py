@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nar_t2i.evaluation.command import evaluate_prompts, generator_metrics
+from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
 from nar_t2i.folders import write_json

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.command import evaluate_prompts, generator_metrics
+from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import describe_machine, fast_precision

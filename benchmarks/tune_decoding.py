@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.command import draw_prompts
+from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.folders import write_json

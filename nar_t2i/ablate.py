@@ -27,7 +27,7 @@ from PIL import Image
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
-from nar_t2i.folders import flat, read_json, write_json
+from nar_t2i.folders import check_same, flat, write_json
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve
 
@@ -133,17 +133,6 @@ def leaving_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def check_same(path: Path, settings: dict[str, Any]) -> None:
-    """UserError where what lies beside `path` was made with other settings; says which."""
-    before = flat(read_json(path)) if path.exists() else {}
-    now = flat(settings)
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if differing:
-        key = differing[0]
-        raise UserError(f"{path.parent} was made with {key} {before.get(key)!r}, and now it is {now.get(key)!r} "
-                        f"({len(differing)} such differences); name another folder with --out")  # fmt: skip
-
-
 def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequence[str], out: Path) -> list[Entry]:
     """The entries in the order in which they are run. UserError where two recipes would share a name.
 
@@ -201,7 +190,7 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
 
 def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     """Draw and judge all prompts with the entry's way to decode."""
-    from nar_t2i.evaluation.command import draw_prompts
+    from nar_t2i.evaluation.drawing import draw_prompts
     from nar_t2i.evaluation.scene_accuracy import verdicts
     from nar_t2i.evaluation.scene_prompts import committed, take
     from nar_t2i.generate import contact_sheet

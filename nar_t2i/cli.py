@@ -22,13 +22,15 @@ LIGHTNING_VERBS = {
 # What each of the other subcommands runs: a module with `main(namespace)`.
 MODULES = {
     "generate": "nar_t2i.generate",
-    "evaluate": "nar_t2i.evaluation.command",
+    "evaluate": "nar_t2i.evaluate",
+    "suite": "nar_t2i.suite",
     "doctor": "nar_t2i.training.doctor",
     "export": "nar_t2i.training.export",
     "report": "nar_t2i.evaluation.report",
     "ablate": "nar_t2i.ablate",
     "quickstart": "nar_t2i.quickstart",
 }
+SUITES = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 INTERRUPTED = 130
 RECIPE_HELP = """\
 usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
@@ -113,13 +115,35 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--compile", action="store_true", help="with torch.compile: a minute to begin with, faster after it")
     generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
 
-    evaluate = commands.add_parser("evaluate", help="measure a model on scene prompts")
-    evaluate.add_argument("--model", required=True, metavar="FOLDER")
-    evaluate.add_argument("--prompts", metavar="FILE", help="JSON lines of prompts (default: the committed ones)")
+    evaluate = commands.add_parser("evaluate", help="measure a model")
+    _add_model(evaluate)
+    evaluate.add_argument("--metrics", metavar="LIST", help="comma-separated: scene_accuracy (default), fid, kid, precision_recall, "
+                          "clip_score, cmmd, scene_frechet")  # fmt: skip
+    evaluate.add_argument("--protocol", metavar="NAME", help="a recipe of recipes/evaluation, such as coco-30k, or a file")
+    evaluate.add_argument("--data", metavar="DATA", help="captions and real pictures: shards, a recipe's validation data, or 'scenes'")
+    evaluate.add_argument("--count", type=int, metavar="N", help="samples of --data (default: all)")
+    evaluate.add_argument("--inception", metavar="FILE", help="TorchScript: images to features, for fid, kid, precision_recall")
+    evaluate.add_argument("--clip", metavar="FOLDER", help="a CLIPModel of transformers, for clip_score and cmmd")
+    evaluate.add_argument("--prompts", metavar="FILE", help="scene prompts as JSON lines (default: the committed ones)")
     evaluate.add_argument("--per-category", type=int, metavar="N", help="the first N prompts of each category (default: all)")
-    evaluate.add_argument("--out", required=True, metavar="FILE", help="where the metrics go, as JSON")
-    _add_decoding(evaluate)
+    evaluate.add_argument("--out", required=True, metavar="FILE", help="where the numbers go, as JSON")
+    _add_decoding(evaluate, seed=None)
     evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+
+    suite = commands.add_parser("suite", help="draw for another benchmark's programs, and read their results")
+    steps = suite.add_subparsers(dest="step", required=True, metavar="STEP")
+    draw = steps.add_parser("draw", help="draw a suite's prompts, in the layout that its programs read")
+    draw.add_argument("name", choices=SUITES)
+    _add_model(draw)
+    draw.add_argument("--prompts", required=True, metavar="PATH", help="the suite's own file or folder of prompts")
+    draw.add_argument("--out", required=True, metavar="FOLDER", help="where pictures go")
+    draw.add_argument("--pictures", type=int, metavar="N", help="of each prompt (default: the suite's)")
+    _add_decoding(draw)
+    draw.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    ingest = steps.add_parser("ingest", help="turn a suite's results into JSON that report shows")
+    ingest.add_argument("name", choices=SUITES)
+    ingest.add_argument("results", metavar="PATH", help="what the suite's programs wrote")
+    ingest.add_argument("--out", required=True, metavar="FILE", help="where the scores go, as JSON")
 
     doctor = commands.add_parser("doctor", help="what a recipe needs, and what is wrong with it", usage=DOCTOR_USAGE)
     doctor.add_argument("recipe", metavar="RECIPE")
@@ -132,8 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="FOLDER", help="the model folder to write")
     export.add_argument("--raw", action="store_true", help="the weights of the last step instead of their average")
 
-    report = commands.add_parser("report", help="write report.html and metrics.json of runs, or one table of ablations")
-    report.add_argument("runs", nargs="+", metavar="DIR", help="a run's folder, or one that ablate has made")
+    report = commands.add_parser("report", help="write reports of runs, and one table of all that is named")
+    report.add_argument("runs", nargs="+", metavar="PATH", help="folders of runs or of ablations, JSON files of evaluate and suite")
+    report.add_argument("--out", metavar="FILE", help="the table of several (default: side-by-side.html beside the first)")
 
     ablate = commands.add_parser("ablate", help="train and judge a list of recipes, and compare them")
     ablate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, or names of shipped recipes")
@@ -153,11 +178,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a run, or a checkpoint")
+    parser.add_argument("--weights", choices=("ema", "raw", "both"), help="of a run or a checkpoint (default: ema)")
+
+
+def _add_decoding(parser: argparse.ArgumentParser, seed: int | None = 0) -> None:
     parser.add_argument("--steps", type=int, help="decoding steps (default: the model's own)")
     parser.add_argument("--guidance-scale", type=float, help="1 = no guidance (default: the model's own)")
     parser.add_argument("--candidates", type=int, metavar="N", help="draw N of each, keep the likeliest (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=seed, help="of the first picture; each takes the next (default: 0)")
 
 
 def _lightning(verb: str, arguments: list[str]) -> int:

@@ -51,6 +51,17 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): settings}
 
 
+def check_same(path: Path, settings: dict[str, Any]) -> None:
+    """UserError where what lies beside `path` was made with other settings; says which."""
+    before = flat(read_json(path)) if path.exists() else {}
+    now = flat(settings)
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        raise UserError(f"{path.parent} was made with {key} {before.get(key)!r}, and now it is {now.get(key)!r} "
+                        f"({len(differing)} such differences); name another folder with --out")  # fmt: skip
+
+
 def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a part into `folder`. dtype: of the stored floating-point weights; None keeps theirs."""
     folder = Path(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,3 +22,9 @@ def weights_hash(module: nn.Module) -> str:
 def text_hash(text: str | bytes) -> str:
     """sha256 of a text in UTF-8; of what is no UTF-8, of its bytes as they came."""
     return hashlib.sha256(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -188,7 +188,7 @@ class Quickstart:
         ]
 
     def evaluate(self) -> None:
-        from nar_t2i.evaluation.command import generator_metrics
+        from nar_t2i.evaluation.drawing import generator_metrics
         from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
         from nar_t2i.generate import shipped_model
         from nar_t2i.pipeline import TextToImage
@@ -220,7 +220,7 @@ class Quickstart:
         self, t2i: TextToImage, model: str, which: str, prompts: list[ScenePrompt], pictures: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Scores of one model on one set of prompts; some pictures of each category go into the report's list."""
-        from nar_t2i.evaluation.command import evaluate_prompts
+        from nar_t2i.evaluation.drawing import evaluate_prompts
         from nar_t2i.evaluation.scene_accuracy import verdicts
 
         title = f"{model}, {which}"

@@ -398,15 +398,15 @@ def test_generate_evaluate_report_and_quickstart_are_dispatched(monkeypatch):
     stand_in = type("Module", (), {"main": staticmethod(lambda namespace: seen.append(namespace))})
     monkeypatch.setattr("nar_t2i.cli.importlib.import_module", lambda name: seen.append(name) or stand_in)
     assert main(["generate", "--prompt", "a", "--prompt", "b", "--guidance-scale=2", "--film", "gif"]) == 0
-    assert main(["evaluate", "--model", "m", "--out", "o.json", "--batch-size", "8"]) == 0
+    assert main(["evaluate", "m", "--out", "o.json", "--batch-size", "8"]) == 0
     assert main(["report", "runs/a", "runs/b"]) == 0
     assert main(["quickstart", "--shortened"]) == 0
     generate, evaluate, report, quickstart = seen[1::2]
     assert seen[::2] == [
-        "nar_t2i.generate", "nar_t2i.evaluation.command", "nar_t2i.evaluation.report", "nar_t2i.quickstart"
+        "nar_t2i.generate", "nar_t2i.evaluate", "nar_t2i.evaluation.report", "nar_t2i.quickstart"
     ]
     assert (generate.prompt, generate.steps, generate.guidance_scale, generate.film) == (["a", "b"], None, 2.0, "gif")
     assert generate.negative_prompt is None and generate.model is None and generate.seed == 0
-    assert (evaluate.model, evaluate.batch_size) == ("m", 8)
+    assert (evaluate.model, evaluate.batch_size, evaluate.weights, evaluate.seed) == ("m", 8, None, None)
     assert report.runs == ["runs/a", "runs/b"]
     assert quickstart.shortened and not quickstart.shuffled_captions and quickstart.out == "runs/quickstart"

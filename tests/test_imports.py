@@ -21,7 +21,7 @@ LAYERS = [
     ["prepare"],
     ["evaluation"],
     ["training", "generate"],
-    ["quickstart", "ablate"],
+    ["quickstart", "ablate", "evaluate", "suite"],
     ["cli"],
     ["__main__"],
 ]

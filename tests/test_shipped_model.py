@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nar_t2i.evaluation.command import evaluate_prompts
+from nar_t2i.evaluation.drawing import evaluate_prompts
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.generate import shipped_model
 from nar_t2i.pipeline import TextToImage

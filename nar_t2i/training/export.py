@@ -16,10 +16,20 @@ CONFIG = "config.yaml"
 
 def main(arguments: argparse.Namespace) -> int:
     """Raises UserError where the checkpoint, its run's configuration or the folder cannot be used."""
-    quieten()
-    checkpoint, folder = _checkpoint(Path(arguments.checkpoint)), Path(arguments.folder)
+    checkpoint, folder = find_checkpoint(Path(arguments.checkpoint)), Path(arguments.folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; export into a new folder")
+    averaged = export(checkpoint, folder, averaged=not arguments.raw)
+    print(f"{folder}: {'averaged' if averaged else 'raw'} weights of step {checkpoints.manifest(checkpoint)['step']}")
+    return 0
+
+
+def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False) -> bool:
+    """Write a checkpoint as a model folder; whether its weights are averaged. Raises UserError.
+
+    averaged: prefer averaged weights; exactly: and take no others.
+    """
+    quieten()
     config = checkpoint.parents[1] / CONFIG
     if not config.is_file():
         raise UserError(f"{config}: a checkpoint is exported with its run's configuration, and there is none")
@@ -27,16 +37,17 @@ def main(arguments: argparse.Namespace) -> int:
     model = cli.build_model()
     if cli.config.init_from:
         load_weights(model, cli.config.init_from)  # frozen weights, which no checkpoint holds
-    averaged = load_weights(model, checkpoint, averaged=not arguments.raw).averaged
+    was_averaged = load_weights(model, checkpoint, averaged=averaged).averaged
+    if exactly and was_averaged != averaged:
+        raise UserError(f"{checkpoint}: holds no averaged weights")
     if not hasattr(model, "write"):
         raise UserError(f"{config}: {type(model).__name__} has no model folder")
     model.write(folder)
-    print(f"{folder}: {'averaged' if averaged else 'raw'} weights of step {checkpoints.manifest(checkpoint)['step']}")
-    return 0
+    return was_averaged
 
 
-def _checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or a run's newest."""
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or a run's newest. UserError where there is none."""
     if (path / checkpoints.MANIFEST).is_file():
         return path.resolve()
     found = checkpoints.latest(path)

@@ -1,24 +1,19 @@
-"""`nar-t2i evaluate`: scene accuracy of any model folder on any file of scene prompts."""
+"""Pictures of scene prompts, and their scene accuracy, in this process."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from nar_t2i.errors import UserError
 from nar_t2i.evaluation import scene_accuracy
-from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
-from nar_t2i.folders import write_json
-from nar_t2i.hardware import best_device
+from nar_t2i.evaluation.scene_prompts import ScenePrompt
 from nar_t2i.pipeline import Samples, TextToImage
 
 
@@ -126,29 +121,3 @@ def generator_metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     accuracy = {name: result["accuracy"] for name, result in results.items()}
     rest = {key: value for key, value in first.items() if key not in ("accuracy", "shuffled")}
     return {"scene_accuracy": {**accuracy, "shuffled": first["shuffled"]}, **rest}
-
-
-def main(arguments: argparse.Namespace) -> int:
-    t2i = TextToImage.from_pretrained(arguments.model).to(best_device())
-    if arguments.prompts:
-        sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
-    else:
-        sets = {"seen": committed("seen"), "held_out": committed("held_out")}
-    if arguments.per_category is not None:
-        if arguments.per_category < 1:
-            raise UserError(f"--per-category must be at least 1, not {arguments.per_category}")
-        sets = {name: take(prompts, arguments.per_category) for name, prompts in sets.items()}
-    results = {}
-    for name, prompts in sets.items():
-        results[name], _ = evaluate_prompts(
-            t2i, prompts, arguments.steps, arguments.guidance_scale, arguments.seed, arguments.batch_size, name=name,
-            candidates=arguments.candidates,
-        )  # fmt: skip
-    metrics = {"generator": generator_metrics(results)}
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, metrics)
-    for name in sets:
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in results[name]["accuracy"].items() if isinstance(v, float)))
-    print(f"written to {out}")
-    return 0

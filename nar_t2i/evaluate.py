@@ -1,0 +1,293 @@
+"""`nar-t2i evaluate`: how well a model draws, by as many metrics as are asked for, on as many ranks as there are.
+
+    OUT.json         the numbers, each with the protocol that it was made by
+    OUT.work/        settings.json, and what is drawn, in pieces (see nar_t2i.evaluation.pieces): features and what the detector
+                     found; sheet-NAME.png, the first pictures. It can be deleted when OUT.json is there
+
+Sample i is drawn with seed + i. Every sample is drawn by one rank; the first computes the numbers from the features of all,
+so that they are the same on any number of ranks. Nothing stands in for weights that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from nar_t2i import __version__
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation import scene_accuracy
+from nar_t2i.evaluation.chosen import RESIZE, Chosen, open_data
+from nar_t2i.evaluation.detector import MIN_SIDE, DetectedObject, Detection
+from nar_t2i.evaluation.features import ClipFeatures, Features, InceptionFeatures, SceneFeatures
+from nar_t2i.evaluation.metrics import Compared
+from nar_t2i.evaluation.pieces import Piece, Pieces
+from nar_t2i.evaluation.protocol import NEEDS, Protocol, chosen_metrics, read_protocol
+from nar_t2i.evaluation.ranks import Ranks, ranks
+from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
+from nar_t2i.folders import check_same, write_json
+from nar_t2i.generate import contact_sheet
+from nar_t2i.hardware import describe_machine
+from nar_t2i.hashing import text_hash
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.training.opening import Opened, open_models
+
+FORMAT = 1
+SHOWN = 32  # pictures of a sheet
+
+
+def main(arguments: argparse.Namespace) -> int:
+    protocol = read_plan(arguments)
+    with ranks() as group:
+        evaluation = Evaluation(arguments, protocol, group)
+        evaluation.work()
+        group.on_first(evaluation.write)
+    return 0
+
+
+def read_plan(arguments: argparse.Namespace) -> Protocol:
+    """What the command line asks for. UserError where options are missing, or say what the protocol says already."""
+    given = [name for name in ("metrics", "count", "seed") if getattr(arguments, name) is not None]
+    if arguments.protocol is not None:
+        if given:
+            raise UserError(f"--{given[0]}: is fixed by the protocol {arguments.protocol}; leave one of them out")
+        protocol = read_protocol(arguments.protocol)
+    else:
+        metrics, accuracy = chosen_metrics((arguments.metrics or "scene_accuracy").split(","))
+        protocol = Protocol(None, metrics, accuracy, arguments.count, arguments.seed or 0)
+    for metric in protocol.metrics:
+        if metric.features in NEEDS and getattr(arguments, metric.features) is None:
+            raise UserError(f"{metric.name} needs {NEEDS[metric.features]}; nothing stands in for its weights")
+        if arguments.data is None:
+            raise UserError(f"{metric.name} needs --data: captions to draw, and their pictures to compare with")
+    if arguments.data is not None and not protocol.metrics:
+        raise UserError("--data: none of the metrics uses it; name others with --metrics")
+    if not protocol.scene_accuracy and (arguments.prompts or arguments.per_category):
+        raise UserError("--prompts and --per-category are for scene_accuracy, which is none of the metrics")
+    if arguments.per_category is not None and arguments.per_category < 1:
+        raise UserError(f"--per-category must be at least 1, not {arguments.per_category}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    return protocol
+
+
+@dataclass
+class Drawing:
+    """A model as it is asked to draw. facts: how it did."""
+
+    t2i: TextToImage
+    arguments: argparse.Namespace
+    seed: int
+
+    def __call__(self, prompts: Sequence[str], samples: range) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Pictures (B, 3, S, S) uint8 of samples by number, and facts for the notes."""
+        encoded, truncated = self.t2i.text.encoded, self.t2i.text.truncated
+        asked = self.arguments
+        drawn = self.t2i.sample(
+            prompts, asked.steps, asked.guidance_scale, seed=[self.seed + i for i in samples],
+            batch_size=asked.batch_size, candidates=asked.candidates,
+        )  # fmt: skip
+        facts = {"passes": drawn.passes, "rows": drawn.rows, "encoded": self.t2i.text.encoded - encoded,
+                 "truncated": self.t2i.text.truncated - truncated}  # fmt: skip
+        return drawn.images, facts
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, or the model's own where nothing was."""
+        inference, asked = self.t2i.inference, self.arguments
+        return {
+            "steps": getattr(getattr(inference, "first", inference), "steps", None) if asked.steps is None else asked.steps,
+            "candidates": getattr(inference, "candidates", 1) if asked.candidates is None else asked.candidates,
+            "guidance_scale": self.t2i.guidance.scale if asked.guidance_scale is None else asked.guidance_scale,
+            "seed": self.seed, "precision": "fp32",
+        }  # fmt: skip
+
+
+class Evaluation:
+    """What is evaluated, and how far it is."""
+
+    def __init__(self, arguments: argparse.Namespace, protocol: Protocol, group: Ranks):
+        self.arguments, self.protocol, self.group = arguments, protocol, group
+        self.out = Path(arguments.out)
+        self.folder = self.out.with_suffix(".work")
+        self.models: list[Opened] = []
+        self.decoding: dict[str, dict[str, Any]] = {}
+        self.pieces: dict[str, Pieces] = {}
+        self.prompts: dict[str, list[ScenePrompt]] = _scene_prompts(arguments) if protocol.scene_accuracy else {}
+        self.features: list[Features] = []
+        self.drawn: Chosen | None = None
+        self.real: Chosen | None = None
+
+    def work(self) -> None:
+        """Draw all that is missing. All ranks must call it."""
+        self.group.on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        self.models = open_models(Path(self.arguments.model), self.arguments.weights, self.folder, self.group)
+        self.features = self.group.together(self._open_features)
+        for number, model in enumerate(self.models):
+            t2i = self.group.together(lambda: TextToImage.from_pretrained(model.folder)).to(self.group.device)
+            if number == 0:
+                self.group.together(lambda: self._open_data(t2i.tokenizer.image_size))
+                self.group.on_first(self._check_settings)
+                if self.real is not None:
+                    self._work("real", self.real, lambda samples: self._real_piece(samples, t2i.tokenizer.image_size))
+            draw = Drawing(t2i, self.arguments, self.protocol.seed)
+            self.decoding[model.name] = draw.settings()
+            for name, prompts in self.prompts.items():
+                self._work(f"{model.name}-scenes-{name}", prompts, lambda samples: self._scene_piece(draw, prompts, samples, model.name))
+            if self.drawn is not None:
+                self._work(f"{model.name}-captions", self.drawn, lambda samples: self._caption_piece(draw, samples, model.name))
+
+    def write(self) -> None:
+        """Compute the numbers and write them."""
+        results = {model.name: self._results(model.name) for model in self.models}
+        content: dict[str, Any] = {
+            "format": FORMAT, "kind": "evaluation",
+            "model": {"path": str(self.arguments.model), **{model.name: model.facts for model in self.models}},
+            "protocol": self._told(), "results": results, "machine": describe_machine(),
+            "versions": {"nar_t2i": __version__, "torch": torch.__version__},
+        }  # fmt: skip
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.out, content)
+        for name, result in results.items():
+            print("\n".join(f"{name}: {line}" for line in lines(result)))
+        print(f"written to {self.out}")
+
+    # Opening
+
+    def _open_features(self) -> list[Features]:
+        device, arguments = self.group.device, self.arguments
+        kinds = {
+            "inception": lambda: InceptionFeatures(arguments.inception, device, **self.protocol.inception),
+            "clip": lambda: ClipFeatures(arguments.clip, device),
+            "scene": lambda: SceneFeatures(device),
+        }
+        return [kinds[name]() for name in self.protocol.features]
+
+    def _open_data(self, image_size: int) -> None:
+        if self.prompts and image_size < MIN_SIDE:
+            raise UserError(f"scene_accuracy: the detector needs {MIN_SIDE} px a side, and the model draws {image_size}")
+        if not self.protocol.metrics:
+            return
+        protocol = self.protocol
+        source = open_data(self.arguments.data, protocol.count, image_size)
+        self.drawn = Chosen(source, protocol.count, protocol.choice_seed, protocol.caption)
+        if any(metric.needs_real for metric in protocol.metrics):
+            self.real = self.drawn if protocol.reference == "same" else Chosen(source, None)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the pieces depend on."""
+        arguments = self.arguments
+        return {
+            "model": self.models[0].identity, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale,
+            "candidates": arguments.candidates, "batch_size": arguments.batch_size, "seed": self.protocol.seed,
+            "prompts": {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()},
+            "data": self.drawn and self.drawn.identity(), "reference": self.protocol.reference,
+            "features": {features.name: features.protocol for features in self.features},
+        }  # fmt: skip
+
+    def _check_settings(self) -> None:
+        path = self.folder / "settings.json"
+        if path.exists():
+            check_same(path, self._settings())
+        else:
+            write_json(path, self._settings())
+
+    # Drawing
+
+    def _work(self, name: str, samples: Sequence[Any] | Chosen, make: Any) -> None:
+        self.pieces[name] = Pieces(self.folder / name, len(samples), self.arguments.batch_size, make)
+        self.pieces[name].work(self.group)
+
+    def _scene_piece(self, draw: Drawing, prompts: list[ScenePrompt], samples: range, name: str) -> Piece:
+        texts = [prompts[i].prompt for i in samples]
+        images, facts = draw(texts, samples)
+        self._sheet(name, "scenes", images, texts, samples)
+        found = scene_accuracy.detect_all(images.permute(0, 2, 3, 1).cpu().numpy())
+        return Piece({"samples": torch.tensor(samples)}, {**facts, "found": [asdict(detection) for detection in found]})
+
+    def _caption_piece(self, draw: Drawing, samples: range, name: str) -> Piece:
+        texts = self.drawn.captions(samples)
+        images, facts = draw(texts, samples)
+        self._sheet(name, "captions", images, texts, samples)
+        tensors = {features.name: features.of_images(images) for features in self.features}
+        wanted = {metric.features for metric in self.protocol.metrics if metric.needs_texts}
+        tensors |= {f"{features.name}-texts": features.of_texts(texts) for features in self.features if features.name in wanted}
+        return Piece(tensors, facts)
+
+    def _real_piece(self, samples: range, size: int) -> Piece:
+        images = self.real.images(samples, size)
+        wanted = {metric.features for metric in self.protocol.metrics if metric.needs_real}
+        return Piece({features.name: features.of_images(images) for features in self.features if features.name in wanted}, {})
+
+    def _sheet(self, name: str, kind: str, images: torch.Tensor, texts: list[str], samples: range) -> None:
+        if samples.start == 0:
+            shown = [Image.fromarray(image) for image in images[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()]
+            contact_sheet(shown, texts[:SHOWN]).save(self.folder / f"sheet-{name}-{kind}.png")
+
+    # Numbers
+
+    def _results(self, name: str) -> dict[str, Any]:
+        result: dict[str, Any] = {"decoding": self.decoding[name]}
+        notes: list[dict[str, Any]] = []
+        if self.prompts:
+            scores: dict[str, Any] = {}
+            for number, (which, prompts) in enumerate(self.prompts.items()):
+                _, facts = self.pieces[f"{name}-scenes-{which}"].gathered()
+                found = [_detection(value) for piece in facts for value in piece["found"]]
+                scores[which] = scene_accuracy.score(found, prompts)
+                if number == 0:
+                    scores["shuffled"] = {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)}
+                notes += facts
+            result["scene_accuracy"] = scores
+        if self.drawn is not None:
+            tensors, facts = self.pieces[f"{name}-captions"].gathered()
+            real = self.pieces["real"].gathered()[0] if self.real is not None else {}
+            notes += facts
+            device = self.group.device
+            for metric in self.protocol.metrics:
+                kinds = (tensors[metric.features], real.get(metric.features), tensors.get(f"{metric.features}-texts"))
+                result[metric.name] = metric.result(Compared(*(kind if kind is None else kind.to(device) for kind in kinds)))
+        result["decoding"] |= {
+            "decoder_passes": max(piece["passes"] for piece in notes), "decoder_rows": max(piece["rows"] for piece in notes),
+            "truncated_prompts": sum(piece["truncated"] for piece in notes) / max(1, sum(piece["encoded"] for piece in notes)),
+        }  # fmt: skip
+        return result
+
+    def _told(self) -> dict[str, Any]:
+        """How the pictures were chosen and compared, for the reader of the numbers."""
+        protocol = self.protocol
+        told: dict[str, Any] = {"name": protocol.name, "seed": protocol.seed}
+        if self.drawn is not None:
+            told["data"] = {key: value for key, value in self.drawn.identity().items() if key != "blocks"}
+            told["real"] = {"which": protocol.reference, "resize": RESIZE} if self.real is not None else None
+            told["features"] = {features.name: features.protocol for features in self.features}
+        if self.prompts:
+            told["scene_prompts"] = {name: len(prompts) for name, prompts in self.prompts.items()}
+        return told
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The numbers of one kind of weights, in words."""
+    accuracy = result.get("scene_accuracy", {})
+    told = [f"scene_accuracy {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if isinstance(v, float))
+            for name, scores in accuracy.items() if name != "shuffled"]  # fmt: skip
+    for name, numbers in result.items():
+        if name not in ("scene_accuracy", "decoding"):
+            told.append(f"{name}: " + ", ".join(f"{k} {v:.5g}" for k, v in numbers.items() if isinstance(v, (int, float))))
+    return told
+
+
+def _scene_prompts(arguments: argparse.Namespace) -> dict[str, list[ScenePrompt]]:
+    if arguments.prompts:
+        sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
+    else:
+        sets = {"seen": committed("seen"), "held_out": committed("held_out")}
+    return sets if arguments.per_category is None else {k: take(v, arguments.per_category) for k, v in sets.items()}
+
+
+def _detection(value: dict[str, Any]) -> Detection:
+    return Detection(tuple(DetectedObject(**found) for found in value["objects"]), tuple(value["flaws"]))

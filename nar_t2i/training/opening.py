@@ -1,0 +1,65 @@
+"""What a command is told to draw with: a model folder, a run, or a checkpoint, as model folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.ranks import Ranks
+from nar_t2i.folders import CONFIG
+from nar_t2i.hashing import file_hash, text_hash
+
+WEIGHTS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
+
+
+class Opened(NamedTuple):
+    """name: "model", "ema" or "raw". folder: of the model. identity: a hash of what it was opened from. facts: for a report."""
+
+    name: str
+    folder: Path
+    identity: str
+    facts: dict[str, Any]
+
+
+def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> list[Opened]:
+    """The model folders that `path` means; those of a checkpoint are written into `work`, once. All ranks must call it.
+
+    weights: "ema", "raw" or "both"; None takes the averaged ones. A model folder has one kind, so that a choice is a
+    UserError, and so is a checkpoint without averaged weights where these are wanted.
+    """
+    if (path / CONFIG).is_file():
+        if weights is not None:
+            raise UserError(f"--weights {weights}: {path} is a model folder, which holds one kind; name its run or a checkpoint")
+        identity = group.agreed(folder_hash(path) if group.first else "")
+        return [Opened("model", path, identity, {"hash": identity})]
+    from nar_t2i.training import checkpoints
+    from nar_t2i.training.export import export, find_checkpoint
+
+    checkpoint = group.together(lambda: find_checkpoint(path))
+    facts = {"checkpoint": checkpoint.name, "step": group.together(lambda: checkpoints.manifest(checkpoint)["step"])}
+    identity = file_hash(checkpoint / checkpoints.MANIFEST)
+    opened = []
+    for name in WEIGHTS[weights or "ema"]:
+        folder = work / f"model-{name}-{identity[:12]}"
+
+        def write(folder: Path = folder, averaged: bool = name == "ema") -> None:
+            if not folder.exists():
+                beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+                try:
+                    export(checkpoint, beside, averaged, exactly=True)
+                    beside.rename(folder)
+                finally:
+                    shutil.rmtree(beside, ignore_errors=True)
+
+        group.on_first(write)
+        opened.append(Opened(name, folder, identity, {**facts, "hash": identity}))
+    return opened
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 of the files of a folder, by their names in it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
+    return text_hash("\n".join(f"{file.relative_to(folder)} {file_hash(file)}" for file in files))
