@@ -1,0 +1,116 @@
+"""How benchmarks measure: times cold and warm, peaks of memory, and the floor that a machine sets to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from nar_t2i.hardware import matrix_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Call(NamedTuple):
+    """ms: of one call. peak_mib: of the device's memory, all that lay there included; None on a CPU, where nothing counts it."""
+
+    ms: float
+    peak_mib: float | None
+
+
+class Clock:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def once(self, run: Callable[[], Any]) -> Call:
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        run()
+        if self.cuda:
+            torch.cuda.synchronize()
+        taken = 1000 * (time.perf_counter() - start)
+        return Call(taken, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
+
+    def warm(self, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Call]]:
+        """`repeats` calls of each, in turns, so that what else the machine does falls on all alike."""
+        calls: dict[str, list[Call]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                calls[name].append(self.once(run))
+        return calls
+
+
+def summary(cold: Call, warm: list[Call], others_mib: float = 0.0) -> dict[str, Any]:
+    """cold_ms, p50_ms, p95_ms (by rank, so of few calls the slowest), calls, and on a GPU peak_mib.
+
+    others_mib: what lay in memory all the while and belongs to something else.
+    """
+    taken = sorted(call.ms for call in warm)
+    found = {
+        "cold_ms": cold.ms, "p50_ms": taken[len(taken) // 2], "p95_ms": taken[min(len(taken) - 1, round(0.95 * len(taken)))],
+        "calls": len(taken),
+    }  # fmt: skip
+    peaks = [call.peak_mib for call in (cold, *warm) if call.peak_mib is not None]
+    return found | ({"peak_mib": max(peaks) - others_mib} if peaks else {})
+
+
+class Roofline:
+    """Two ceilings of a device, measured when they are first asked for: of matrix products and of copies.
+
+    fp32 is fp32: the shorter TF32 of tensor cores is switched off for all that is measured in this process.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.copy_rate = copy_rate(device)
+
+    def rates(self, dtype: torch.dtype) -> dict[str, float]:
+        """matrix_tflops, a second; copy_gb_s, read and written."""
+        return {"matrix_tflops": matrix_rate(self.device, dtype) / 1e12, "copy_gb_s": self.copy_rate / 1e9}
+
+    def floor(self, operations: float, moved: float, dtype: torch.dtype) -> dict[str, float]:
+        """The least time, in ms, that floating-point operations and bytes moved take, each and both at once."""
+        compute, memory = 1000 * operations / matrix_rate(self.device, dtype), 1000 * moved / self.copy_rate
+        return {"compute_floor_ms": compute, "memory_floor_ms": memory, "floor_ms": max(compute, memory)}
+
+
+def share(floor: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, float]:
+    """The floor, and which share of the time it is."""
+    return {**floor, "share_of_roofline": floor["floor_ms"] / found["p50_ms"]}
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that fits into no cache: the best of five."""
+    source = torch.zeros(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, clock = torch.empty_like(source), Clock(device)
+    fastest = min(clock.once(lambda: target.copy_(source)).ms for _ in range(6))
+    return 2000 * source.numel() / fastest
+
+
+def weight_bytes(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+class Budget:
+    """Minutes after which nothing more is begun; what is left out is told."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+        self.left_out: list[str] = []
+
+    def allows(self, name: str) -> bool:
+        if time.monotonic() < self.end:
+            return True
+        self.left_out.append(name)
+        return False
+
+
+def line(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
