@@ -240,9 +240,9 @@ class Evaluation:
                 found = [_detection(value) for piece in facts for value in piece["found"]]
                 scores[which] = scene_accuracy.score(found, prompts)
                 if number == 0:
-                    scores["shuffled"] = {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)}
+                    shuffled = {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)}
                 notes += facts
-            result["scene_accuracy"] = scores
+            result["scene_accuracy"] = {**scores, "shuffled": shuffled}
         if self.drawn is not None:
             tensors, facts = self.pieces[f"{name}-captions"].gathered()
             real = self.pieces["real"].gathered()[0] if self.real is not None else {}

@@ -107,8 +107,9 @@ def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch
     assert main(["report", "other", "third"]) == 0
     assert "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
     capsys.readouterr()
-    assert main(["report", "other", "other/runs/0/linear"]) == 2
-    assert "but not both at once" in capsys.readouterr().err
+    assert main(["report", "other", "other/runs/0/linear"]) == 0  # an ablation and a run: one table
+    columns = {line.split(",")[0] for line in (beside_a_quickstart / "side-by-side.csv").read_text().splitlines()[1:]}
+    assert columns == {"linear", "linear (third)", "linear (0)"}
 
 
 def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_quickstart, monkeypatch):

@@ -1,4 +1,4 @@
-"""`nar-t2i report`: one self-contained report.html for a quickstart folder or a single run.
+"""`nar-t2i report`: one self-contained report.html for a quickstart folder or a single run, and one table of several.
 
 It shows what it finds and leaves out what is missing. Everything that comes from files is escaped, and the page asks
 for nothing outside itself. From `evaluation/` it reads
@@ -29,27 +29,34 @@ from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import read_json, write_json
 
 STAGES = ("tokenizer", "text", "generator")  # run folders of a quickstart
+SIDE_BY_SIDE = "side-by-side.html"
 MOST_SAMPLES = 96  # cards of a set of prompts; the rest is counted
 STAGE_COLORS = ("#98a2b3", "#7a9bd8", "#2f6fde", "#1b3f8f", "#d9a22b")
 SETS = {"seen": "Seen combinations", "held_out": "Held-out combinations"}
 
 
 def main(arguments: argparse.Namespace) -> int:
-    folders = [Path(name) for name in arguments.runs]
-    compared = [folder for folder in folders if (folder / "comparison.json").exists()]
-    if compared and len(compared) < len(folders):
-        other = next(folder for folder in folders if folder not in compared)
-        raise UserError(f"{other} holds no comparison, {compared[0]} does: report runs, or ablations, but not both at once")
-    if compared:
+    """A report of each run; of several things, or of an evaluation's file, one table; of ablations alone, one comparison."""
+    paths = [Path(name) for name in arguments.runs]
+    if all((path / "comparison.json").exists() for path in paths):
         from nar_t2i.evaluation.comparison import merge_comparisons
 
-        print(merge_comparisons(folders))
+        if arguments.out is not None:
+            raise UserError(f"--out: the comparison of ablations is written into the first of them, {paths[0]}")
+        print(merge_comparisons(paths))
         return 0
+    folders = [path for path in paths if not path.is_file() and not (path / "comparison.json").exists()]
     for folder in folders:
         _check(folder)
+    for folder in folders:
         if not (folder / "metrics.json").exists():
             write_json(folder / "metrics.json", collect_metrics(folder))
         print(f"{write_report(folder)}\n{folder / 'metrics.json'}")
+    if len(paths) > 1 or not folders:
+        from nar_t2i.evaluation.side_by_side import read_entries, write_side_by_side
+
+        out = paths[0].resolve().parent / SIDE_BY_SIDE if arguments.out is None else Path(arguments.out)
+        print(write_side_by_side([entry for path in paths for entry in read_entries(path)], out))
     return 0
 
 

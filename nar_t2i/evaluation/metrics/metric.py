@@ -51,7 +51,7 @@ class Metric:
         counts = {"samples": len(found.drawn)} | ({"real_samples": len(found.real)} if self.needs_real else {})
         if min(counts.values()) < self.least:
             raise UserError(f"{self.name} needs at least {self.least} samples, drawn and real; there are {min(counts.values())}")
-        return {**self.numbers(found), **counts, "protocol": {"about": self.about, **asdict(self)}}
+        return {**self.numbers(found), **counts, "features": self.features, "protocol": {"about": self.about, **asdict(self)}}
 
 
 def blocks(rows: Tensor, size: int = BLOCK) -> Iterator[Tensor]:

@@ -1,0 +1,220 @@
+"""Any number of runs, evaluations, ablations and results of suites in one table: what each scored, and where two numbers were
+made by different protocols, so that they do not compare.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nar_t2i.errors import UserError
+from nar_t2i.evaluation.report_html import figure, join, page, picture, section, table, tag
+from nar_t2i.evaluation.scene_prompts import CATEGORIES
+from nar_t2i.folders import flat, read_json
+
+DECODING = ("steps", "guidance_scale", "candidates", "seed", "decoder_passes", "decoder_rows", "images_per_second")
+OTHER = "†"  # marks a number by another protocol than the row's first
+
+
+@dataclass(frozen=True)
+class Number:
+    """low, high: its 95% interval, where one is known. protocol: what has to be the same where two are compared."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    protocol: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Entry:
+    """A column. numbers: by their names, in the order in which they are shown. about: what is behind them."""
+
+    name: str
+    source: str
+    numbers: dict[str, Number] = field(default_factory=dict)
+    about: Any = None
+    sheets: list[Path] = field(default_factory=list)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """What a path holds: a run's or quickstart's folder with a metrics.json, a folder of an ablation, a JSON file of `nar-t2i
+    evaluate` or `nar-t2i suite ingest`. Raises UserError for anything else."""
+    if (path / "comparison.json").is_file():
+        return _ablation(path)
+    content = read_json(path / "metrics.json" if path.is_dir() else path)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if path.is_dir():
+        return [_run(path, content)]
+    if kind == "evaluation":
+        return _evaluation(path, content)
+    if kind == "suite":
+        return [_suite(path, content)]
+    raise UserError(f"{path}: neither an evaluation nor a suite's scores; make one with nar-t2i evaluate or nar-t2i suite ingest")
+
+
+def write_side_by_side(entries: Sequence[Entry], out: Path) -> Path:
+    """Write the table as `out` (HTML) and beside it as CSV."""
+    entries = _named_apart(entries)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".csv").write_text(as_csv(entries), encoding="utf-8")
+    beside = out.with_name(f"{out.name}.tmp")
+    beside.write_text(as_html(entries), encoding="utf-8")
+    beside.replace(out)
+    return out
+
+
+def differing(entries: Sequence[Entry]) -> dict[str, dict[str, list[str]]]:
+    """Number → entry → the keys of its protocol that differ from those of the first entry that tells one."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in _names(entries):
+        first: dict[str, Any] | None = None
+        for entry in entries:
+            number = entry.numbers.get(name)
+            if number is None or number.protocol is None:
+                continue
+            told = flat(number.protocol)
+            first = told if first is None else first
+            if keys := sorted(key for key in {**first, **told} if first.get(key) != told.get(key)):
+                found.setdefault(name, {})[entry.name] = keys
+    return found
+
+
+def as_csv(entries: Sequence[Entry]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["entry", "measure", "value", "low", "high", "other_protocol"])
+    others = differing(entries)
+    for entry in entries:
+        for name, number in entry.numbers.items():
+            interval = ["" if bound is None else bound for bound in (number.low, number.high)]
+            writer.writerow([entry.name, name, number.value, *interval, " ".join(others.get(name, {}).get(entry.name, ()))])
+    return file.getvalue()
+
+
+def as_html(entries: Sequence[Entry]) -> str:
+    others = differing(entries)
+    rows = [[name, *(_cell(entry, name, others) for entry in entries)] for name in _names(entries)]
+    notes = [[name, entry, ", ".join(keys)] for name, by_entry in others.items() for entry, keys in by_entry.items()]
+    warning = tag("p", f"{OTHER}: by another protocol than the first of its row; such numbers do not compare.") if notes else None
+    sheets = [figure(picture(sheet, f"{entry.name}: {sheet.stem}"), entry.name) for entry in entries for sheet in entry.sheets]
+    behind = [tag("details", tag("summary", entry.name), tag("pre", json.dumps(entry.about, indent=2))) for entry in entries]
+    return page(
+        "nar_t2i: side by side",
+        tag("h1", "Side by side"),
+        section("Scores", warning, table(["", *(entry.name for entry in entries)], rows)),
+        section("Where protocols differ", table(["score", "entry", "keys"], notes)) if notes else None,
+        section("The first pictures", [tag("div", sheet, class_="card") for sheet in sheets if sheet is not None]),
+        section("Sources", table(["entry", "read from"], [[entry.name, entry.source] for entry in entries], class_="plain"), behind),
+    )
+
+
+def _cell(entry: Entry, name: str, others: Mapping[str, Mapping[str, Any]]) -> Any:
+    number = entry.numbers.get(name)
+    if number is None:
+        return "–"
+    mark = OTHER if entry.name in others.get(name, {}) else ""
+    value = f"{number.value:,.0f}" if number.value == int(number.value) and abs(number.value) >= 10 else f"{number.value:.4g}"
+    if number.low is None or number.high is None:
+        return value + mark
+    return join([value + mark, tag("span", f"{number.low:.3f} to {number.high:.3f}", class_="small")])
+
+
+def _names(entries: Iterable[Entry]) -> list[str]:
+    """All names; those that several entries have stand where the first has them."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.numbers))
+
+
+def _named_apart(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of one name get the folder that they are from, and else a number, too."""
+    taken: dict[str, Entry] = {}
+    for entry in entries:
+        folder = Path(entry.source).resolve().parent.name
+        names = (entry.name, f"{entry.name} ({folder})", *(f"{entry.name} ({count})" for count in range(2, len(entries) + 2)))
+        entry.name = next(name for name in names if name not in taken)
+        taken[entry.name] = entry
+    return list(taken.values())
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def _run(path: Path, content: Any) -> Entry:
+    """A run or a quickstart, by its metrics.json."""
+    content = content if isinstance(content, Mapping) else {}
+    generator = _mapping(content.get("generator"))
+    numbers = dict(_scene_accuracy(generator.get("scene_accuracy"), None))
+    numbers |= {f"tokenizer: {name}": Number(value) for name, value in _numbers(content.get("tokenizer"))}
+    numbers |= {name.replace("_", " "): Number(value) for name, value in _numbers(generator) if name in DECODING}
+    numbers |= {f"wall seconds: {name}": Number(value) for name, value in _numbers(content.get("wall_seconds")) if name == "total"}
+    numbers |= {f"last: {name}": Number(value) for name, value in _numbers(content.get("last"))}
+    return Entry(path.resolve().name, str(path), numbers, content.get("machine"))
+
+
+def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
+    told = _mapping(content.get("protocol"))
+    entries = []
+    for name, result in _mapping(content.get("results")).items():
+        result = _mapping(result)
+        numbers = dict(_scene_accuracy(result.get("scene_accuracy"), {"prompts": told.get("scene_prompts"), "seed": told.get("seed")}))
+        for metric, values in result.items():
+            values = _mapping(values)
+            if metric in ("scene_accuracy", "decoding"):
+                continue
+            protocol = {key: told.get(key) for key in ("data", "real", "features", "seed")}
+            protocol["features"] = _mapping(protocol["features"]).get(str(values.get("features")))
+            protocol |= {"metric": values.get("protocol"), "samples": values.get("samples"), "real_samples": values.get("real_samples")}
+            for key, value in _numbers(values):
+                if key not in ("samples", "real_samples"):
+                    numbers[metric if key == "value" else f"{metric}: {key}"] = Number(value, protocol=protocol)
+        numbers |= {key.replace("_", " "): Number(value) for key, value in _numbers(result.get("decoding")) if key in DECODING}
+        label = path.stem if len(content["results"]) == 1 else f"{path.stem} ({name})"
+        sheets = sorted(path.with_suffix(".work").glob(f"sheet-{name}-*.png"))
+        about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")}
+        entries.append(Entry(label, str(path), numbers, about, sheets))
+    if not entries:
+        raise UserError(f"{path}: key results: holds nothing")
+    return entries
+
+
+def _suite(path: Path, content: Mapping[str, Any]) -> Entry:
+    name = str(content.get("suite"))
+    numbers = {f"{name}: {key}": Number(value) for key, value in _numbers(content.get("scores"))}
+    return Entry(path.stem, str(path), numbers, {key: content.get(key) for key in ("about", "counts", "source")})
+
+
+def _ablation(path: Path) -> list[Entry]:
+    entries = []
+    for row in read_json(path / "comparison.json")["rows"]:
+        numbers = {f"scene accuracy, {which.replace('_', ' ')}: overall": Number(*row[which]) for which in ("seen", "held_out")}
+        numbers |= {"decoder passes": Number(row["passes"]), "training steps": Number(row["steps"])}
+        entries.append(Entry(row["name"], str(path), numbers, row["strategy"]))
+    return entries
+
+
+def _scene_accuracy(found: Any, protocol: Mapping[str, Any] | None) -> Iterator[tuple[str, Number]]:
+    for which, scores in _mapping(found).items():
+        scores = _mapping(scores)
+        for category in ("overall", *CATEGORIES):
+            if _is_number(scores.get(category)):
+                interval = _mapping(scores.get("interval")).get(category)
+                low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+                name = f"scene accuracy, {which.replace('_', ' ')}: {category.replace('_', ' ')}"
+                yield name, Number(scores[category], low, high, protocol)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    yield from ((key, inner) for key, inner in _mapping(value).items() if _is_number(inner))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
