@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +23,63 @@ from nar_t2i.types import Batch, Condition
 MAX_REPLACEMENTS = 1000  # neighbours that are tried in place of a sample; a longer run of broken ones is no accident
 
 
+IN_BAND = 1 << 20  # bytes of a tensor up to which copying is quicker than sharing
+
+
 class Read(NamedTuple):
     """What a worker hands over.
 
     batch: None when nothing was readable. tried: samples that were attempted; failed: how many of them were lost.
     losses: what is known about these, one entry for a whole shard that failed.
+
+    On its way to the trainer it takes small tensors along. torch would put each into shared memory of its own and send a
+    file descriptor, at 100 µs and more a tensor, and a batch from a cache is little else.
     """
 
     batch: Batch | None
     tried: int
     failed: int
     losses: list[Loss]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, tuple(_in_band(value) for value in self)
+
+
+class _InBand(NamedTuple):
+    """A tensor as what pickle copies."""
+
+    content: bytearray
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _in_band(value: Any) -> Any:
+    """Nested values with their small tensors as _InBand."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu" or not 0 < value.nbytes <= IN_BAND:
+            return value
+        return _InBand(bytearray(value.contiguous().view(-1).view(torch.uint8).numpy()), value.dtype, tuple(value.shape))
+    return _nested(value, _in_band)
+
+
+def _as_tensors(value: Any) -> Any:
+    """The inverse."""
+    if isinstance(value, _InBand):
+        return torch.frombuffer(value.content, dtype=value.dtype).view(value.shape)
+    return _nested(value, _as_tensors)
+
+
+def _nested(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` on what batches are nested of; texts, numbers and lists, which hold no tensors, stay."""
+    if isinstance(value, (Batch, Condition)):
+        return type(value)(*map(change, value))
+    if type(value) is tuple:
+        return tuple(map(change, value))
+    return {key: change(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _received(*fields: Any) -> Read:
+    return Read(*map(_as_tensors, fields))
 
 
 @dataclass(frozen=True)
