@@ -34,8 +34,8 @@ WORDS = 77  # CLIP's texts, padding included, which aMUSEd reads
 PEAKED = 2.5  # the deviation of guided logits: as a trained network's, they leave a few codes likely
 
 _SMALL = dict(
-    hidden_size=256, in_channels=192, block_out_channels=192, block_num_heads=4, num_attention_heads=4, num_hidden_layers=4,
-    intermediate_size=704, num_res_blocks=2, codebook_size=1024, vocab_size=1088, cond_embed_dim=128, encoder_hidden_size=128,
+    hidden_size=192, in_channels=128, block_out_channels=128, block_num_heads=2, num_attention_heads=3, num_hidden_layers=4,
+    intermediate_size=512, num_res_blocks=2, codebook_size=1024, vocab_size=1088, cond_embed_dim=128, encoder_hidden_size=128,
 )  # fmt: skip
 _TINY = dict(
     hidden_size=32, in_channels=24, block_out_channels=24, block_num_heads=2, num_attention_heads=2, num_hidden_layers=2,

@@ -1,31 +1,31 @@
 """How long an image takes: text encoder, decoder passes and image decoder, of Emage and of its autoregressive twin.
 
-    python benchmarks/decoding.py --out docs/results/decoding/gpu.json             # 346M, 1,024 tokens, a CUDA GPU
+    python benchmarks/decoding.py --out docs/results/bench/decoding.json           # 346M, 1,024 tokens, a CUDA GPU
     python benchmarks/decoding.py --small --out runs/decoding.json                 # the same in small, on any machine
 
 Networks have the geometry of recipes/emage and random weights, in bf16; prompts have 32 words; guidance is on. Every part is
 timed by itself, cold (the first timed call; of a graph, the one that records it) and warm (median and 95th percentile), with and without CUDA
 graphs, beside its floor: what its operations take at the matrix rate, or its bytes at the copy rate, whichever is more, both
-measured in the same run. A graph must draw what plain launches draw, or its time is not reported.
+measured in the same run. A graph must draw what plain launches draw, or its time is not reported. benchmarks/peers.py sets
+the same networks beside those of other libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import transformers
+from timing import DTYPES, Budget, Clock, Roofline, line, share, summary, weight_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.folders import write_json
-from nar_t2i.hardware import best_device, describe_machine, matrix_rate
+from nar_t2i.hardware import best_device
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
@@ -33,50 +33,59 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork, TokenSpec
 
+PARALLEL, TWIN = "emage/346m-256", "emage/ar-346m-256"
 WORDS = 32
-SMALL = {"width": 64, "depth": 2, "heads": 2}
+SMALL = {"width": 256, "depth": 4, "heads": 4}
 SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL_CODEC = {"image_size": 64, "channels": [16, 16, 16], "blocks": 1}
+SMALL_CODES = 1024
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images at once; default: 1 16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     parser.add_argument("--repeats", type=int, default=20, help="warm calls of each part; default: 20")
-    parser.add_argument("--twin-repeats", type=int, default=5, help="of the autoregressive twin; default: 5")
+    parser.add_argument("--twin-repeats", type=int, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
     parser.add_argument("--compile", action="store_true", help="the networks, too, with torch.compile")
-    parser.add_argument("--out", default="docs/results/decoding/gpu.json")
+    parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
+    parser.add_argument("--out", default="docs/results/bench/decoding.json")
     parsed = parser.parse_args()
-    out = Path(parsed.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    device = best_device()
+    device, budget = best_device(), Budget(parsed.minutes)
     if device.type != "cuda" and not parsed.small:
         raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
-    bench = Bench(device, parsed.small, parsed.compile)
-    metrics: dict[str, Any] = {
-        "command": "python benchmarks/decoding.py " + " ".join(sys.argv[1:]), "machine": describe_machine(), "torch": torch.__version__,
-        "matrix_rate": bench.rate, "copy_rate": bench.bandwidth, "parts": [],
-    }  # fmt: skip
+    bench = Bench(Roofline(device), parsed.small, parsed.compile, DTYPES[parsed.dtype])
+    rows: list[dict[str, Any]] = []
     for batch in parsed.batch:
-        for name, repeats in (("emage/346m-256", parsed.repeats), ("emage/ar-346m-256", parsed.twin_repeats)):
-            metrics["parts"] += bench.decoding(name, batch, repeats)
-            write_json(out, metrics)  # after each, so that a limit on the time loses little
-        metrics["parts"] += [bench.text(batch, parsed.repeats), bench.image(batch, parsed.repeats)]
-        write_json(out, metrics)
-    for part in metrics["parts"]:
-        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in part.items()))
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            PARALLEL: lambda: bench.decoding(PARALLEL, batch, parsed.repeats),
+            "text encoder": lambda: [bench.text(batch, parsed.repeats)],
+            "image decoder": lambda: [bench.image(batch, parsed.repeats)],
+        }
+        if parsed.twin_repeats:
+            parts[TWIN] = lambda: bench.decoding(TWIN, batch, parsed.twin_repeats)
+        for name, measure in parts.items():
+            if budget.allows(f"{name}, batch {batch}"):
+                rows += measure()
+            # After each, so that a limit on the time loses little.
+            results.write(parsed.out, rows, left_out=budget.left_out)
+    for row in rows:
+        print(line(row))
     return 0
 
 
 class Bench:
     """The parts, made when they are asked for, and how they are timed."""
 
-    def __init__(self, device: torch.device, small: bool, compile: bool):
-        self.device, self.small, self.compile = device, small, compile
-        self.rate, self.bandwidth = matrix_rate(device, torch.bfloat16), copy_rate(device)
+    def __init__(self, roofline: Roofline, small: bool, compile: bool, dtype: torch.dtype):
+        self.device, self.small, self.compile, self.dtype = roofline.device, small, compile, dtype
+        self.roofline, self.clock = roofline, Clock(roofline.device)
+        self._operations: dict[str, float] = {}
         codec = recipe.load("emage/tokenizer").config["model"]["init_args"]["codec"]
-        codec["init_args"].update(SMALL_CODEC if small else {})
+        if small:
+            codec["init_args"].update(SMALL_CODEC)
+            codec["init_args"]["quantizer"]["init_args"]["codes"] = SMALL_CODES
         self.codec = self.place(build(codec))
         self.spec: TokenSpec = self.codec.spec
         config = transformers.BertConfig(**(SMALL_BERT if small else {}))
@@ -84,13 +93,15 @@ class Bench:
         self.null = self.place(NullCaption((config.hidden_size,)))
 
     def place(self, module: Any) -> Any:
-        return module.to(self.device, torch.bfloat16).eval().requires_grad_(False)
+        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def sizes(self, described: dict[str, Any]) -> dict[str, Any]:
+        return {**described["init_args"], **(SMALL if self.small else {})}
 
     def network(self, described: dict[str, Any]) -> TokenNetwork:
-        arguments = {**described["init_args"], **(SMALL if self.small else {})}
         spec_and_text = {"spec": self.spec, "text_widths": (self.bert.config.hidden_size,)}
         torch.manual_seed(0)
-        network = build({"class_path": described["class_path"], "init_args": arguments | spec_and_text})
+        network = build({"class_path": described["class_path"], "init_args": self.sizes(described) | spec_and_text})
         torch.nn.init.normal_(network.head.logits.weight, std=0.02)  # which starts at zero: all codes alike
         return self.place(network)
 
@@ -107,89 +118,77 @@ class Bench:
         inference: InferenceStrategy = build({"init_args": {}, **model["inference"]})
         condition = self.condition(batch)
         null, noise = self.null(condition), Noise(0, torch.arange(batch, device=self.device))
+        drawn: list[Decoded] = []
 
         def plain() -> Decoded:
             return inference.decode(network, condition, null, noise, guidance)
 
-        counter = FlopCounterMode(display=False)
-        with counter:
-            expected = plain()
         if self.compile:
             network.compile()
-        weights = sum(p.numel() * p.element_size() for p in network.parameters())
-        kept = expected.passes * weights + (cache_bytes(model["network"]["init_args"] | (SMALL if self.small else {}), self.spec, 2 * batch)
-                                            if network.causal else 0)  # fmt: skip
-        known = {"part": name, "compiled": self.compile, "batch": batch, "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes}
-        floor = self.floor(counter.get_total_flops(), kept)
-        found = [known | {"launched": "plainly"} | self.time(plain, repeats, floor)]
+        cold = self.clock.once(lambda: drawn.append(plain()))
+        (expected,) = drawn
+        if name not in self._operations:  # an image's, of any batch; counting is slow
+            with FlopCounterMode(display=False) as counter:
+                self.eager(network, plain)
+            self._operations[name] = counter.get_total_flops() / batch
+        sizes = self.sizes(model["network"])
+        kept = cache_bytes(sizes["width"], sizes["depth"], self.spec.length, 2 * batch, self.dtype) if network.causal else 0
+        floor = self.roofline.floor(batch * self._operations[name], expected.passes * weight_bytes(network) + kept, self.dtype)
+        known = {
+            "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": self.compile,
+            "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes,
+        }  # fmt: skip
+        found = [known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)]
         if self.device.type == "cuda":
-            graphs = Graphs()
-            graphs.decode(inference, network, condition, null, noise, guidance)  # once as it comes; the next time is recorded
-            self.wait()
-            start = time.perf_counter()
-            drawn = graphs.decode(inference, network, condition, null, noise, guidance)
-            self.wait()
-            cold = time.perf_counter() - start
-            agreement = (drawn.tokens == plain().tokens).float().mean().item()
-            if agreement < 0.99:
-                raise UserError(f"{name}, batch {batch}: the graph draws {1 - agreement:.1%} of the tokens otherwise")
-            recorded = self.time(lambda: graphs.decode(inference, network, condition, null, noise, guidance), repeats, floor)
-            found.append(known | {"launched": "as a graph", "agreement": agreement} | recorded | {"cold_ms": 1000 * cold})
+            found.append(known | recorded(self, Graphs(), (inference, network, condition, null, noise, guidance), expected, repeats, floor, name))
         return found
+
+    def eager(self, network: TokenNetwork, run: Callable[[], Any]) -> None:
+        """Without what torch.compile made, whose operations the counter does not see."""
+        compiled, network._compiled_call_impl = network._compiled_call_impl, None
+        run()
+        network._compiled_call_impl = compiled
 
     @torch.no_grad()
     def text(self, batch: int, repeats: int) -> dict[str, Any]:
-        return {"part": "text encoder", "batch": batch} | self.time(lambda: self.condition(batch), repeats, None)
+        return self.part("text encoder", batch, repeats, lambda: self.condition(batch))
 
     @torch.no_grad()
     def image(self, batch: int, repeats: int) -> dict[str, Any]:
         tokens = self.spec.blank(batch, self.device)
-        return {"part": "image decoder", "batch": batch} | self.time(lambda: self.codec.decode(tokens), repeats, None)
+        return self.part("image decoder", batch, repeats, lambda: self.codec.decode(tokens))
 
-    def floor(self, operations: float, moved: float) -> dict[str, float]:
-        compute, memory = 1000 * operations / self.rate, 1000 * moved / self.bandwidth
-        return {"compute_floor_ms": compute, "memory_floor_ms": memory, "floor_ms": max(compute, memory)}
+    def part(self, name: str, batch: int, repeats: int, run: Callable[[], Any]) -> dict[str, Any]:
+        return {"system": name, "batch": batch, "dtype": short(self.dtype)} | self.timed(run, repeats, self.clock.once(run), None, batch)
 
-    def time(self, run: Callable[[], Any], repeats: int, floor: dict[str, float] | None) -> dict[str, Any]:
-        """cold_ms, p50_ms, p95_ms, the peak of memory, and the share of the roofline."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        taken = []
-        for _ in range(repeats + 1):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            taken.append(1000 * (time.perf_counter() - start))
-        cold, *warm = taken
-        warm.sort()
-        found = {"cold_ms": cold, "p50_ms": warm[len(warm) // 2], "p95_ms": warm[min(len(warm) - 1, round(0.95 * len(warm)))]}
-        if self.device.type == "cuda":
-            found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        return found | (floor | {"share_of_roofline": floor["floor_ms"] / found["p50_ms"]} if floor else {})
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def timed(self, run: Callable[[], Any], repeats: int, cold: Any, floor: dict[str, float] | None, batch: int) -> dict[str, Any]:
+        found = summary(cold, self.clock.warm({"": run}, repeats)[""])
+        found["images_per_s"] = 1000 * batch / found["p50_ms"]
+        return found | (self.roofline.rates(self.dtype) | share(floor, found) if floor else {})
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that fits into no cache: the best of five."""
-    source = torch.zeros(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target, fastest = torch.empty_like(source), float("inf")
-    wait = torch.cuda.synchronize if source.is_cuda else lambda: None
-    for _ in range(6):
-        wait()
-        start = time.perf_counter()
-        target.copy_(source)
-        wait()
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * source.numel() / fastest
+def recorded(
+    bench: Any, graphs: Graphs, arguments: tuple[Any, ...], expected: Decoded, repeats: int, floor: dict[str, float], name: str
+) -> dict[str, Any]:
+    """A decoding as a graph: timed as `bench` times (Bench, or one of its like). UserError where it draws otherwise than
+    `expected`; cold is the call that records it."""
+    drawn: list[Decoded] = []
+    graphs.decode(*arguments)  # once as it comes; the next time is recorded
+    cold = bench.clock.once(lambda: drawn.append(graphs.decode(*arguments)))
+    equal = (drawn[0].tokens == expected.tokens).float().mean().item()
+    if equal < 0.99:
+        raise UserError(f"{name}, batch {len(expected.tokens)}: the graph draws {1 - equal:.1%} of the tokens otherwise")
+    timed = bench.timed(lambda: graphs.decode(*arguments), repeats, cold, floor, len(expected.tokens))
+    return {"launched": "as a graph", "equal_to_plain": equal} | timed
 
 
-def cache_bytes(network: dict[str, Any], spec: TokenSpec, rows: int) -> int:
-    """What a key-value cache in bf16 is read for, over all passes."""
-    return rows * network["depth"] * 2 * network["width"] * 2 * spec.length * (spec.length + 1) // 2
+def cache_bytes(width: int, depth: int, length: int, rows: int, dtype: torch.dtype) -> int:
+    """What a key-value cache is read for, over all passes."""
+    return rows * depth * 2 * width * dtype.itemsize * length * (length + 1) // 2
+
+
+def short(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from nar_t2i.hardware import matrix_rate
 
+LONG = 10  # seconds that warm calls of one kind may take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,9 +39,13 @@ class Clock:
         return Call(taken, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
 
     def warm(self, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Call]]:
-        """`repeats` calls of each, in turns, so that what else the machine does falls on all alike."""
+        """`repeats` calls of each, in turns, so that what else the machine does falls on all alike; fewer, but two, where
+        LONG seconds have gone by."""
         calls: dict[str, list[Call]] = {name: [] for name in runs}
-        for _ in range(repeats):
+        start = time.monotonic()
+        for number in range(repeats):
+            if number >= 2 and time.monotonic() > start + LONG * len(runs):
+                break
             for name, run in runs.items():
                 calls[name].append(self.once(run))
         return calls

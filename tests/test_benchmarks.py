@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from nar_t2i.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,22 +21,75 @@ def test_decoding_of_emage_and_its_twin(tmp_path):
     done = run("decoding.py", "--small", "--batch", 2, "--repeats", 2, "--twin-repeats", 1, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["matrix_rate"] > 1e8 and found["copy_rate"] > 1e7
-    parts = {part["part"]: part for part in found["parts"]}
-    parallel, twin = parts["emage/346m-256"], parts["emage/ar-346m-256"]
+    assert found["commit"] and found["versions"]["torch"] and found["left_out"] == []
+    rows = {row["system"]: row for row in found["rows"]}
+    parallel, twin = rows["emage/346m-256"], rows["emage/ar-346m-256"]
     length = 64  # tokens of the small geometry
     assert (parallel["passes"], twin["passes"]) == (16, length) and parallel["parameters"] == twin["parameters"]
-    for part in found["parts"]:
-        assert 0 < part["p50_ms"] <= part["p95_ms"]
-    for part in (parallel, twin):
-        assert 0 < part["share_of_roofline"] < 1 and part["floor_ms"] == max(part["compute_floor_ms"], part["memory_floor_ms"])
+    for row in found["rows"]:
+        assert 0 < row["p50_ms"] <= row["p95_ms"]
+    for row in (parallel, twin):
+        assert row["matrix_tflops"] > 1e-4 and row["copy_gb_s"] > 0.01
+        assert 0 < row["share_of_roofline"] < 1 and row["floor_ms"] == max(row["compute_floor_ms"], row["memory_floor_ms"])
     # Every pass of the parallel model computes all tokens, each of the twin's one.
     assert 10 < parallel["compute_floor_ms"] / twin["compute_floor_ms"] < 20
 
 
-def test_the_full_size_needs_a_gpu(tmp_path):
-    import torch
+def test_peers_side_by_side(tmp_path):
+    done = run("peers.py", "--small", "--geometry", "tiny", "--batch", 1, "--repeats", 2, "--twin-repeats", 1, "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found) >= {"command", "machine", "versions", "commit", "rows"} and found["versions"]["diffusers"]
+    rows = {(row["system"], row["dtype"]): row for row in found["rows"]}
+    theirs, ours, llama = "diffusers' aMUSEd", "our U-ViT, aMUSEd's weights", "Hugging Face generate, Llama"
+    assert set(rows) == {(s, d) for s in (theirs, ours, llama, "emage/346m-256", "emage/ar-346m-256") for d in ("fp32", "bf16")}
+    for row in found["rows"]:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["cold_ms"] > 0 and 0 < row["share_of_roofline"] < 1
+    for dtype, most in (("fp32", 1e-4), ("bf16", 0.1)):
+        mine, peer = rows[ours, dtype], rows[theirs, dtype]
+        assert mine["passes"] == peer["passes"] == 12 and mine["floor_ms"] == peer["floor_ms"]
+        assert mine["times_diffusers"] == peer["p50_ms"] / mine["p50_ms"] and 0 < mine["logits_differ"] < most
+    assert rows[ours, "fp32"]["equal_tokens"] == 1
+    # As large as each other, to 2%, and a pass a token.
+    twin = rows["emage/ar-346m-256", "fp32"]
+    assert abs(rows[llama, "fp32"]["parameters"] / twin["parameters"] - 1) < 0.02 and rows[llama, "fp32"]["passes"] == twin["passes"]
 
+
+def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
+    """The run ends with an error, and no row is written, where a weight of one side differs, or a setting of its decoder."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import peers
+    from amused import Amused
+    from timing import Budget, Roofline
+
+    device = torch.device("cpu")
+    amused = Amused("tiny", device)
+    run = peers.Run(Roofline(device), Budget(1), str(tmp_path / "found.json"))
+
+    def measure():
+        run.add("tiny", lambda: peers.Pair(run, amused, "tiny", 1, "fp32").rows(1, False))
+
+    right = amused.inference.choice_temperature
+    amused.inference.choice_temperature = 0.5 * right
+    with pytest.raises(UserError, match="of the tokens differ"):
+        measure()
+    amused.inference.choice_temperature = right
+    weight = amused.network.layers[0].mlp.out.weight
+    kept = weight.clone()
+    weight.mul_(1.01)
+    with pytest.raises(UserError, match="the logits differ"):
+        measure()
+    assert run.rows == [] and not (tmp_path / "found.json").exists()
+    weight.copy_(kept)
+    measure()
+    assert len(run.rows) == 2
+    run.budget.end = 0
+    measure()
+    assert len(run.rows) == 2 and json.loads((tmp_path / "found.json").read_text())["left_out"] == ["tiny"]
+
+
+@pytest.mark.parametrize("script", ["decoding.py", "peers.py"])
+def test_the_full_size_needs_a_gpu(script, tmp_path):
     if not torch.cuda.is_available():
-        done = run("decoding.py", "--out", tmp_path / "found.json")
+        done = run(script, "--out", tmp_path / "found.json")
         assert done.returncode != 0 and "--small runs anywhere" in done.stderr

@@ -1,0 +1,294 @@
+"""Decoding beside other libraries, in one run: diffusers' aMUSEd and ours on the same weights; Hugging Face's `generate` on a
+Llama as large as our autoregressive twin; that twin; and our parallel network of the same size.
+
+    python benchmarks/peers.py --geometry 256 --out docs/results/bench/peers-256.json      # full size, a CUDA GPU
+    python benchmarks/peers.py --small --out docs/results/bench/peers-cpu.json             # minutes on one core
+    python benchmarks/peers.py --geometry 256-shallow --systems amused --batch 1           # as wide as aMUSEd, for a CPU
+
+aMUSEd: 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on both sides. Before anything is
+reported, the logits of both are compared, and in fp32 the tokens that both draw from one table of numbers; where they differ,
+the run ends with an error. Both sides are called in turns. Their floor is one and the same: what the function needs when the
+text's part is computed once.
+
+Of the twin's size: 32 words, 1,024 tokens in the full size, guidance on, so two rows an image. Llama takes the words in front
+of its tokens instead of by cross-attention; its two rows are combined, and tokens drawn, in a logits processor, which stays on
+the device. It is not the same function as the twin's and is compared in size and time alone. Peak memory is a GPU's; a CPU
+keeps no count of it by call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import results
+import torch
+import transformers
+from amused import GEOMETRIES, STEPS, Amused, one_table
+from decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
+from timing import DTYPES, Budget, Call, Clock, Roofline, line, share, summary, weight_bytes
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nar_t2i import recipe
+from nar_t2i.errors import UserError
+from nar_t2i.hardware import best_device
+from nar_t2i.inference.graphs import Graphs
+from nar_t2i.networks import UVit
+
+LOGITS = {"fp32": 1e-4, "bf16": 0.1}  # how far logits may differ: root mean square, over their deviation
+TOKENS = 0.99  # how many tokens must be equal in fp32, where a draw may fall on a rounded boundary
+THEIRS, OURS, LLAMA = "diffusers' aMUSEd", "our U-ViT, aMUSEd's weights", "Hugging Face generate, Llama"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="256", help="of aMUSEd; default: 256")
+    parser.add_argument("--small", action="store_true", help="small networks, and less of everything else that is not told")
+    parser.add_argument("--systems", choices=("amused", "size"), nargs="+", default=["amused", "size"],
+                        help="amused: diffusers' and ours; size: Llama, the twin, the parallel one; default: both")  # fmt: skip
+    parser.add_argument("--batch", type=int, nargs="+", help="images at once; default: 1 8 64, small: 1 8")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="of aMUSEd; default: bf16 fp32")
+    parser.add_argument("--size-dtypes", choices=DTYPES, nargs="+", help="of the others; default: bf16, small: bf16 fp32")
+    parser.add_argument("--repeats", type=int, help="warm calls of each; default: 20, small: 5")
+    parser.add_argument("--twin-repeats", type=int, default=2, help="of those that draw token by token; default: 2")
+    parser.add_argument("--compile", action="store_true", help="our U-ViT with torch.compile, too; needs a C++ compiler")
+    parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
+    parser.add_argument("--out", default="runs/peers.json")
+    parsed = parser.parse_args()
+    device = best_device()
+    geometry = "small" if parsed.small and parsed.geometry in ("256", "512") else parsed.geometry
+    if device.type != "cuda" and (geometry in ("256", "512") or ("size" in parsed.systems and not parsed.small)):
+        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    batches = parsed.batch or ([1, 8] if parsed.small else [1, 8, 64])
+    repeats = parsed.repeats or (5 if parsed.small else 20)
+    size_dtypes = parsed.size_dtypes or (["bf16", "fp32"] if parsed.small else ["bf16"])
+    run = Run(Roofline(device), Budget(parsed.minutes), parsed.out)
+    if "amused" in parsed.systems:
+        amused = Amused(geometry, device)
+        for batch in batches:  # the longest last
+            for dtype in parsed.dtypes:
+                amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
+                name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
+                run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile))
+        del amused
+        free()
+    for dtype in size_dtypes if "size" in parsed.systems else ():
+        bench = Bench(run.roofline, parsed.small, False, DTYPES[dtype])
+        for batch in batches:
+            run.add(f"{PARALLEL}, batch {batch}, {dtype}", lambda: bench.decoding(PARALLEL, batch, repeats))
+            run.add(f"{LLAMA}, batch {batch}, {dtype}", lambda: Llama(bench).rows(batch, parsed.twin_repeats))
+            run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
+        del bench
+        free()
+    run.finish()
+    return 0
+
+
+class Run:
+    """The rows so far, written after each measurement, so that a limit on the time loses little."""
+
+    def __init__(self, roofline: Roofline, budget: Budget, out: str):
+        self.roofline, self.budget, self.out, self.clock = roofline, budget, out, Clock(roofline.device)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, measure: Any) -> None:
+        if self.budget.allows(name):
+            self.rows += measure()
+            for row in self.rows:
+                row |= self.faster(row)
+        free()
+        results.write(self.out, self.rows, left_out=self.budget.left_out)
+
+    def faster(self, row: dict[str, Any]) -> dict[str, float]:
+        """How many times faster a row is than the peer's, and than itself in fp32."""
+        def found(**same: Any) -> dict[str, Any] | None:
+            keys = {key: row.get(key) for key in ("system", "geometry", "batch", "dtype", "launched")} | same
+            return next((other for other in self.rows if all(other.get(key) == value for key, value in keys.items())), None)
+
+        ratios = {}
+        if row["system"] != THEIRS and (peer := found(system=THEIRS, launched="plainly")):
+            ratios["times_diffusers"] = peer["p50_ms"] / row["p50_ms"]
+        if row["system"] in (PARALLEL, TWIN):
+            peers = [peer for way in ("plainly", "compiled") if (peer := found(system=LLAMA, launched=way))]
+            if peers:
+                ratios["times_generate"] = min(peer["p50_ms"] for peer in peers) / row["p50_ms"]
+        if row["dtype"] == "bf16" and (same := found(dtype="fp32")):
+            ratios["times_fp32"] = same["p50_ms"] / row["p50_ms"]
+        return ratios
+
+    def finish(self) -> None:
+        for row in self.rows:
+            print(line(row))
+        for name in self.budget.left_out:
+            print(f"left out, the time was up: {name}")
+
+
+class Pair:
+    """diffusers' pipeline and ours in one geometry, batch and precision."""
+
+    def __init__(self, run: Run, amused: Amused, geometry: str, batch: int, dtype: str):
+        self.run, self.amused, self.clock, self.batch, self.dtype = run, amused, run.clock, batch, DTYPES[dtype]
+        self.texts, self.noise = amused.texts(batch), amused.noise(batch)
+        self.name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
+        self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
+
+    @torch.no_grad()
+    def rows(self, repeats: int, compile: bool) -> list[dict[str, Any]]:
+        amused, texts = self.amused, self.texts
+        runs = {THEIRS: lambda: amused.theirs(texts), OURS: lambda: amused.ours(texts, self.noise)}
+        cold = {system: self.clock.once(run) for system, run in runs.items()}
+        agreement = self.logits() | self.tokens()
+        floor = self.floor()
+        warm = self.clock.warm(runs, repeats)
+        rows = []
+        for system, network, other in ((THEIRS, amused.unet, amused.network), (OURS, amused.network, amused.unet)):
+            found = summary(cold[system], warm[system], weight_bytes(other) / 2**20)
+            rows.append({"system": system, **self.known, "parameters": sum(p.numel() for p in network.parameters()), **agreement}
+                        | self.told(found, floor))  # fmt: skip
+        if self.run.roofline.device.type == "cuda":
+            rows.append(rows[1] | self.as_graph(repeats, floor))
+        if compile:
+            with compiled(amused.network):
+                cold = self.clock.once(runs[OURS])
+                self.logits()
+                rows.append(rows[1] | {"launched": "compiled"} | self.timed(runs[OURS], repeats, cold, floor, self.batch))
+                if self.run.roofline.device.type == "cuda":
+                    rows.append(rows[1] | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"})
+        return rows
+
+    def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
+        arguments = (self.amused.inference, self.amused.network, *self.texts, self.noise, self.amused.guidance)
+        return recorded(self, Graphs(), arguments, self.amused.ours(self.texts, self.noise), repeats, floor, self.name)
+
+    def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
+        """As Bench times."""
+        return self.told(summary(cold, self.clock.warm({"": run}, repeats)[""], weight_bytes(self.amused.unet) / 2**20), floor)
+
+    def told(self, found: dict[str, Any], floor: dict[str, float]) -> dict[str, Any]:
+        rates = self.run.roofline.rates(self.dtype)
+        return found | {"images_per_s": 1000 * self.batch / found["p50_ms"]} | rates | share(floor, found)
+
+    def logits(self) -> dict[str, float]:
+        """logits_differ: root mean square over the logits' deviation, of tokens half masked. UserError beyond LOGITS."""
+        state = self.amused.state(self.batch)
+        theirs, ours = self.amused.theirs_once(state, self.texts).float(), self.amused.ours_once(state, self.texts)
+        differ = (ours.sub_(theirs).square_().mean().sqrt() / theirs.std()).item()
+        if not differ <= LOGITS[self.known["dtype"]]:
+            raise UserError(f"{self.name}: the logits differ by {differ:.2g} of their deviation, so no time is reported")
+        return {"logits_differ": differ}
+
+    def tokens(self) -> dict[str, float]:
+        """equal_tokens: the share that both draw from one table. UserError where it is small in fp32; in bf16 the draws of 12
+        passes go apart, and the share is only told."""
+        with one_table(self.noise, self.amused.network.spec.length):
+            theirs = self.amused.theirs(self.texts)
+        equal = (self.amused.ours(self.texts, self.noise).tokens == theirs).float().mean().item()
+        if self.dtype == torch.float32 and not equal >= TOKENS:
+            raise UserError(f"{self.name}: {1 - equal:.1%} of the tokens differ, drawn from one table, so no time is reported")
+        return {"equal_tokens": equal}
+
+    def floor(self) -> dict[str, float]:
+        """Of what ours computes: with the text's part once. Counted for one image."""
+        texts, noise = self.amused.texts(1), self.amused.noise(1)
+        with FlopCounterMode(display=False) as counter:
+            self.amused.ours(texts, noise)
+        moved = STEPS * weight_bytes(self.amused.network)
+        return self.run.roofline.floor(self.batch * counter.get_total_flops(), moved, self.dtype)
+
+
+@contextlib.contextmanager
+def compiled(network: UVit) -> Iterator[None]:
+    """Its stages and layers by torch.compile, one of each kind for all of that kind."""
+    parts = [*network.down, *network.layers, *network.up]
+    for part in parts:
+        part.compile()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
+class GuidedDraw(transformers.LogitsProcessor):
+    """Two rows an image, the second told nothing: combines them and draws a token, as a row of scores that only it can win."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        conditional, unconditional = scores.float().chunk(2)
+        luck = torch.empty_like(conditional).exponential_().log_()
+        return (unconditional + self.scale * (conditional - unconditional) - luck).repeat(2, 1)
+
+
+class Llama:
+    """As wide and deep as the twin: a layer of it has as many weights as one of the twin's with its cross-attention."""
+
+    def __init__(self, bench: Bench):
+        self.bench, model = bench, recipe.load(TWIN).config["model"]["init_args"]
+        self.sizes, self.scale = bench.sizes(model["network"]), model["guidance"]["scale"]
+        self.length, width = bench.spec.length, self.sizes["width"]
+        config = transformers.LlamaConfig(
+            vocab_size=bench.spec.size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=self.sizes["depth"],
+            num_attention_heads=self.sizes["heads"], max_position_embeddings=WORDS + self.length, bos_token_id=None,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with bench.device:
+            self.model = bench.place(transformers.LlamaForCausalLM(config))
+
+    @torch.no_grad()
+    def rows(self, batch: int, repeats: int) -> list[dict[str, Any]]:
+        """On a GPU `generate` compiles the network by itself; where that fails, and on a CPU, it is launched plainly."""
+        bench = self.bench
+        weights = sum(p.numel() for p in self.model.parameters())
+        operations, moved = self.work(batch)
+        floor = bench.roofline.floor(operations, moved, bench.dtype)
+        known = {"system": LLAMA, "batch": batch, "dtype": short(bench.dtype), "parameters": weights, "passes": self.length}
+        if bench.device.type == "cuda":
+            try:
+                return [known | {"launched": "compiled"} | self.timed(batch, False, repeats, floor)]
+            except UserError:
+                raise
+            except Exception as error:  # no compiler, or one that fails: of many kinds
+                print(f"{LLAMA} is not compiled: {error}", file=sys.stderr)
+        return [known | {"launched": "plainly"} | self.timed(batch, True, repeats, floor)]
+
+    def timed(self, batch: int, plain: bool, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
+        def run() -> None:
+            self.generate(batch, plain)
+
+        return self.bench.timed(run, repeats, self.bench.clock.once(run), floor, batch)
+
+    def generate(self, batch: int, plain: bool) -> Tensor:
+        words = torch.arange(2 * batch * WORDS, device=self.bench.device).view(2 * batch, WORDS) % self.bench.spec.size
+        tokens = self.model.generate(
+            words, attention_mask=torch.ones_like(words), max_new_tokens=self.length, min_new_tokens=self.length, do_sample=False,
+            cache_implementation="static", disable_compile=plain, logits_processor=[GuidedDraw(self.scale)],
+        )[:, WORDS:]  # fmt: skip
+        if tokens.shape != (2 * batch, self.length) or not torch.equal(tokens[:batch], tokens[batch:]):
+            raise UserError(f"{LLAMA}, batch {batch}: the rows of an image went apart, so no time is reported")
+        return tokens[:batch]
+
+    def work(self, batch: int) -> tuple[float, float]:
+        """Operations and bytes of all passes: two an entry of a matrix and token, and attention over what stands before."""
+        width, depth, length = self.sizes["width"], self.sizes["depth"], self.length
+        matrices = sum(p.numel() for p in self.model.parameters() if p.ndim == 2) - self.model.get_input_embeddings().weight.numel()
+        attention = 4 * width * depth * sum(range(WORDS, WORDS + length))
+        moved = length * weight_bytes(self.model) + cache_bytes(width, depth, length, 2 * batch, self.bench.dtype)
+        return 2 * batch * (2 * matrices * (WORDS + length) + attention), moved
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
