@@ -5,6 +5,7 @@ Weights are files of the user's; nothing is downloaded, and none stands in for a
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,9 @@ class InceptionFeatures(Features):
         filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic",
     ):
         try:
-            self._module = torch.jit.load(str(file), map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch recommends other files; FID's weights are spread as these
+                self._module = torch.jit.load(str(file), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"--inception {file}: not a TorchScript file: {str(error).strip().splitlines()[0]}") from error
         names = [argument.name for argument in self._module.forward.schema.arguments]
@@ -95,7 +98,7 @@ class InceptionFeatures(Features):
             pixels = pixels if self._input == "unit" else 2 * pixels - 1
         try:
             features = self._module(pixels.to(self._device), **self._arguments)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"--inception {self._file}: does not take {self._input} images {tuple(pixels.shape)}: {reason}") from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):

@@ -1,0 +1,231 @@
+"""`nar-t2i evaluate`: what it draws and tells, that it goes on, and what it refuses. Several ranks: tests/cluster/test_evaluate.py."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from nar_t2i.cli import main
+from nar_t2i.evaluation.features import InceptionFeatures, SceneFeatures
+from nar_t2i.evaluation.metrics import Fid, SceneFrechet
+from nar_t2i.evaluation.metrics.metric import Compared
+from nar_t2i.evaluation.scene_accuracy import score
+from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.generate import shipped_model
+from nar_t2i.pipeline import TextToImage
+from tests.cluster.ranks import ROOT
+from tests.data.making_shards import write_shards
+from tests.evaluation.test_features import Means, clip, saved  # noqa: F401  (clip: a fixture)
+from tests.tiny_pipeline import tiny_pipeline
+
+CPU = torch.device("cpu")
+SEVERAL = "fid,kid,precision_recall,scene_frechet"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder, shards of 23 pictures with two captions each, a file that stands where Inception's would."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_pipeline(folder).save_pretrained(folder / "model")
+    write_shards(folder / "shards", [10, 13], captions=2)
+    saved(Means(), folder / "inception.pt")
+    return folder
+
+
+def evaluate(place, out, *options, model="model", status=0):
+    line = ["evaluate", str(place / model), "--out", str(out), *options]
+    assert main([word.replace("@", f"{place}/") for word in line]) == status
+    return json.loads(out.read_text()) if status == 0 else None
+
+
+def numbers(content, kind="model"):
+    """All numbers of results, without what decoding and protocols say."""
+    results = content["results"][kind]
+    return {f"{m}/{k}": v for m, r in results.items() if m != "decoding" for k, v in r.items() if isinstance(v, float)}
+
+
+def test_the_numbers_are_those_of_the_pictures_and_their_protocol_is_told(place, tmp_path):
+    found = evaluate(place, tmp_path / "out.json", "--metrics", SEVERAL, "--data", "@shards", "--inception", "@inception.pt",
+                     "--seed", "7", "--steps", "2", "--batch-size", "8")  # fmt: skip
+    t2i = TextToImage.from_pretrained(place / "model")
+    captions = [f"caption {n}.0" for n in range(23)]
+    drawn = t2i.sample(captions, steps=2, seed=7).images  # picture i of seed 7 + i, in one batch
+    from nar_t2i.evaluation.chosen import Chosen, open_data
+
+    real = Chosen(open_data(str(place / "shards"), None, 16), None).images(range(23), 16)
+    for metric, features in ((Fid(), InceptionFeatures(place / "inception.pt", CPU)), (SceneFrechet(), SceneFeatures(CPU))):
+        expected = metric.numbers(Compared(features.of_images(drawn), features.of_images(real)))["value"]
+        assert found["results"]["model"][metric.name]["value"] == pytest.approx(expected, rel=1e-4)
+        assert expected > 0
+    result, told = found["results"]["model"], found["protocol"]
+    assert result["fid"]["samples"] == result["fid"]["real_samples"] == 23
+    assert result["decoding"] == {**result["decoding"], "steps": 2, "seed": 7, "decoder_passes": 2, "guidance_scale": 3.0}
+    assert told["features"]["inception"]["file"] == "inception.pt" and len(told["features"]["inception"]["sha256"]) == 64
+    assert told["data"]["samples"] == 23 and "Lanczos" in told["real"]["resize"] and told["seed"] == 7
+    assert "NOT FID" in result["scene_frechet"]["protocol"]["about"]
+    assert (tmp_path / "out.work/sheet-model-captions.png").is_file() and found["kind"] == "evaluation"
+
+
+def test_batch_sizes_do_not_matter(place, tmp_path):
+    line = ("--metrics", SEVERAL, "--data", "@shards", "--inception", "@inception.pt")
+    one, other = (numbers(evaluate(place, tmp_path / f"{n}.json", *line, "--batch-size", n)) for n in ("5", "64"))
+    assert one == pytest.approx(other, rel=1e-4) and len(one) == 5 and all(map(math.isfinite, one.values()))
+    another = numbers(evaluate(place, tmp_path / "seed.json", *line, "--seed", "1"))
+    assert another["fid/value"] != pytest.approx(one["fid/value"], rel=1e-4)  # the comparison can fail
+
+
+def test_the_same_command_goes_on_with_what_is_there(place, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@shards", "--batch-size", "4")
+    whole = evaluate(place, tmp_path / "out.json", *line)
+    pieces = sorted((tmp_path / "out.work/model-captions").iterdir())
+    assert len(pieces) == 6
+    pieces[2].unlink()
+    (tmp_path / "out.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert numbers(evaluate(place, tmp_path / "out.json", *line)) == numbers(whole)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and pieces[2].is_file()
+    capsys.readouterr()
+    for other in (("--seed", "1"), ("--steps", "3"), ("--count", "20")):
+        evaluate(place, tmp_path / "out.json", *line, *other, status=2)
+        assert "out.work was made with" in capsys.readouterr().err
+    pieces[3].write_bytes(b"half")
+    evaluate(place, tmp_path / "out.json", *line, status=2)
+    assert f"{pieces[3].name}: cannot be read" in capsys.readouterr().err
+    pieces[3].unlink()
+    assert numbers(evaluate(place, tmp_path / "out.json", *line)) == numbers(whole)
+
+
+def test_clip_score_and_cmmd_of_a_local_clip(place, clip, tmp_path):  # noqa: F811
+    found = evaluate(place, tmp_path / "out.json", "--metrics", "clip_score,cmmd", "--data", "@shards", "--clip", str(clip))
+    result = found["results"]["model"]
+    assert 0 <= result["clip_score"]["value"] <= 100 and result["cmmd"]["value"] > 0
+    assert "model.safetensors" in found["protocol"]["features"]["clip"]["sha256"]
+
+
+def test_scene_accuracy_is_the_librarys(tmp_path):
+    """On the small model of the package; two prompts a category, one of each kind of prompts."""
+    line = ["--per-category", "1", "--candidates", "1", "--steps", "4"]
+    assert main(["evaluate", str(shipped_model()), *line, "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["results"]["model"]
+    prompts = take(committed("seen"), 1)
+    t2i = TextToImage.from_pretrained(shipped_model())
+    images = t2i.sample([p.prompt for p in prompts], steps=4, candidates=1).images
+    assert found["scene_accuracy"]["seen"] == json.loads(json.dumps(score(images.permute(0, 2, 3, 1).numpy(), prompts)))
+    assert set(found["scene_accuracy"]) == {"seen", "held_out", "shuffled"}
+    assert found["decoding"]["decoder_passes"] == 4 and found["decoding"]["truncated_prompts"] == 0
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run of four steps, with averaged weights."""
+    recipe = yaml.safe_load((ROOT / "tests/cluster/tiny.yaml").read_text())
+    recipe["run_dir"] = str(place / "run")
+    recipe["model"]["init_args"].update(
+        tokenizer=str(place / "model/tokenizer"),
+        text={"class_path": "nar_t2i.text.scratch.ScratchTextEncoder", "init_args": {"vocabulary": str(place / "tiny.model"), "width": 16, "depth": 1, "heads": 2}},
+    )  # fmt: skip
+    recipe["model"]["init_args"]["optimizer"]["learning_rate"] = 0.1  # so that averaged weights draw otherwise than raw ones
+    recipe["trainer"].update(max_steps=4, num_sanity_val_steps=0)
+    recipe["checkpoint"] = {"every_steps": 2, "keep": 2}
+    (place / "run.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(place / "run.yaml")]) == 0
+    return place / "run"
+
+
+def test_a_run_is_evaluated_with_averaged_and_raw_weights(place, run, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@run/config.yaml", "--batch-size", "4")  # its validation data
+    both = evaluate(place, tmp_path / "both.json", *line, "--weights", "both", model="run")
+    assert set(both["results"]) == {"ema", "raw"} and both["model"]["ema"]["step"] == 4
+    assert both["protocol"]["data"]["source"].startswith("rendered scenes (validation")
+    for name, raw in (("ema", []), ("raw", ["--raw"])):
+        assert main(["export", str(run), str(tmp_path / name), *raw]) == 0
+        line = ["--metrics", "scene_frechet", "--data", str(run / "config.yaml"), "--batch-size", "4"]
+        assert main(["evaluate", str(tmp_path / name), *line, "--out", str(tmp_path / f"{name}.json")]) == 0
+        alone = json.loads((tmp_path / f"{name}.json").read_text())
+        assert numbers(alone) == numbers(both, name)
+    assert numbers(both, "ema") != numbers(both, "raw")
+    first = evaluate(place, tmp_path / "first.json", *line, model="run/checkpoints/step-00000002.ckpt")
+    assert list(first["results"]) == ["ema"] and first["model"]["ema"]["step"] == 2
+    capsys.readouterr()
+    evaluate(place, tmp_path / "no.json", "--weights", "ema", status=2)
+    assert "is a model folder, which holds one kind" in capsys.readouterr().err
+
+
+def test_a_run_without_averaged_weights_says_so(place, run, tmp_path, capsys):
+    recipe = yaml.safe_load((place / "run.yaml").read_text())
+    recipe["run_dir"], recipe["model"]["init_args"]["ema_decay"] = str(tmp_path / "plain"), None
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(tmp_path / "plain.yaml")]) == 0
+    line = ["evaluate", str(tmp_path / "plain"), "--metrics", "scene_frechet", "--data", "scenes", "--count", "4", "--out", str(tmp_path / "out.json")]
+    capsys.readouterr()
+    assert main(line) == 2
+    assert "holds no averaged weights" in capsys.readouterr().err
+    assert main([*line, "--weights", "raw"]) == 0
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--metrics", "fid", "--data", "@shards"], "fid needs --inception FILE; nothing stands in for its weights"),
+    (["--metrics", "cmmd", "--data", "@shards"], "cmmd needs --clip FOLDER"),
+    (["--metrics", "scene_frechet"], "scene_frechet needs --data"),
+    (["--metrics", "fiddle"], "'fiddle' is no metric; there are scene_accuracy, fid, kid"),
+    (["--data", "@shards"], "--data: none of the metrics uses it"),
+    (["--metrics", "scene_frechet", "--data", "@shards", "--per-category", "2"], "are for scene_accuracy"),
+    (["--metrics", "scene_frechet", "--data", "@shards", "--count", "24"], "holds 23 samples, and 24 are asked for"),
+    (["--metrics", "scene_frechet", "--data", "@nowhere"], "shards do not exist"),
+    (["--metrics", "scene_frechet", "--data", "scenes"], "say with --count how many"),
+    (["--metrics", "scene_frechet", "--data", "quickstart/tokenizer.yaml", "--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--metrics", "precision_recall", "--data", "@shards", "--inception", "@inception.pt", "--count", "3"], "3 neighbours need more"),
+    (["--protocol", "coco-30k", "--count", "9"], "--count: is fixed by the protocol coco-30k"),
+    (["--protocol", "coco-30k", "--data", "@shards", "--clip", "@model"], "fid needs --inception FILE"),
+    (["--protocol", "coco"], "--protocol coco: no such file, and none of the shipped ones: coco-30k"),
+    ([], "scene_accuracy: the detector needs 48 px a side, and the model draws 16"),
+])  # fmt: skip
+def test_what_is_refused_is_said_in_a_line(place, tmp_path, capsys, options, said):
+    evaluate(place, tmp_path / "out.json", *options, status=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert said in error and error.startswith("nar-t2i: error: ")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_sample_that_cannot_be_read_is_not_left_out(place, tmp_path, capsys):
+    from tests.data.making_shards import hurt_members, write_tar
+
+    write_tar(tmp_path / "hurt/00000.tar", hurt_members())
+    evaluate(place, tmp_path / "out.json", "--metrics", "scene_frechet", "--data", str(tmp_path / "hurt"), status=2)
+    assert "an evaluation leaves no sample out" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_named(place, tmp_path, capsys):
+    evaluate(place, tmp_path / "out.json", model="nothing", status=2)
+    assert "nothing is neither a whole checkpoint nor a run that has one" in capsys.readouterr().err
+
+
+def test_a_protocol_fixes_what_is_drawn(place, tmp_path):
+    shutil.copyfile(ROOT / "recipes/evaluation/coco-30k.yaml", tmp_path / "coco.yaml")
+    (tmp_path / "small.yaml").write_text("extends: coco.yaml\ncount: 9\nmetrics: [fid, kid]\ninception: {input: unit, resize: 12}\n")
+    line = ("--protocol", str(tmp_path / "small.yaml"), "--data", "@shards", "--inception", "@inception.pt")
+    found = evaluate(place, tmp_path / "out.json", *line)
+    told, result = found["protocol"], found["results"]["model"]
+    assert told["name"] == "small" and told["data"]["caption"] == "random" and told["real"]["which"] == "all"
+    assert result["fid"]["samples"] == 9 and result["fid"]["real_samples"] == 23
+    assert told["features"]["inception"]["input"] == "unit" and "12 px" in told["features"]["inception"]["resize"]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("metrics: [fid]\ncaptions: all\n", "key captions: is unknown; the keys are metrics, count, seed"),
+    ("count: 3\n", "key metrics: is missing"),
+    ("metrics: {kid: {subset: 3}}\n", "key metrics: kid: option subset=3 is not one of its whole numbers"),
+    ("metrics: {fid: {}}\ncaption: last\n", "key caption: must be one of first, random, not 'last'"),
+    ("metrics: {fid: {}}\ncount: many\n", "key count: must be a whole number, not 'many'"),
+    ("metrics: {fid: {}}\ninception: {size: 3}\n", "key inception.size: is unknown"),
+    ("metrics: {fid: {}}\ninception: {input: bytes}\n", "key inception.input: must be uint8 or unit or symmetric, not 'bytes'"),
+    ("metrics: 3\n", "key metrics: metrics are a list of names or a mapping, not 3"),
+])  # fmt: skip
+def test_a_wrong_protocol_is_named_by_file_and_key(place, tmp_path, capsys, text, said):
+    (tmp_path / "wrong.yaml").write_text(text)
+    evaluate(place, tmp_path / "out.json", "--protocol", str(tmp_path / "wrong.yaml"), status=2)
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'wrong.yaml'}: {said}" in error
