@@ -152,8 +152,9 @@ def scaled(path):
 def built(path):
     from nar_t2i.training.command import RecipeCLI
 
-    # How large emage's networks are is told below; to build one block of them is enough.
-    shallow = ["model.init_args.network.init_args.depth=1"] if "346m" in path.stem else []
+    # How large emage's and aMUSEd's networks are is told below; to build one block of them is enough.
+    blocks = {"346m": ["depth"], "603m": ["depth", "stages"], "608m": ["depth", "stages"]}
+    shallow = [f"model.init_args.network.init_args.{key}=1" for size in blocks if size in path.stem for key in blocks[size]]
     cli = RecipeCLI(load(scaled(path), ["run_dir=run", *shallow]))
     make_earlier_stages(path, cli.config)
     cli.build("fit")
@@ -213,6 +214,26 @@ def test_emage_is_as_large_as_the_paper_says():
     assert codec.spec == TokenSpec((32, 32), "categorical", 8192)
     assert sizes["346m-256"] == pytest.approx(346e6, rel=0.01) and sizes["ar-346m-256"] == sizes["346m-256"]
     assert sum(p.numel() for p in codec.parameters()) == pytest.approx(38e6, rel=0.01)
+
+
+def test_amused_is_as_large_as_the_paper_says():
+    """603M parameters at 256 px and 608M at 512 px; one embedding a code and one for MASK, where theirs has 8,256 rows."""
+    import torch
+
+    from nar_t2i.networks import UVit
+    from nar_t2i.parts import build
+    from nar_t2i.types import TokenSpec
+
+    codec = load("amused/tokenizer").config["model"]["init_args"]["codec"]
+    with torch.device("meta"):
+        for name, pixels, millions in (("603m-256", 256, 603), ("608m-512", 512, 608)):
+            recipe = load(f"amused/{name}").config
+            codec["init_args"]["image_size"] = recipe["data"]["init_args"]["image_size"]
+            spec = build(codec).spec
+            assert spec == TokenSpec((pixels // 16, pixels // 16), "categorical", 8192)
+            network = UVit(spec, (768,), **recipe["model"]["init_args"]["network"]["init_args"])
+            assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=0.002)
+            assert network.micro_conditions["original_width"] == pixels and len(network.micro_conditions) == 5
 
 
 def test_ablations_are_a_diff_of_few_lines():
