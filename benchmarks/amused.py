@@ -161,7 +161,7 @@ def one_table(noise: Noise, length: int) -> Iterator[None]:
     def multinomial(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         nonlocal step
         step += 1
-        mass = probabilities.cumsum(-1)
+        mass = probabilities.float().cumsum(-1)
         drawn = noise.at(step, slots).uniform("value").flatten()[:, None] * mass[:, -1:]
         return (mass < drawn).sum(-1, keepdim=True)
 

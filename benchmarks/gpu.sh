@@ -1,19 +1,31 @@
 #!/usr/bin/env bash
-# All that is measured on a CUDA GPU, in under ten minutes on an H200:
+# All that is measured on a CUDA GPU, in under ten minutes on an H100 or H200:
 #
-#   benchmarks/gpu.sh [OUT]        # default: docs/results/decoding
+#   benchmarks/gpu.sh [OUT]        # default: docs/results/bench
+#   MEMORY=1 benchmarks/gpu.sh     # memory.py as well, which takes minutes more
 #
-# decoding.py: latency of Emage and its autoregressive twin, with and without CUDA graphs and torch.compile.
-# memory.py: the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
+# peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 and 512 px, in bf16 and fp32, at batch 1, 8 and 64, plainly
+#              launched, as a graph, and at 256 px compiled; `generate` on a Llama, our twin of its size, our parallel network.
+# decoding.py: Emage's decoder with torch.compile, its text encoder and its image decoder.
+# memory.py:   the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
+#
+# Each has its minutes, after which it begins nothing more; what it left out stands in its file. A measurement that has begun
+# ends, so that the minutes below sum up to seven.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:-docs/results/decoding} python=${NAR_T2I_PYTHON:-python}
+out=${1:-docs/results/bench} python=${NAR_T2I_PYTHON:-python}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv > "$out/nvidia-smi.csv" || true
-# One that fails does not keep the others from running.
 status=0
-"$python" benchmarks/decoding.py --batch 1 16 --out "$out/gpu.json" || status=1
-"$python" benchmarks/decoding.py --batch 1 --compile --twin-repeats 1 --out "$out/gpu-compiled.json" || status=1
-"$python" benchmarks/memory.py || status=1
+# One that fails does not keep the others from running. Where a compiler hangs, the others still get their time.
+measure() { timeout --kill-after=10 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
+amused=(benchmarks/peers.py --systems amused --batch 1 8 64 --dtypes bf16 fp32 --repeats 10)
+measure 190 "${amused[@]}" --geometry 256 --minutes 2 --out "$out/peers-256.json"
+measure 150 benchmarks/peers.py --systems size --batch 1 8 64 --repeats 10 --twin-repeats 1 --minutes 1.8 --out "$out/peers-size.json"
+measure 120 "${amused[@]}" --geometry 512 --minutes 1.5 --out "$out/peers-512.json"
+measure 80 benchmarks/peers.py --systems amused --geometry 256 --batch 64 1 --dtypes bf16 --repeats 10 --compile --minutes 0.8 \
+  --out "$out/peers-256-compiled.json"
+measure 50 benchmarks/decoding.py --batch 1 --compile --twin-repeats 0 --minutes 0.5 --out "$out/decoding-compiled.json"
+[ -z "${MEMORY:-}" ] || "$python" benchmarks/memory.py || status=1
 exit "$status"

@@ -19,7 +19,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.networks.encoder_decoder import initialise, states_and_mask
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import select
-from nar_t2i.networks.uvit_blocks import Doubling, Halving, PreparedLayer, PreparedStage, RMSNorm, Stage, TransformerLayer
+from nar_t2i.networks.uvit_blocks import Doubling, Halving, PreparedLayer, PreparedStage, RMSNorm, Stage, TransformerLayer, mask_for
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 
@@ -31,7 +31,7 @@ MICRO_CONDITIONS = {
 
 
 class PreparedCondition(NamedTuple):
-    """mask: (B, 1, 1, L). down, up: of each stage. layers: of each transformer layer."""
+    """mask: (B, 1, 1, L), see `mask_for`. down, up: of each stage. layers: of each transformer layer."""
 
     mask: Tensor
     down: list[PreparedStage]
@@ -146,7 +146,7 @@ class UVit(TokenNetwork):
         def prepared(parts: nn.ModuleList) -> list:
             return [part.prepare(text, vector) for part in parts]
 
-        return PreparedCondition(mask, prepared(self.down), prepared(self.layers), prepared(self.up))
+        return PreparedCondition(mask_for(mask, text.dtype), prepared(self.down), prepared(self.layers), prepared(self.up))
 
     def _told(self, condition: Condition, dtype: torch.dtype) -> Tensor:
         """(B, pooled_width + micro_width · micro-conditions), the pooled state and the waves of the others."""

@@ -32,13 +32,15 @@ class Affine(NamedTuple):
 KeysAndValues = tuple[Tensor, Tensor]  # (B, heads, L, C / heads) each
 
 
-def rms_normalised(x: Tensor) -> Tensor:
-    """x over the root of its mean square along the last dimension. On a CPU torch has no kernel of its own for it, and a norm
-    that accumulates in fp32 reads x twice instead of writing copies of it."""
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return x * torch.rsqrt(norm.square() / x.shape[-1] + EPS).to(x.dtype)
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+def rms_normalised(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x over the root of its mean square along the last dimension, times `weight`. On a CPU torch has no kernel of its own for
+    it, and a norm that accumulates in fp32 reads x twice instead of writing copies of it."""
+    weight = None if weight is None else weight.to(x.dtype)
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.rms_norm(x, x.shape[-1:], weight, EPS)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    normalised = x * torch.rsqrt(norm.square() / x.shape[-1] + EPS).to(x.dtype)
+    return normalised if weight is None else normalised * weight
 
 
 class RMSNorm(nn.Module):
@@ -49,8 +51,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = rms_normalised(x)
-        return normalised * self.weight.to(normalised.dtype)
+        return rms_normalised(x, self.weight)
 
 
 class AdaptiveNorm(nn.Module):
@@ -81,10 +82,18 @@ class ScaleAndShift(nn.Module):
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend`, whose way round a slow backward pass is not needed where there is none."""
-    if torch.is_grad_enabled():
+    """`attend`, whose way round a slow backward pass is not needed where there is none. mask: see `mask_for`."""
+    if torch.is_grad_enabled() and (mask is None or mask.dtype == torch.bool):
         return attend(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def mask_for(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of words, True = a word, as it is; without gradients, what is added to scores, which attention on a GPU would
+    make of it anew in every layer and pass."""
+    if torch.is_grad_enabled():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 class SelfAttention(nn.Module):

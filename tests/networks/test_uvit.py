@@ -1,6 +1,7 @@
 """aMUSEd's network against diffusers' own class with the same weights, and the promises that every network keeps."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.inference.guided import GuidedNetwork
+from nar_t2i.learning import Masked
 from nar_t2i.networks import UVit
 from nar_t2i.networks.uvit import MICRO_CONDITIONS
 from nar_t2i.networks.uvit_weights import FILE, load_amused, settings_of, uvit_from_amused
+from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import Condition, TokenSpec, TokenState
+from nar_t2i.text.null import NullCaption
+from nar_t2i.types import Condition, TokenBatch, TokenSpec, TokenState
 
 CODES, SIDE, MASK = 17, 6, 23
 TINY = dict(
@@ -283,6 +287,24 @@ def test_bf16_autocast():
     torch.testing.assert_close(prediction.logits, whole[state.masked], rtol=0.1, atol=0.1)
     prediction.nll(state.values[state.masked]).mean().backward()
     assert net.embedding.mask.grad.isfinite().all()
+
+
+def test_it_learns_by_masked_modelling():
+    """Captions dropped, scalars told, and the head evaluated at masked slots alone, as GeneratorModule has it."""
+    net, (state, condition) = network(), inputs()
+    torch.nn.init.zeros_(net.head.logits.weight)  # as it comes
+    null, noise = NullCaption((20,), 12), Noise(0, torch.arange(3))
+    parameters = [*net.parameters(), *null.parameters()]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=0.01), []
+    for _ in range(25):
+        told = null(condition, torch.tensor([False, True, False]))
+        total, weight = Masked().loss(net, TokenBatch(state.values % 3, told), noise, 0.0)["loss"]
+        losses.append(float(total.detach() / weight))
+        optimizer.zero_grad()
+        (total / weight).backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(math.log(CODES), rel=1e-3) and losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in parameters)
 
 
 def test_it_travels_in_a_folder(tmp_path):
