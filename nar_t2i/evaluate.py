@@ -265,8 +265,8 @@ class Evaluation:
             told["data"] = {key: value for key, value in self.drawn.identity().items() if key != "blocks"}
             told["real"] = {"which": protocol.reference, "resize": RESIZE} if self.real is not None else None
             told["features"] = {features.name: features.protocol for features in self.features}
-        if self.prompts:
-            told["scene_prompts"] = {name: len(prompts) for name, prompts in self.prompts.items()}
+        if self.arguments.prompts:
+            told["scene_prompts"] = {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()}
         return told
 
 

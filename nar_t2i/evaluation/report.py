@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
         if not (folder / "metrics.json").exists():
             write_json(folder / "metrics.json", collect_metrics(folder))
         print(f"{write_report(folder)}\n{folder / 'metrics.json'}")
-    if len(paths) > 1 or not folders:
+    if len(paths) > 1 or not folders or arguments.out is not None:
         from nar_t2i.evaluation.side_by_side import read_entries, write_side_by_side
 
         out = paths[0].resolve().parent / SIDE_BY_SIDE if arguments.out is None else Path(arguments.out)

@@ -148,7 +148,7 @@ def _run(path: Path, content: Any) -> Entry:
     """A run or a quickstart, by its metrics.json."""
     content = content if isinstance(content, Mapping) else {}
     generator = _mapping(content.get("generator"))
-    numbers = dict(_scene_accuracy(generator.get("scene_accuracy"), None))
+    numbers = dict(_scene_accuracy(generator.get("scene_accuracy"), generator.get("seed")))
     numbers |= {f"tokenizer: {name}": Number(value) for name, value in _numbers(content.get("tokenizer"))}
     numbers |= {name.replace("_", " "): Number(value) for name, value in _numbers(generator) if name in DECODING}
     numbers |= {f"wall seconds: {name}": Number(value) for name, value in _numbers(content.get("wall_seconds")) if name == "total"}
@@ -161,7 +161,7 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
     entries = []
     for name, result in _mapping(content.get("results")).items():
         result = _mapping(result)
-        numbers = dict(_scene_accuracy(result.get("scene_accuracy"), {"prompts": told.get("scene_prompts"), "seed": told.get("seed")}))
+        numbers = dict(_scene_accuracy(result.get("scene_accuracy"), told.get("seed"), told.get("scene_prompts")))
         for metric, values in result.items():
             values = _mapping(values)
             if metric in ("scene_accuracy", "decoding"):
@@ -197,10 +197,12 @@ def _ablation(path: Path) -> list[Entry]:
     return entries
 
 
-def _scene_accuracy(found: Any, protocol: Mapping[str, Any] | None) -> Iterator[tuple[str, Number]]:
+def _scene_accuracy(found: Any, seed: Any, hashes: Any = None) -> Iterator[tuple[str, Number]]:
+    """hashes: of the texts of prompts that do not travel with the package, by the names of their sets."""
     for which, scores in _mapping(found).items():
         scores = _mapping(scores)
-        for category in ("overall", *CATEGORIES):
+        protocol = {"prompts": scores.get("count"), "seed": seed, "hash": _mapping(hashes).get(which)}
+        for category in ("overall", *(() if which == "shuffled" else CATEGORIES)):
             if _is_number(scores.get(category)):
                 interval = _mapping(scores.get("interval")).get(category)
                 low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
