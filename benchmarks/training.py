@@ -1,0 +1,342 @@
+"""Images a second and model FLOPs utilisation in training, and what each of its means brings.
+
+    python benchmarks/training.py                 # recipes/emage/346m-256 on one CUDA GPU: minutes
+    python benchmarks/training.py --small         # its geometry in small, on any machine
+
+The recipe's network, text encoder (trained along, on captions of 32 words), learning strategy and optimizer take real steps
+under the trainer, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
+row below it all but one, the last none. Micro-batches grow until memory ends; the rows stand at half of the largest, so that
+those that need more fit too, and one more row has every means at the largest.
+
+Work is what is needed: three times the operations of a forward pass whose head reads hidden slots alone. A row whose head reads
+all of them gets no credit for it. Utilisation is of the rate of a large matrix product in the row's own precision, measured in
+the same run. Every row must take the losses of the first, before and after updates, or nothing is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import results
+from nar_t2i import recipe
+from nar_t2i.errors import UserError
+from nar_t2i.hardware import best_device, matrix_rate
+from nar_t2i.networks.predictions import Categorical
+from nar_t2i.noise import Noise
+from nar_t2i.parts import build
+from nar_t2i.text import BertTextEncoder
+from nar_t2i.training import GeneratorModule
+from nar_t2i.training.command import quieten
+from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.types import Batch, LearningStrategy, Prediction, Term, TokenBatch, TokenCodec, TokenNetwork, TokenState
+
+WORDS = 32
+SMALL = {"width": 64, "depth": 2, "heads": 2}
+SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 1000}
+SMALL_CODEC = {"image_size": 64, "channels": [16, 16, 16], "blocks": 1}
+SIZES = [2**i * j for i in range(2, 10) for j in (2, 3)]  # 8 12 16 24 32 …
+WARM_UP = 4  # steps, of which the last two come after updates in every part of the network
+TOLERANCE = 0.25  # of what the loss falls by in these steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
+    parser.add_argument("--micro-batch", type=int, help="images a step; default: half of the largest, or 8 with --small")
+    parser.add_argument("--steps", type=int, help="that are timed; default: 15, or 10 with --small")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all rows are measured in turn; default: 1")
+    parser.add_argument("--out", default=str(results.FOLDER / "training.json"))
+    parsed = parser.parse_args()
+    device = best_device()
+    if device.type != "cuda" and not parsed.small:
+        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    quieten()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), device, parsed.small, parsed.steps or (10 if parsed.small else 15))
+        largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
+        size = parsed.micro_batch or (largest and largest // 2) or 8
+        rows = bench.compare(size, parsed.rounds)
+        if largest:
+            rows.append({"row": "everything, largest micro-batch", **bench.run(largest, EVERYTHING)[0]})
+        results.write(parsed.out, rows, recipe="emage/346m-256" + ", in small" * parsed.small, parameters=bench.parameters,
+                      bf16_matrix_rate=matrix_rate(device, torch.bfloat16), fp32_matrix_rate=matrix_rate(device, torch.float32),
+                      forward_flops_an_image=bench.forward_operations(size) / size)  # fmt: skip
+    for row in rows:
+        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+EVERYTHING = {"masked_head": True, "fused": True, "compile": "kernels and graphs", "precision": "bf16-mixed"}
+NOTHING = {"masked_head": False, "fused": False, "compile": None, "precision": "32-true"}
+
+
+def variants(cuda: bool) -> dict[str, dict[str, Any]]:
+    """Each row's means by its name. On a CPU there are no graphs."""
+    everything = EVERYTHING if cuda else EVERYTHING | {"compile": "kernels"}
+    return {
+        "everything": everything,
+        "head at all slots": everything | {"masked_head": False},
+        "unfused optimizer": everything | {"fused": False},
+        **({"without graphs": everything | {"compile": "kernels"}} if cuda else {}),
+        "without compile" + " and graphs" * cuda: everything | {"compile": None},
+        "fp32": everything | {"precision": "32-true"},
+        "nothing": NOTHING,
+    }
+
+
+class Bench:
+    def __init__(self, folder: Path, device: torch.device, small: bool, steps: int):
+        self.folder, self.device, self.small, self.steps = folder, device, small, steps
+        self._counted: dict[int, int] = {}  # operations by micro-batch
+        self.codec, self.bert = random_codec(small), random_bert(folder / "bert", small)
+        self.parameters = sum(p.numel() for p in self.module(EVERYTHING | {"compile": None}).parameters())
+
+    def module(self, means: dict[str, Any]) -> GeneratorModule:
+        return random_generator(self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")})
+
+    def compare(self, size: int, rounds: int) -> list[dict[str, Any]]:
+        """A row a variant: medians over the rounds. UserError where losses differ."""
+        chosen = variants(self.device.type == "cuda")
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+        first: list[float] = []
+        for _ in range(rounds):
+            for name, means in chosen.items():
+                row, losses = self.run(size, means)
+                if losses and not first:
+                    first = losses
+                    check_learned(first)
+                if losses:
+                    check_losses(name, losses, first)
+                found[name].append(row)
+        rows = []
+        for name, of_rounds in found.items():
+            row = {"row": name, **of_rounds[0]}
+            if all("images_per_second" in one for one in of_rounds):
+                ratios = [row_["images_per_second"] / base["images_per_second"]
+                          for row_, base in zip(of_rounds, found["everything"], strict=True) if "images_per_second" in base]  # fmt: skip
+                row |= {key: median(one[key] for one in of_rounds) for key in ("images_per_second", "utilisation") if key in row}
+                row["over_everything"] = median(ratios) if ratios else None
+            rows.append(row)
+        return rows
+
+    def run(self, size: int, means: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+        """A row, and the losses of the first steps. Running out of memory is a row too, with no losses."""
+        told = {"micro_batch": size, **means}
+        try:
+            clock = self.fit(size, means, self.steps)
+        except torch.OutOfMemoryError:
+            return {**told, "failed": "out of memory"}, []
+        finally:
+            self.free()
+        rate = size * self.steps / clock.seconds
+        own = matrix_rate(self.device, torch.bfloat16 if means["precision"] == "bf16-mixed" else torch.float32)
+        row = {**told, "images_per_second": rate, "step_ms": 1000 * clock.seconds / self.steps,
+               "utilisation": 3 * self.forward_operations(size) / size * rate / own}  # fmt: skip
+        if self.device.type == "cuda":
+            row["peak_mib"] = clock.peak / 2**20
+        return row, [loss.item() for loss in clock.losses]
+
+    def fit(self, size: int, means: dict[str, Any], steps: int) -> Clock:
+        clock = Clock(steps)
+        trainer(self.folder, [clock], max_steps=WARM_UP + steps, precision=means["precision"],
+                accelerator=self.device.type).fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))  # fmt: skip
+        return clock
+
+    def largest(self) -> int:
+        """The largest micro-batch that trains without compilation, which takes less memory, not more."""
+        best = 0
+        for size in SIZES:
+            try:
+                self.fit(size, EVERYTHING | {"compile": None}, 1)
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                self.free()
+            best = size
+        if not best:
+            raise UserError(f"no micro-batch fits into this GPU's memory, not even {SIZES[0]}")
+        return best
+
+    @torch.no_grad()
+    def forward_operations(self, size: int) -> int:
+        """Floating-point operations of a forward pass of the learning strategy, its head at hidden slots alone."""
+        if size not in self._counted:
+            module = self.module(EVERYTHING | {"compile": None}).to(self.device)
+            counter, batch = FlopCounterMode(display=False), RandomCodes(self.codec, size, self.device).batch
+            with counter:
+                module._terms(module.transfer_batch_to_device(batch, self.device, 0), module.seed, True, 0.0)
+            self._counted[size] = counter.get_total_flops()
+            del module
+            self.free()
+        return self._counted[size]
+
+    def free(self) -> None:
+        torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Clock(Callback):
+    """Times `steps` steps after a warm-up, whose losses it keeps."""
+
+    def __init__(self, steps: int):
+        self.losses: list[Tensor] = []
+        self.steps, self.seconds, self.peak = steps, 0.0, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx < WARM_UP:
+            self.losses.append(outputs["loss"].detach().clone())
+        if batch_idx in (WARM_UP - 1, WARM_UP + self.steps - 1):
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+                self.peak = torch.cuda.max_memory_allocated()
+            self.seconds = time.perf_counter() - self.seconds
+
+
+class RandomCodes(LightningDataModule):
+    """One batch of random codes and captions, as it comes from a cache, again and again: so that losses must fall."""
+
+    streams = True  # there is no source to be asked
+
+    def __init__(self, codec: TokenCodec, size: int, device: torch.device, rank: int = 0, ranks: int = 1):
+        """size: images of all ranks."""
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        tokens = torch.randint(codec.spec.size, (size, codec.spec.length), generator=draw)
+        words = torch.randint(500, (size, WORDS), generator=draw).tolist()
+        captions = [" ".join(f"word{number}" for number in row) for row in words]
+        own = slice(rank * size // ranks, (rank + 1) * size // ranks)
+        ids, tokens = torch.arange(size)[own], tokens[own]
+        if device.type == "cuda":
+            ids, tokens = ids.pin_memory(), tokens.pin_memory()
+        self.batch = Batch(ids, [str(i) for i in ids.tolist()], captions[own], None, tokens, {})
+        self.size, self.global_batch_size = len(ids), size
+
+    def check_codec(self, codec: TokenCodec) -> None:
+        """Codes of no codec."""
+
+    def check_text(self, text: Any) -> None:
+        """No states of a cache."""
+
+    def accumulation(self, world: int | None = None) -> int:
+        return 1
+
+    def micro_batch_size(self, world: int | None = None) -> int:
+        return self.size
+
+    def train_dataloader(self) -> Iterator[Batch]:
+        return _Endless(self.batch)
+
+
+class _Endless:
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
+class HeadAtAllSlots(LearningStrategy):
+    """A learning strategy that has the head evaluated at every slot, and reads of it what it needs."""
+
+    def __init__(self, inner: LearningStrategy):
+        super().__init__()
+        self.inner, self.passes = inner, inner.passes
+
+    def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        return self.inner.loss(_Whole(network), batch, noise, progress)  # type: ignore[arg-type]
+
+
+class _Whole:
+    def __init__(self, network: TokenNetwork):
+        self.network, self.spec, self.prepare = network, network.spec, network.prepare
+
+    def __call__(self, state: TokenState, prepared: Any, read: Tensor) -> Prediction:
+        return Categorical(self.network(state, prepared).logits[read])
+
+
+def random_codec(small: bool) -> TokenCodec:
+    """The recipe's tokenizer; of its weights nothing is needed."""
+    described = recipe.load("emage/tokenizer").config["model"]["init_args"]["codec"]
+    described["init_args"].update(SMALL_CODEC if small else {})
+    return build(described)
+
+
+def random_bert(folder: Path, small: bool) -> str:
+    """The configuration of BERT-base and a vocabulary of as many words; of weights nothing is needed."""
+    config = transformers.BertConfig(**(SMALL_BERT if small else {}))
+    config.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [f"word{number}" for number in range(config.vocab_size - len(words))]
+    transformers.BertTokenizer(vocab={word: code for code, word in enumerate(words)}).save_pretrained(folder)
+    return str(folder)
+
+
+def random_generator(
+    codec: TokenCodec, bert: str, small: bool, masked_head: bool = True, fused: bool = True, compile: Any = None, **network: Any
+) -> GeneratorModule:
+    """recipes/emage/346m-256 with random weights; at its peak learning rate, so that updates can be seen."""
+    told = recipe.load("emage/346m-256").config["model"]["init_args"]
+    arguments = {**told["network"]["init_args"], **(SMALL if small else {}), **network}
+    torch.manual_seed(0)
+    learning = build({"init_args": {}, **told["learning"]})
+    text = {**told["text"]["init_args"], "folder": bert, "pretrained": False}
+
+    def made(spec: Any, widths: Any) -> TokenNetwork:
+        return build({"class_path": told["network"]["class_path"], "init_args": arguments | {"spec": spec, "text_widths": tuple(widths)}})
+
+    module = GeneratorModule(
+        codec, BertTextEncoder(**text), made, learning if masked_head else HeadAtAllSlots(learning),
+        optimizer=OptimizerConfig(**told["optimizer"] | {"warmup_steps": 0, "schedule": "constant", "fused": fused}),
+        text_learning_rate=told["text_learning_rate"], caption_dropout=told["caption_dropout"], ema_decay=told["ema_decay"],
+        compile=compile,
+    )  # fmt: skip
+    # It starts at zero, where every network has the same loss and most weights no gradient.
+    torch.nn.init.normal_(module.network.head.logits.weight, std=0.02)
+    module.write = lambda folder: None  # type: ignore[method-assign]
+    return module
+
+
+def trainer(folder: Path, callbacks: list[Callback], **settings: Any) -> Trainer:
+    return Trainer(
+        default_root_dir=folder, callbacks=callbacks, **{"devices": 1, "logger": False, "enable_checkpointing": False} | settings,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def check_learned(losses: list[float]) -> None:
+    """UserError where losses stand still: they would then be equal whatever the updates were."""
+    if not losses[0] - losses[-1] > 2e-3 * losses[0]:
+        raise UserError(f"the loss does not fall ({losses[0]:.5f} to {losses[-1]:.5f}): nothing can be compared")
+
+
+def check_losses(name: str, found: list[float], expected: list[float]) -> None:
+    """UserError where a row takes other losses than the first, apart from rounding, and the draws of the second pass that
+    follow it: by a part of what the loss falls by, so that an update that is left out or of another size is noticed."""
+    off = max(abs(a - b) for a, b in zip(found, expected, strict=True)) / (expected[0] - expected[-1])
+    if not off <= TOLERANCE:
+        raise UserError(f"the row {name!r} takes other losses than the first: {found}, not {expected}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
