@@ -1,7 +1,7 @@
 """Train the network of scene features that travels with the package: `python data_prep/train_scene_features.py [folder]`.
 
 Only to be run again after a change of the scenes or of the network; distances by other weights are other distances. Takes
-about three minutes of one core, and prints how many of the answers are right on new scenes.
+about two minutes of one core, and prints how many of the answers are right on new scenes.
 """
 
 from __future__ import annotations

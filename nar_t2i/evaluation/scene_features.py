@@ -2,7 +2,7 @@
 
 It has learned to say of a scene which colours and shapes are there, how many, where, and on which background; the layer
 before the answers is what pictures are compared by. The weights travel with the package; `data_prep/train_scene_features.py`
-makes them, in about three minutes of one core. Distances between such features compare with nothing but themselves.
+makes them, in about two minutes of one core. Distances between such features compare with nothing but themselves.
 All of it is our choice.
 """
 
