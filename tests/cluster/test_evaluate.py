@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cluster.ranks import ROOT
@@ -77,8 +76,10 @@ def test_ranks_that_are_killed_go_on(place, alone):
     while len(list(pieces.glob("0*.safetensors"))) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's workers are no group of its own
-        each.send_signal(signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()  # which are no group of torchrun's
+    for each in (*map(int, workers), process.pid):
+        os.kill(each, signal.SIGKILL)
+    assert len(workers) == 2
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in (place / "killed.work").rglob("0*.safetensors")}
     assert not (place / "killed.json").exists() and 3 <= sum(path.parent == pieces for path in before) < COUNT

@@ -22,8 +22,8 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     """The squared 2-Wasserstein distance of two Gaussians, |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½).
 
     With Σ = RᵀR the trace of the root is the sum of the singular values of R₁R₂ᵀ, which rounding spoils far less than the
-    roots of the eigenvalues of Σ₁Σ₂: of a Gaussian and itself it is 0 up to the last digits, with less samples than features,
-    too.
+    roots of the eigenvalues of Σ₁Σ₂, as torchmetrics takes them: of 300 samples of 512 features and themselves those give −1e-5,
+    and this 0.
     """
     across = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2).T).sum()
     value = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * across
