@@ -15,9 +15,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Call(NamedTuple):
-    """ms: of one call. peak_mib: of the device's memory, all that lay there included; None on a CPU, where nothing counts it."""
+    """ms: of one call. cpu_ms: of the processor, in all threads, without the time that other processes took it away.
+    peak_mib: of the device's memory, all that lay there included; None on a CPU, where nothing counts it."""
 
     ms: float
+    cpu_ms: float
     peak_mib: float | None
 
 
@@ -31,12 +33,12 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         run()
         if self.cuda:
             torch.cuda.synchronize()
-        taken = 1000 * (time.perf_counter() - start)
-        return Call(taken, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
+        taken, worked = 1000 * (time.perf_counter() - start), 1000 * (time.process_time() - worked)
+        return Call(taken, worked, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
 
     def warm(self, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Call]]:
         """`repeats` calls of each, in turns, so that what else the machine does falls on all alike; fewer, but two, where
@@ -52,17 +54,17 @@ class Clock:
 
 
 def summary(cold: Call, warm: list[Call], others_mib: float = 0.0) -> dict[str, Any]:
-    """cold_ms, p50_ms, p95_ms (by rank, so of few calls the slowest), calls, and on a GPU peak_mib.
+    """cold_ms, p50_ms, p95_ms (by rank, so of few calls the slowest), calls; on a GPU peak_mib, on a CPU cpu_p50_ms.
 
     others_mib: what lay in memory all the while and belongs to something else.
     """
-    taken = sorted(call.ms for call in warm)
+    taken, worked = sorted(call.ms for call in warm), sorted(call.cpu_ms for call in warm)
     found = {
         "cold_ms": cold.ms, "p50_ms": taken[len(taken) // 2], "p95_ms": taken[min(len(taken) - 1, round(0.95 * len(taken)))],
         "calls": len(taken),
     }  # fmt: skip
     peaks = [call.peak_mib for call in (cold, *warm) if call.peak_mib is not None]
-    return found | ({"peak_mib": max(peaks) - others_mib} if peaks else {})
+    return found | ({"peak_mib": max(peaks) - others_mib} if peaks else {"cpu_p50_ms": worked[len(worked) // 2]})
 
 
 class Roofline:
