@@ -1,6 +1,6 @@
 """Decoding settings, tried on prompts of their own: the same number of trials for every model.
 
-    python benchmarks/tune_decoding.py parallel=runs/long-ablation/runs/0/exponential/model:ablations/few_passes \
+    python benchmarks/tune_decoding.py parallel=runs/long-ablation/runs/0/exponential/model:ablations/few_passes_single \
         twin=runs/long-ablation/runs/0/autoregressive/model --trials 12 --out docs/results/few-passes/tuning.json
 
 Each trial draws a guidance scale and its ramp, a temperature, top-k, top-p and, for strategies that have them, a choice

@@ -95,7 +95,7 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
     assert (checkout / "generated/mine/0000-a-pink-square.png").is_file()
     assert (checkout / "star.png").is_file()
     scores = json.loads((checkout / "runs/my-scores.json").read_text())
-    assert scores["generator"]["scene_accuracy"]["prompts"]["count"] == {"single_object": 1}
+    assert scores["results"]["model"]["scene_accuracy"]["prompts"]["count"] == {"single_object": 1}
     assert (checkout / "runs/my-generator/model/config.json").is_file()
 
 

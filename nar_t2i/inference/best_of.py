@@ -35,34 +35,39 @@ class Likelihood(Scorer):
     """How likely the generator itself finds the tokens, given the text.
 
     The drawn slots fall into `groups` at random, each of which is hidden once and predicted from the others: a
-    pseudo-likelihood (Besag, 1975). What decoding drew apart is so seen together. All groups are rows of one pass. A causal
-    network gives the likelihood itself, in one row whatever `groups` is. (How much likelier the text makes the tokens than the null caption does was
+    pseudo-likelihood (Besag, 1975). What decoding drew apart is so seen together. splits: how many times the groups are drawn
+    anew, for a mean that depends less on how they fell. All groups of all splits are rows of one pass. A causal network gives
+    the likelihood itself, in one row whatever these are. (How much likelier the text makes the tokens than the null caption does was
     tried as well and chose no better than chance: docs/results/shipped.)
     """
 
     static = True
 
-    def __init__(self, groups: int = 2):
-        if groups < 1:
-            raise UserError(f"Likelihood: groups must be at least 1, not {groups}")
-        self.groups = groups
+    def __init__(self, groups: int = 2, splits: int = 1):
+        if groups < 1 or splits < 1:
+            raise UserError(f"Likelihood: groups {groups} and splits {splits} must be at least 1")
+        self.groups, self.splits = groups, splits
 
     def rows(self, network: TokenNetwork) -> int:
-        return 1 if network.causal else self.groups
+        return 1 if network.causal else self.groups * self.splits
 
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
-        groups = self.rows(network)
-        group = (noise.uniform("score", shape=(network.spec.length,)) * groups).long()
-        asked = torch.stack([free & (group == hidden) for hidden in range(groups)], 1).flatten(0, 1)
-        masked = torch.zeros_like(asked) if network.causal else asked  # it sees only what stands before
+        rows, length = self.rows(network), (network.spec.length,)
+        if network.causal:
+            asked, masked = free, torch.zeros_like(free)  # it sees only what stands before
+        else:
+            split = [(noise.uniform("score", number, length) * self.groups).long() for number in range(self.splits)]
+            groups = [free & (group == hidden) for group in split for hidden in range(self.groups)]
+            asked = masked = torch.stack(groups, 1).flatten(0, 1)
 
-        def each(rows: Tensor) -> Tensor:
-            return rows.repeat_interleave(groups, 0)
+        def each(of_image: Tensor) -> Tensor:
+            return of_image.repeat_interleave(rows, 0)
 
         whole = each(tokens)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(whole), -1)
         prediction = network(TokenState(whole, masked), network.prepare(condition.map(each)), slots)
-        return -(prediction.nll(whole, noise.repeated(groups).at(0, slots)) * asked).view(len(tokens), -1).sum(1)
+        nll = prediction.nll(whole, noise.repeated(rows).at(0, slots)) * asked
+        return -nll.view(len(tokens), -1).sum(1) / (1 if network.causal else self.splits)
 
 
 @part

@@ -51,13 +51,14 @@ def eager_best_of(strategy, eager, known=None):
     for number in range(strategy.candidates):
         eager.noise = OneCopy(noise, number)
         tokens = eager.decode(strategy.first, known)
-        group = (noise.uniform("score", shape=(eager.n,))[0] * strategy.scorer.groups).long()
         score = 0.0
-        for slot in range(eager.n):
-            if free[slot]:
-                state = TokenState(tokens[None], (free & (group == group[slot]))[None])
-                told = eager.network(state, eager.network.prepare(eager.texts[0])).logits[0, slot]
-                score += float(told.log_softmax(-1)[tokens[slot]])
+        for split in range(strategy.scorer.splits):
+            group = (noise.uniform("score", split, (eager.n,))[0] * strategy.scorer.groups).long()
+            for slot in range(eager.n):
+                if free[slot]:
+                    state = TokenState(tokens[None], (free & (group == group[slot]))[None])
+                    told = eager.network(state, eager.network.prepare(eager.texts[0])).logits[0, slot]
+                    score += float(told.log_softmax(-1)[tokens[slot]])
         found.append(tokens)
         scores.append(score)
     eager.noise = noise

@@ -37,10 +37,11 @@ def plainly(kind, network, known, decode):
 
 
 @pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("first", [Confidence(4), Halton(3), EntropyBounded(2.0)], ids=lambda first: type(first).__name__)
-def test_reranking_is_the_plain_one(first, given):
+def test_reranking_is_the_plain_one(first, splits, given):
     network, known = make_network(torch.float64), some_known() if given else None
-    strategy = BestOf(first, candidates=3)
+    strategy = BestOf(first, candidates=3, scorer=Likelihood(splits=splits))
     expected = plainly(Eager, network, known, lambda eager, given: eager_best_of(strategy, eager, given))
     tokens = decoded(strategy, network=network, known=known).tokens
     assert torch.equal(tokens, expected)
@@ -72,8 +73,8 @@ def test_candidates_differ_and_cost_rows_but_no_passes():
     assert len({tuple(row) for row in twice.tolist()}) == 18 and torch.equal(twice[::6], noise.uniform("value", shape=(50,)))
     network = Watched(make_network(torch.float64))
     network.reads_unknown_alone = False  # the scorer reads all
-    found = decoded(BestOf(Confidence(4), candidates=5, scorer=Likelihood(3)), network=network)
-    assert network.calls == found.passes == 4 + 1 and found.rows == 5 * (2 * 4 + 3)
+    found = decoded(BestOf(Confidence(4), candidates=5, scorer=Likelihood(3, splits=2)), network=network)
+    assert network.calls == found.passes == 4 + 1 and found.rows == 5 * (2 * 4 + 3 * 2)
     everything = Known(torch.ones(3, 16, dtype=torch.bool), some_known().tokens)
     untouched = decoded(BestOf(Confidence(4)), known=everything)
     assert untouched.passes == 0 and torch.equal(untouched.tokens, everything.tokens)

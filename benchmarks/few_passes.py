@@ -1,0 +1,105 @@
+"""Six passes for 64 tokens against one pass a token: scene accuracy of a tenth of the passes, on the same prompts and seeds.
+
+    python benchmarks/few_passes.py    # after the two trainings that recipes/scale/long.yaml names
+
+Every entry is a model and the recipe that it decodes by. The first, the autoregressive twin, is what the others are compared
+with, pair by pair; beside that stands the distance to a generator without any mistake, which no twin can be better than,
+however long it is trained. What is drawn already is kept in the folder of --out. Verdicts, one a prompt, are part of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+from PIL import Image
+
+from nar_t2i import recipe
+from nar_t2i.evaluation.comparison import mean_interval
+from nar_t2i.evaluation.drawing import draw_prompts
+from nar_t2i.evaluation.scene_accuracy import verdicts, wilson
+from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.folders import read_json, write_json
+from nar_t2i.generate import contact_sheet, shipped_model
+from nar_t2i.hardware import fast_precision, usable_cores
+from nar_t2i.inference import BestOf
+from nar_t2i.parts import build
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.schedules import Guidance
+
+LONG = "runs/long-ablation/runs/0"
+ENTRIES = {
+    "twin, 64 passes": (f"{LONG}/autoregressive/model", "ablations/twin_long"),
+    "long, 6 passes, one": (f"{LONG}/exponential/model", "ablations/few_passes_single"),
+    "long, 6 passes, of 32": (f"{LONG}/exponential/model", "ablations/few_passes_of_32"),
+    "long, 16 passes, one": (f"{LONG}/exponential/model", "ablations/growing_16"),
+    "shipped, 6 passes, one": (None, "ablations/few_passes_single"),
+    "shipped, 6 passes, of 32": (None, "ablations/few_passes_of_32"),
+    "shipped, 16 passes, one": (None, "ablations/growing_16"),
+}  # fmt: skip
+SHOWN = 48
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
+    parser.add_argument("--only", nargs="*", default=list(ENTRIES), metavar="ENTRY", help="default: all")
+    parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
+    parsed = parser.parse_args()
+    out = Path(parsed.out)
+    out.mkdir(parents=True, exist_ok=True)
+    judged: dict[str, dict[str, Any]] = {}
+    for name in parsed.only:
+        path = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        judged[name] = read_json(path) if path.exists() else judge(name, parsed.prompts, path)
+        results.write(out / "few-passes.json", rows(judged), prompts_a_category=parsed.prompts)
+    for row in rows(judged):
+        print(row)
+    return 0
+
+
+def judge(name: str, prompts_a_category: int, path: Path) -> dict[str, Any]:
+    """Draw all prompts, and write what each picture was found to be, and a sheet."""
+    folder, how = ENTRIES[name]
+    t2i, model = TextToImage.from_pretrained(folder or shipped_model()), recipe.load(how).config["model"]["init_args"]
+    t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
+    found: dict[str, Any] = {"recipe": how, "parameters": sum(p.numel() for p in t2i.network.parameters())}
+    for which in ("seen", "held_out"):
+        prompts = take(committed(which), prompts_a_category)
+        # Many candidates are many rows; so that a batch stays in the cache, few prompts are drawn at once.
+        drawn = draw_prompts(
+            t2i, prompts, batch_size=64, bf16=fast_precision() != "32-true", workers=usable_cores(), name=f"{name}, {which}"
+        )
+        found[which] = [int(right) for right in verdicts(drawn.images, prompts, usable_cores())]
+        found |= {"passes": drawn.passes, "rows": drawn.rows, "seconds_an_image": drawn.seconds / len(prompts)}
+        if which == "seen" and isinstance(t2i.inference, BestOf):
+            chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
+            sheet = contact_sheet([Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8)
+            sheet.save(path.with_suffix(".png"))
+    write_json(path, found)
+    return found
+
+
+def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One an entry. deficit: the reference's accuracy less the entry's, a mean of paired differences with its 95% interval, on
+    seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong."""
+    reference = next(iter(judged.values()))
+    found = []
+    for name, entry in judged.items():
+        seen = np.array(entry["seen"], dtype=float)
+        deficit = mean_interval(np.array(reference["seen"], dtype=float) - seen)
+        found.append({
+            "entry": name, "recipe": entry["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
+            "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])),
+            "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high,
+            "to_perfect": 1 - wilson(seen.sum(), len(seen))[0], "seconds_an_image": entry["seconds_an_image"],
+        })  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
