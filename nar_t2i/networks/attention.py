@@ -11,9 +11,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen.
 
     On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
-    sequences are written out there.
+    sequences are written out there where there will be one.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
+    if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
