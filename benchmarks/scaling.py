@@ -42,6 +42,8 @@ GLOO = RING | {"reduce_scatter": 2}
 WARM_UP, TIMED = 3, 5  # steps; ZeRO-3 watches the first to know what is read when
 IMAGES = 8  # a step, on all ranks
 
+PARAMETERS = 345_876_480  # of the recipe: decoder, BERT-base and null caption
+
 # The model's machine: an H100 or H200 has a data-sheet rate of 989 TFLOP/s in bf16, of which large products reach about three
 # quarters. Links in bytes a second.
 MATRIX_RATE, UTILISATION = 7.5e14, 0.5
@@ -109,7 +111,7 @@ def check(name: str, losses: list[float], expected: list[float], other: str) -> 
     fall = expected[0] - expected[-1]
     if not fall > 1e-3 * expected[0]:
         raise UserError(f"the loss does not fall ({expected}): nothing can be compared")
-    if not max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= fall / 20:
+    if not all(abs(a - b) <= fall / 20 for a, b in zip(losses, expected, strict=True)):
         raise UserError(f"{name} takes other losses than {other}: {losses}, not {expected}")
 
 
@@ -248,15 +250,14 @@ def tables() -> str:
     network, images = told["model"]["init_args"]["network"]["init_args"], told["data"]["init_args"]["global_batch_size"]
     bert = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
     operations = forward_operations(network, 2, 1024, 8192, 34, bert)
-    parameters = PARAMETERS
     lines = [
-        f"{3 * operations / 1e12:.2f} TFLOP an image, {parameters / 1e6:.0f}M parameters, {images} images a step:", "",
+        f"{3 * operations / 1e12:.2f} TFLOP an image, {PARAMETERS / 1e6:.0f}M parameters, {images} images a step:", "",
         "| GPUs | strategy | images a GPU | work, ms | a GPU sends, GB | that takes, ms | efficiency without overlap | with overlap |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for gpus in (8, 16, 32, 64):
         for strategy in STAGES:
-            row = predict(gpus, strategy, parameters, operations, images)
+            row = predict(gpus, strategy, PARAMETERS, operations, images)
             lines.append(
                 f"| {gpus} | {strategy} | {row['images a GPU']} | {row['work_ms']:.0f} | {row['sent_gb']:.2f} | {row['exchange_ms']:.0f} "
                 f"| {row['without overlap']:.2f} | {row['with overlap']:.2f} |"
@@ -264,7 +265,6 @@ def tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-PARAMETERS = 346_000_000
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,8 +50,8 @@ WORDS = 32
 SMALL = {"width": 64, "depth": 2, "heads": 2}
 SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 1000}
 SMALL_CODEC = {"image_size": 64, "channels": [16, 16, 16], "blocks": 1}
-SIZES = [2**i * j for i in range(2, 10) for j in (2, 3)]  # 8 12 16 24 32 …
 WARM_UP = 4  # steps, of which the last two come after updates in every part of the network
+MEMORY = "out of memory"
 TOLERANCE = 0.25  # of what the loss falls by in these steps
 
 
@@ -60,6 +61,8 @@ def main() -> int:
     parser.add_argument("--micro-batch", type=int, help="images a step; default: half of the largest, or 8 with --small")
     parser.add_argument("--steps", type=int, help="that are timed; default: 15, or 10 with --small")
     parser.add_argument("--rounds", type=int, default=1, help="how often all rows are measured in turn; default: 1")
+    parser.add_argument("--no-compile", action="store_true", help="leave compilation out of all rows: there is no C++ compiler")
+    parser.add_argument("--minutes", type=float, default=60, help="after which no row is begun; default: 60")
     parser.add_argument("--out", default=str(results.FOLDER / "training.json"))
     parsed = parser.parse_args()
     device = best_device()
@@ -67,36 +70,40 @@ def main() -> int:
         raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
     quieten()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    deadline = time.monotonic() + 60 * parsed.minutes
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), device, parsed.small, parsed.steps or (10 if parsed.small else 15))
         largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
         size = parsed.micro_batch or (largest and largest // 2) or 8
-        rows = bench.compare(size, parsed.rounds)
-        if largest:
-            rows.append({"row": "everything, largest micro-batch", **bench.run(largest, EVERYTHING)[0]})
-        results.write(parsed.out, rows, recipe="emage/346m-256" + ", in small" * parsed.small, parameters=bench.parameters,
-                      bf16_matrix_rate=matrix_rate(device, torch.bfloat16), fp32_matrix_rate=matrix_rate(device, torch.float32),
-                      forward_flops_an_image=bench.forward_operations(size) / size)  # fmt: skip
+        told = {"recipe": "emage/346m-256" + ", in small" * parsed.small, "parameters": bench.parameters,
+                "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
+                "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
+        chosen = variants(device.type == "cuda", not parsed.no_compile)
+        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, lambda rows: results.write(parsed.out, rows, **told))
     for row in rows:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-    return 1 if any("failed" in row for row in rows) else 0
+    return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
 
 
 EVERYTHING = {"masked_head": True, "fused": True, "compile": "kernels and graphs", "precision": "bf16-mixed"}
 NOTHING = {"masked_head": False, "fused": False, "compile": None, "precision": "32-true"}
 
 
-def variants(cuda: bool) -> dict[str, dict[str, Any]]:
-    """Each row's means by its name. On a CPU there are no graphs."""
+def variants(cuda: bool, compiles: bool) -> dict[str, dict[str, Any]]:
+    """Each row's means by its name, those first that tell most. On a CPU there are no graphs."""
     everything = EVERYTHING if cuda else EVERYTHING | {"compile": "kernels"}
+    if not compiles:
+        everything = everything | {"compile": None}
+    without_compile = {"without compile" + " and graphs" * cuda: everything | {"compile": None}}
+    without_graphs = {"without graphs": everything | {"compile": "kernels"}}
     return {
         "everything": everything,
+        "nothing": NOTHING,
+        **(without_compile if compiles else {}),
         "head at all slots": everything | {"masked_head": False},
         "unfused optimizer": everything | {"fused": False},
-        **({"without graphs": everything | {"compile": "kernels"}} if cuda else {}),
-        "without compile" + " and graphs" * cuda: everything | {"compile": None},
         "fp32": everything | {"precision": "32-true"},
-        "nothing": NOTHING,
+        **(without_graphs if compiles and cuda else {}),
     }
 
 
@@ -108,40 +115,42 @@ class Bench:
         self.parameters = sum(p.numel() for p in self.module(EVERYTHING | {"compile": None}).parameters())
 
     def module(self, means: dict[str, Any]) -> GeneratorModule:
-        return random_generator(self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")})
+        with self.device:  # where random weights are made quickly
+            return random_generator(self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")})
 
-    def compare(self, size: int, rounds: int) -> list[dict[str, Any]]:
-        """A row a variant: medians over the rounds. UserError where losses differ."""
-        chosen = variants(self.device.type == "cuda")
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    def compare(
+        self, chosen: dict[str, dict[str, Any]], size: int, largest: int | None, rounds: int, deadline: float, save: Callable[[Any], None]
+    ) -> list[dict[str, Any]]:
+        """A row a variant: medians over the rounds. save: is given the rows so far. UserError where losses differ."""
+        found: dict[str, list[dict[str, Any]]] = {}
         first: list[float] = []
-        for _ in range(rounds):
-            for name, means in chosen.items():
-                row, losses = self.run(size, means)
-                if losses and not first:
-                    first = losses
-                    check_learned(first)
-                if losses:
-                    check_losses(name, losses, first)
-                found[name].append(row)
-        rows = []
-        for name, of_rounds in found.items():
-            row = {"row": name, **of_rounds[0]}
-            if all("images_per_second" in one for one in of_rounds):
-                ratios = [row_["images_per_second"] / base["images_per_second"]
-                          for row_, base in zip(of_rounds, found["everything"], strict=True) if "images_per_second" in base]  # fmt: skip
-                row |= {key: median(one[key] for one in of_rounds) for key in ("images_per_second", "utilisation") if key in row}
-                row["over_everything"] = median(ratios) if ratios else None
-            rows.append(row)
+        at_largest: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        for name, means in [*chosen.items()] * rounds:
+            if time.monotonic() > deadline:
+                break
+            row, losses = self.run(size, means)
+            if losses and not first:
+                first = losses
+                check_learned(first)
+            if losses:
+                check_losses(name, losses, first)
+            found.setdefault(name, []).append(row)
+            if largest and not at_largest and time.monotonic() < deadline:
+                at_largest = [{"row": "everything, largest micro-batch", **self.run(largest, means)[0]}]
+            rows = [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
+            save(rows)
         return rows
 
     def run(self, size: int, means: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
-        """A row, and the losses of the first steps. Running out of memory is a row too, with no losses."""
+        """A row, and the losses of the first steps. What fails is a row too, with no losses."""
         told = {"micro_batch": size, **means}
         try:
             clock = self.fit(size, means, self.steps)
         except torch.OutOfMemoryError:
-            return {**told, "failed": "out of memory"}, []
+            return {**told, "failed": MEMORY}, []
+        except RuntimeError as error:  # torch.compile's are
+            return {**told, "failed": " ".join(str(error).split())[:300]}, []
         finally:
             self.free()
         rate = size * self.steps / clock.seconds
@@ -159,19 +168,21 @@ class Bench:
         return clock
 
     def largest(self) -> int:
-        """The largest micro-batch that trains without compilation, which takes less memory, not more."""
-        best = 0
-        for size in SIZES:
-            try:
-                self.fit(size, EVERYTHING | {"compile": None}, 1)
-            except torch.OutOfMemoryError:
-                break
-            finally:
-                self.free()
-            best = size
-        if not best:
-            raise UserError(f"no micro-batch fits into this GPU's memory, not even {SIZES[0]}")
-        return best
+        """The largest micro-batch that trains, of powers of two and half again as many: without compilation, which takes less
+        memory, not more."""
+        size = next(size for size in itertools.count(3) if not self.fits(2**size)) - 1
+        if size < 3:
+            raise UserError("no micro-batch of 8 images fits into this GPU's memory")
+        return 3 * 2 ** (size - 1) if self.fits(3 * 2 ** (size - 1)) else 2**size
+
+    def fits(self, size: int) -> bool:
+        try:
+            self.fit(size, EVERYTHING | {"compile": None}, 1)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.free()
+        return True
 
     @torch.no_grad()
     def forward_operations(self, size: int) -> int:
@@ -192,6 +203,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def _summary(name: str, of_rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {"row": name, **of_rounds[0]}
+    pairs = [(own, other) for own, other in zip(of_rounds, base, strict=False) if "failed" not in own and "failed" not in other]
+    if pairs:
+        row |= {key: median(own[key] for own, _ in pairs) for key in ("images_per_second", "step_ms", "utilisation")}
+        row["over_everything"] = median(own["images_per_second"] / other["images_per_second"] for own, other in pairs)
+    return row
 
 
 class Clock(Callback):
@@ -333,8 +353,8 @@ def check_learned(losses: list[float]) -> None:
 def check_losses(name: str, found: list[float], expected: list[float]) -> None:
     """UserError where a row takes other losses than the first, apart from rounding, and the draws of the second pass that
     follow it: by a part of what the loss falls by, so that an update that is left out or of another size is noticed."""
-    off = max(abs(a - b) for a, b in zip(found, expected, strict=True)) / (expected[0] - expected[-1])
-    if not off <= TOLERANCE:
+    fall = expected[0] - expected[-1]
+    if not all(abs(a - b) <= TOLERANCE * fall for a, b in zip(found, expected, strict=True)):
         raise UserError(f"the row {name!r} takes other losses than the first: {found}, not {expected}")
 
 

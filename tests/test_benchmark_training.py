@@ -1,0 +1,71 @@
+"""The benchmark of training runs in small, counts what is needed, and reports nothing where losses differ."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import scaling, training
+from benchmarks.results import ROOT
+from nar_t2i.errors import UserError
+
+
+def test_rows_and_their_ratios(tmp_path):
+    line = [sys.executable, ROOT / "benchmarks/training.py", "--small", "--no-compile", "--micro-batch", "4", "--steps", "2",
+            "--out", tmp_path / "training.json"]  # fmt: skip
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "training.json").read_text())
+    rows = {row["row"]: row for row in found["rows"]}
+    assert list(rows) == ["everything", "nothing", "head at all slots", "unfused optimizer", "fp32"]
+    assert rows["everything"]["over_everything"] == 1 and rows["nothing"]["over_everything"] != 1
+    assert found["parameters"] > 1e6 and found["recipe"] == "emage/346m-256, in small"
+    for row in rows.values():
+        rate = found["bf16_matrix_rate" if row["precision"] == "bf16-mixed" else "fp32_matrix_rate"]
+        work = 3 * found["forward_flops_an_image"] * row["images_per_second"]  # the same for a head that reads all slots
+        assert row["utilisation"] == pytest.approx(work / rate) and 0 < row["utilisation"] < 1
+
+
+def test_operations_are_the_formulas_and_skipped_slots_are_none(tmp_path):
+    size = 64
+    bench = training.Bench(tmp_path, torch.device("cpu"), small=True, steps=1)
+    counted = bench.forward_operations(size) / size
+    bert = training.SMALL_BERT
+    formula = scaling.forward_operations(training.SMALL, 2, 64, 8192, training.WORDS + 2, bert)
+    assert counted == pytest.approx(formula, rel=0.05)  # the share of hidden slots is drawn
+    head = 2 * 2 * 64 * training.SMALL["width"] * 8192
+    assert counted < formula + (1 - 2 / math.pi) * head - 0.2 * head  # far from those with a head at all slots
+
+
+def test_every_means_can_be_told_by_its_loss():
+    expected = [9.0, 8.95, 8.9]
+    training.check_learned(expected)
+    training.check_losses("rounded", [9.0, 8.951, 8.899], expected)
+    for found in ([9.0, 9.0, 9.0], [9.0, 8.9, 8.8], [9.0, 8.95, math.nan]):  # no update, twice the update, no number
+        with pytest.raises(UserError, match="other losses"):
+            training.check_losses("other", found, expected)
+    with pytest.raises(UserError, match="does not fall"):
+        training.check_learned([9.0, 9.0, 9.0])
+
+
+def test_the_full_size_needs_a_gpu(tmp_path):
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, ROOT / "benchmarks/training.py"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0 and "--small runs anywhere" in done.stderr
+
+
+def test_on_a_gpu_graphs_are_a_row_of_their_own():
+    names = list(training.variants(cuda=True, compiles=True))
+    assert "without graphs" in names and "without compile and graphs" in names
+    assert all(sum(means[key] != training.EVERYTHING[key] for key in means) == 1
+               for name, means in training.variants(True, True).items() if name not in ("everything", "nothing"))  # fmt: skip
+
+
+def test_the_scaling_document_holds_the_tables_of_the_model():
+    assert scaling.tables() in (ROOT / "docs/scaling.md").read_text()
+    one_node, many = (scaling.predict(gpus, "ddp", 346_000_000, 1e12, 1024) for gpus in (8, 64))
+    assert one_node["without overlap"] > many["without overlap"] and many["work_ms"] == pytest.approx(one_node["work_ms"] / 8)
+    assert scaling.wire({"allreduce": 100.0}, 4, scaling.RING) == 150 and not scaling.payload(10, 1, "ddp", True)
