@@ -5,7 +5,8 @@
 
 Measured is, of each rank count and strategy on the same global batch: the bytes that a rank's collectives are called on and
 those that its sockets send a step, beside the model's; the bytes of weights, optimizer and average that it holds, beside the
-doctor's; and the time of a step, over that of one rank under DDP. Losses must be those of one rank, or nothing is reported.
+doctor's; and the time of a step (the fastest of a few, since others may use
+the machine), over that of one rank under DDP. Losses must be those of one rank, or nothing is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _row(count: int, strategy: str, each: list[dict[str, Any]], precision: str) 
     estimate = held(trained, count, STAGES[strategy], half)
     model = payload(total, count, strategy, half)
     return {
-        "ranks": count, "strategy": strategy, "parameters": total, "step_ms": 1000 * median(max(times) for times in zip(*(one["seconds"] for one in each), strict=True)),
+        "ranks": count, "strategy": strategy, "parameters": total, "step_ms": 1000 * min(max(times) for times in zip(*(one["seconds"] for one in each), strict=True)),
         **{f"{name}_bytes": max(one["payload"].get(name, 0) for one in each) for name in RING},
         "sent_bytes": mean(one["sent"] for one in each), "model_sent_bytes": wire(model, count, GLOO),
         **{f"{name}_bytes": max(one[name] for one in each) for name in ("weights", "optimizer", "average")},
