@@ -2,8 +2,8 @@
 
     python benchmarks/ship_model.py runs/shipped/deeper/model
 
-Stores the weights in half precision under nar_t2i/assets/model, set to draw four candidates of each picture and keep the
-likeliest (benchmarks/rerank.py). Scores that very folder on all committed prompts, with one candidate, and writes
+Stores the weights in half precision under nar_t2i/assets/model, set to decode as recipes/shipped/deeper.yaml says, four
+candidates of each picture of which the likeliest is kept (benchmarks/rerank.py). Scores that very folder on all committed prompts, with one candidate, and writes
 metrics.json there and, with a sheet of 64 prompts as it draws them by default, under docs/results/shipped. `--sheet` alone
 draws the sheet again.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from nar_t2i import recipe
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
@@ -22,7 +23,9 @@ from nar_t2i.folders import write_json
 from nar_t2i.generate import contact_sheet
 from nar_t2i.hardware import describe_machine
 from nar_t2i.inference import BestOf
+from nar_t2i.parts import build
 from nar_t2i.pipeline import TextToImage
+from nar_t2i.schedules import Guidance
 
 ROOT = Path(__file__).parents[1]
 ASSETS, RESULTS = ROOT / "nar_t2i/assets/model", ROOT / "docs/results/shipped"
@@ -35,8 +38,8 @@ def main(what: str) -> None:
         save_sheet(TextToImage.from_pretrained(ASSETS))
         return
     trained = TextToImage.from_pretrained(what)
-    drawn = trained.inference.first if isinstance(trained.inference, BestOf) else trained.inference
-    trained.inference = BestOf(drawn, CANDIDATES)
+    decoding = recipe.load("shipped/deeper").config["model"]["init_args"]
+    trained.inference, trained.guidance = BestOf(build(decoding["inference"]), CANDIDATES), Guidance(**decoding["guidance"])
     trained.save_pretrained(ASSETS, dtype=torch.float16)
     size = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
     print(f"{size / 2**20:.2f} MiB of weights")
