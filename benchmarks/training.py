@@ -3,6 +3,8 @@
     python benchmarks/training.py                 # recipes/emage/346m-256 on one CUDA GPU: minutes
     python benchmarks/training.py --small         # its geometry in small, on any machine
 
+In small it shows that all rows run and agree; what the means bring on a GPU cannot be read off it.
+
 The recipe's network, text encoder (trained along, on captions of 32 words), learning strategy and optimizer take real steps
 under the trainer, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
 row below it all but one, the last none. Micro-batches grow until memory ends; the rows stand at half of the largest, so that
