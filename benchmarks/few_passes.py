@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
     parser.add_argument("--only", nargs="*", default=list(ENTRIES), metavar="ENTRY", help="default: all")
+    parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
     out = Path(parsed.out)
@@ -55,22 +57,21 @@ def main() -> int:
     judged: dict[str, dict[str, Any]] = {}
     for name in parsed.only:
         path = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        judged[name] = read_json(path) if path.exists() else judge(name, parsed.prompts, path)
+        judged[name] = read_json(path) if path.exists() else judge(name, parsed.prompts, parsed.sets, path)
         results.write(out / "few-passes.json", rows(judged), prompts_a_category=parsed.prompts)
     for row in rows(judged):
         print(row)
     return 0
 
 
-def judge(name: str, prompts_a_category: int, path: Path) -> dict[str, Any]:
+def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -> dict[str, Any]:
     """Draw all prompts, and write what each picture was found to be, and a sheet."""
     folder, how = ENTRIES[name]
     t2i, model = TextToImage.from_pretrained(folder or shipped_model()), recipe.load(how).config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
     found: dict[str, Any] = {"recipe": how, "parameters": sum(p.numel() for p in t2i.network.parameters())}
-    for which in ("seen", "held_out"):
+    for which in sets:
         prompts = take(committed(which), prompts_a_category)
-        # Many candidates are many rows; so that a batch stays in the cache, few prompts are drawn at once.
         drawn = draw_prompts(
             t2i, prompts, batch_size=64, bf16=fast_precision() != "32-true", workers=usable_cores(), name=f"{name}, {which}"
         )
@@ -94,7 +95,7 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         deficit = mean_interval(np.array(reference["seen"], dtype=float) - seen)
         found.append({
             "entry": name, "recipe": entry["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
-            "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])),
+            "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
             "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high,
             "to_perfect": 1 - wilson(seen.sum(), len(seen))[0], "seconds_an_image": entry["seconds_an_image"],
         })  # fmt: skip
