@@ -180,7 +180,7 @@ def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToIm
     plain, one = exact.sample(PROMPTS, steps=4), exact.sample(PROMPTS, steps=4, candidates=1)
     assert torch.equal(plain.tokens, one.tokens) and one[2:] == plain[2:]
     best = exact.sample(PROMPTS, steps=4, candidates=5)
-    assert best.passes == 4 + 2 and best.rows == 5 * (2 * 4 + 2)
+    assert best.passes == 4 + 1 and best.rows == 5 * (2 * 4 + 2)
     assert not torch.equal(best.tokens, plain.tokens)
     assert torch.equal(exact.sample(PROMPTS, steps=4, candidates=5, batch_size=7).tokens, best.tokens)
     exact.inference, before = BestOf(exact.inference, 5), exact.inference
