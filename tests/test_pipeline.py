@@ -191,7 +191,7 @@ def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToIm
             exact.sample(PROMPTS, candidates=0)
         # What else the pipeline says of its candidates stays.
         exact.inference = BestOf(before, 5, Likelihood(4))
-        assert exact.sample(PROMPTS, steps=3, candidates=2).passes == 3 + 4
+        assert exact.sample(PROMPTS, steps=3, candidates=2)[2:] == (3 + 1, 2 * (2 * 3 + 4))
         # A temperature is that of all draws, steps those of what draws first.
         exact.inference = GibbsSweeps(before, block=16)
         changed = exact._decoder(2, 0.0, None)
