@@ -1,6 +1,8 @@
 """Every recipe of recipes/emoji trains on real emoji, after the commands of its header."""
 
 import csv
+import os
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,7 @@ from nar_t2i.cli import main
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.folders import load_part
 from nar_t2i.pipeline import TextToImage
-from nar_t2i.prepare.emoji import EmojiPictures, read_emoji, split_emoji
+from nar_t2i.prepare.emoji import CLDR, FONT, UNICODE, EmojiPictures, read_emoji, split_emoji
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 from nar_t2i.prepare.text import main as encode_text
@@ -18,6 +20,10 @@ from tests.text.tiny_models import make_named
 
 TOKENIZERS = ("tokenizer", "tokenizer_128")
 GENERATORS = sorted(path.stem for path in (shipped() / "emoji").glob("*.yaml") if path.stem not in TOKENIZERS)
+MISSING = [path for path in (FONT, UNICODE, CLDR) if not Path(path).exists()]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING) and not os.environ.get("NAR_T2I_REQUIRE_EMOJI"), reason=f"{MISSING} are not here; see tests/prepare/test_emoji.py"
+)
 SHORT = ["--trainer.max_steps=2", "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"]
 
 
