@@ -154,3 +154,16 @@ def test_bad_numbers_are_refused():
         BestOf(candidates=0)
     with pytest.raises(UserError, match="groups"):
         Likelihood(0)
+
+
+def test_each_split_hides_other_halves():
+    network, condition = make_network(torch.float64), make_condition(3, torch.float64)[0]
+    noise, prepared = Noise(0, torch.arange(3), torch.float64), network.prepare(condition)
+    tokens, free = noise.integers("tokens", SPEC.size, shape=(16,)), torch.ones(3, 16, dtype=torch.bool)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for number in range(3):
+        first = noise.uniform("score", number, (16,)) < 0.5
+        for hidden in (first, ~first):
+            expected -= (network(TokenState(tokens, hidden), prepared).nll(tokens) * hidden).sum(1) / 3
+    assert torch.allclose(Likelihood(splits=3).score(network, condition, tokens, free, noise), expected)
+    assert not torch.allclose(Likelihood().score(network, condition, tokens, free, noise), expected)
