@@ -80,6 +80,29 @@ def build(description: Any, trusted: Sequence[str] = ()) -> Any:
     return description
 
 
+def with_defaults(description: Any) -> Any:
+    """A description in which each part tells those arguments, too, whose defaults are plain values.
+
+    jsonargparse gives a part that stands where another one is the default all arguments of that other one that it knows by
+    name, and so another default than its own.
+    """
+    if isinstance(description, list):
+        return [with_defaults(value) for value in description]
+    if not isinstance(description, dict):
+        return description
+    told = {key: with_defaults(value) for key, value in description.items()}
+    module, _, name = str(told.get("class_path")).rpartition(".")
+    try:
+        init = getattr(importlib.import_module(module), name).__init__
+    except (ImportError, AttributeError, ValueError):
+        return told  # no part, or a mistake, of which jsonargparse tells
+    if not hasattr(init, "__wrapped__"):
+        return told
+    defaults = {key: parameter.default for key, parameter in inspect.signature(init).parameters.items()}
+    defaults = {key: value for key, value in defaults.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return {**told, "init_args": {**defaults, **(told.get("init_args") or {})}}
+
+
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -6,8 +6,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from nar_t2i.ablate import _whole
 from nar_t2i.errors import UserError
 from nar_t2i.networks import CausalDecoder, EncoderDecoder
+from nar_t2i.parts import build, describe
 from nar_t2i.recipe import load, shipped
 from tests.text.tiny_models import make_named
 
@@ -192,6 +194,9 @@ def test_every_shipped_recipe_resolves_and_builds(path, tmp_path, monkeypatch):
     if "class_path" in load(path).config.get("model", {}):
         cli = built(path)
         assert cli.model is not None and cli.datamodule is not None and cli.trainer is not None
+        if "inference" in (given := cli.recipe.config["model"]["init_args"]):
+            # A strategy's own defaults, which nar-t2i ablate builds it with, and none of what it stands in place of.
+            assert describe(cli.model.inference) == describe(build(_whole(given["inference"])))
 
 
 def test_emage_is_as_large_as_the_paper_says():
@@ -199,7 +204,6 @@ def test_emage_is_as_large_as_the_paper_says():
     import torch
     from transformers import BertConfig, BertModel
 
-    from nar_t2i.parts import build
     from nar_t2i.types import TokenSpec
 
     with torch.device("meta"):
@@ -221,7 +225,6 @@ def test_amused_is_as_large_as_the_paper_says():
     import torch
 
     from nar_t2i.networks import UVit
-    from nar_t2i.parts import build
     from nar_t2i.types import TokenSpec
 
     codec = load("amused/tokenizer").config["model"]["init_args"]["codec"]

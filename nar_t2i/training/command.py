@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import nar_t2i
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
+from nar_t2i.parts import with_defaults
 from nar_t2i.recipe import Recipe
 from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import has_frozen
@@ -155,7 +156,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
-            self.config = parser.parse_object(args)
+            self.config = parser.parse_object(with_defaults(args))
         except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
             raise explain(self.recipe, error, parser) from error
 
