@@ -189,6 +189,11 @@ class CachedSource(SourceAround):
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         self.cache.check(None, spec, codec_hash)
 
+    def check_errors(self) -> None:
+        if not self.cache.errors:
+            raise UserError(f"the cache {self.cache.folder} holds no quantisation errors; make another one with "
+                            "data_prep/encode_tokens.py SHARDS TOKENIZER FOLDER --errors, and name it in its place")  # fmt: skip
+
     def read(self, index: int) -> Sample:
         original = self._original(np.array([index]))
         sample = self._source.read_text(int(original[0]))

@@ -127,6 +127,11 @@ class CaptionedImages(lightning.LightningDataModule):
         for split in self._splits():
             self.source(split).check_tokens(codec.spec, weights_hash(codec))
 
+    def check_errors(self) -> None:
+        """Raise a UserError that names the cache where cached tokens come without their quantisation errors."""
+        for split in self._splits():
+            self.source(split).check_errors()
+
     def check_text(self, text: TextEncoder) -> None:
         """Raise a UserError where cached states were made by another text encoder than this one, or by one that learns."""
         for split in self._splits():

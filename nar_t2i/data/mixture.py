@@ -79,6 +79,10 @@ class Mixture(Source):
         for source in self._sources:
             source.check_tokens(spec, codec_hash)
 
+    def check_errors(self) -> None:
+        for source in self._sources:
+            source.check_errors()
+
     @property
     def blocks(self) -> Sequence[int]:
         return [length for source in self._sources for length in source.blocks]

@@ -126,6 +126,9 @@ class Source:
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         """Raise UserError where tokens come from a cache that another codec made; images suit any codec."""
 
+    def check_errors(self) -> None:
+        """Raise UserError where tokens come from a cache without their quantisation errors."""
+
     @property
     def blocks(self) -> Sequence[int]:
         """Lengths of the runs of samples that are quick to read together (shards); they sum to `len(self)`."""
@@ -184,6 +187,9 @@ class SourceAround(Source):
 
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         self._source.check_tokens(spec, codec_hash)
+
+    def check_errors(self) -> None:
+        self._source.check_errors()
 
     @property
     def blocks(self) -> Sequence[int]:

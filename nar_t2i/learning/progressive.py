@@ -16,7 +16,8 @@ from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, Toke
 
 
 def stage_of(scores: Tensor, stages: int) -> Tensor:
-    """(B, N) scores → (B, N) stages from 0, each of as many slots as any other, give or take one; low scores first."""
+    """(B, N) scores → (B, N) stages from 0, each of as many slots as any other, give or take one; low scores first, and of
+    equal ones (patches of a plain background) those that stand first."""
     rank = scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return (rank * stages).div(scores.shape[1], rounding_mode="floor")
 
@@ -32,6 +33,8 @@ class Progressive(LearningStrategy):
     label_smoothing: see `slot_nll`. Needs quantisation errors: images, or a token cache made with --errors.
     """
 
+    reads_errors = True
+
     def __init__(
         self, stages: int = 4, first: Literal["low", "high"] = "low", revise: float = 0.1, label_smoothing: float = 0.0
     ):
@@ -43,8 +46,7 @@ class Progressive(LearningStrategy):
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         if batch.error is None:
-            raise UserError("Progressive sorts tokens by their quantisation error, and the token cache has none; encode "
-                            "with --errors")  # fmt: skip
+            raise UserError("Progressive sorts tokens by their quantisation error, and this tokenizer gives none")
         stages = stage_of(batch.error if self.first == "low" else -batch.error, self.stages)
         drawn = noise.integers("stage", self.stages)[:, None]
         masked = stages >= drawn

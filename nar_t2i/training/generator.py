@@ -111,6 +111,8 @@ class GeneratorModule(TrainedModule):
         datamodule = self.trainer.datamodule
         datamodule.check_codec(self.codec)
         datamodule.check_text(self.text)
+        if self.learning.reads_errors:
+            datamodule.check_errors()
         if stage == "fit":
             self._cached_truncated = None if datamodule.streams else datamodule.source("train").truncated
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)

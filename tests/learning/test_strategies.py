@@ -209,7 +209,7 @@ def test_a_stage_is_predicted_from_the_ones_before_it(first):
     assert wrong[~state.masked].double().mean() == pytest.approx(0.2, abs=0.02)
     assert torch.equal(state.values[~state.masked & ~wrong], given.tokens[~state.masked & ~wrong])
     assert (state.values[wrong] != given.tokens[wrong]).double().mean() == pytest.approx(6 / 7, abs=0.05)
-    with pytest.raises(UserError, match="--errors"):
+    with pytest.raises(UserError, match="quantisation error"):
         Progressive().loss(network, TokenBatch(given.tokens, given.condition), noise, 1.0)
 
 

@@ -11,7 +11,7 @@ from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.order import GlobalBatchSampler
 from nar_t2i.errors import UserError
 from nar_t2i.inference import Confidence
-from nar_t2i.learning import Masked
+from nar_t2i.learning import Masked, Progressive
 from nar_t2i.learning.masked import draw_masks
 from nar_t2i.networks import EncoderDecoder
 from nar_t2i.noise import Noise
@@ -22,7 +22,7 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.text import BertTextEncoder
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.optim import OptimizerConfig
-from nar_t2i.types import Batch, LearningStrategy
+from nar_t2i.types import Batch, Encoded, LearningStrategy
 from tests.text.tiny_models import tiny_bert
 from tests.toys import ToyCodec, ToyText
 
@@ -209,9 +209,9 @@ def cached(tmp_path_factory):
     return source, str(folder)
 
 
-def fit(module, folder, cached, steps=6, resume=None, callbacks=(), micro=8, **kwargs):
+def fit(module, folder, cached, steps=6, resume=None, callbacks=(), micro=8, data=None, **kwargs):
     source, cache = cached
-    data = CaptionedImages(source, SIZE, global_batch_size=16, micro_batch_size=micro, cache=cache)
+    data = data or CaptionedImages(source, SIZE, global_batch_size=16, micro_batch_size=micro, cache=cache)
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False, callbacks=list(callbacks),
@@ -288,6 +288,43 @@ def test_cached_tokens_of_another_codec_are_refused(tmp_path, cached):
         fit(made(codec=codec), tmp_path, cached, 1)
     with pytest.raises(UserError):
         fit(made(codec=ToyCodec("binary")), tmp_path, cached, 1)
+
+
+@part
+class ErringCodec(ToyCodec):
+    """With an error for each token."""
+
+    def encode(self, images):
+        tokens = super().encode(images).tokens
+        return Encoded(tokens, tokens / 7 + torch.tensor([0.03, 0.0, 0.02, 0.01]))
+
+
+def test_stages_by_error_train_from_a_cache_that_holds_errors(tmp_path, cached):
+    source, _ = cached
+    encode_tokens(ErringCodec(), source, tmp_path / "cache", errors=True)
+    module = made(codec=ErringCodec(), learning=Progressive(2))
+    fit(module, tmp_path, (source, str(tmp_path / "cache")), 2)
+    from_images = made(codec=ErringCodec(), learning=Progressive(2))
+    data = CaptionedImages(source, SIZE, global_batch_size=16, micro_batch_size=8)
+    fit(from_images, tmp_path / "images", cached, 2, data=data)
+    assert equal(module, from_images)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "mixture"])
+def test_a_cache_without_errors_is_refused_before_anything_is_trained(tmp_path, cached, split):
+    source, cache = cached
+    encode_tokens(ErringCodec(), source, tmp_path / "cache", errors=True)
+    caches = {"cache": str(tmp_path / "cache"), "validation": source, "validation_cache": cache}
+    if split == "mixture":
+        parts = [{"source": source, "cache": part} for part in (caches["cache"], cache)]
+        data = CaptionedImages(parts, SIZE, global_batch_size=16)
+    else:
+        data = CaptionedImages(source, SIZE, global_batch_size=16, **({"cache": cache} if split == "train" else caches))
+    module, losses = made(codec=ErringCodec(), learning=Progressive(2)), Record()
+    with pytest.raises(UserError, match=f"the cache {cache} holds no quantisation errors; .* --errors"):
+        fit(module, tmp_path, cached, 1, callbacks=[losses], data=data, num_sanity_val_steps=0)
+    assert not losses.losses
+    fit(made(codec=ErringCodec()), tmp_path, cached, 1, data=data, num_sanity_val_steps=0)  # which needs none
 
 
 def test_two_micro_batches_and_two_ranks_train_what_one_does(tmp_path, cached):
