@@ -10,7 +10,7 @@ from torch import Tensor
 from nar_t2i.errors import UserError
 from nar_t2i.folders import frozen_network
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
+from nar_t2i.inference.scheduled import Scheduled, a_row, fill, guessed, lowest_first, no_guess, to_fill
 from nar_t2i.noise import Noise, gumbel
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, MaskSchedule
@@ -70,12 +70,13 @@ class CriticGuided(Scheduled):
         unknown = to_fill(masked, known)
         remaining, protected = unknown, torch.zeros_like(masked)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
-        asked = 0
+        guess, asked = no_guess(network, tokens), 0
         for step, left in enumerate(self.counts(unknown)):
             if int(remaining.max()) == 0:
                 break
-            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
             tokens, _ = fill(tokens, masked, slots, self.draw(prediction, noise.at(step, slots), step).values, masked)
+            guess = guessed(guess, slots, tokens)
             if step + 1 == self.steps:
                 masked = torch.zeros_like(masked)
             else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import fill
+from nar_t2i.inference.scheduled import fill, guessed, no_guess
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
@@ -45,6 +45,7 @@ class EntropyBounded(InferenceStrategy):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
+        guess = no_guess(network, tokens)
         for step in range(self.most_steps):
             most = int(masked.sum(1).max())
             if most == 0:
@@ -52,8 +53,9 @@ class EntropyBounded(InferenceStrategy):
             slots = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
             open_slots = masked.gather(1, slots)
             # How far decoding is, is known of each image alone; guidance stands where the pass does.
-            prediction = guided(TokenState(tokens, masked), step / max(self.most_steps - 1, 1), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), step / max(self.most_steps - 1, 1), slots)
             sampled = prediction.sample(noise.at(step, slots), self.temperature)
+            guess = guessed(guess, slots, sampled.values)
             filled = open_slots if step == self.most_steps - 1 else self.certain(entropy(prediction), open_slots)
             tokens, masked = fill(tokens, masked, slots, sampled.values, filled)
             if on_step:

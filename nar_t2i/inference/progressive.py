@@ -8,7 +8,7 @@ import torch
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
-from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
+from nar_t2i.inference.scheduled import Scheduled, a_row, fill, guessed, lowest_first, no_guess, to_fill
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, MaskSchedule
@@ -54,12 +54,14 @@ class ProgressiveStages(Scheduled):
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         free, unknown = masked, to_fill(masked, known)
+        guess = no_guess(network, tokens)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
         for step, left in enumerate(self.counts(unknown)):
             if known is not None and not int(free.sum(1).max()):
                 break
-            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
             sampled = self.draw(prediction, noise.at(step, slots), step)
+            guess = guessed(guess, slots, sampled.values)
             if sampled.log_prob is None:
                 raise UserError("ProgressiveStages needs likelihoods of tokens; this network's predictions have none")
             standing = free & ~masked

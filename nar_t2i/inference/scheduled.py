@@ -77,7 +77,7 @@ class Scheduled(InferenceStrategy):
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         unknown = to_fill(masked, known)
-        guess = torch.full_like(tokens, -1) if network.self_conditioning else None
+        guess = no_guess(network, tokens)
         for step, left in enumerate(self.counts(unknown)):
             most = int(unknown.max())
             if most == 0:
@@ -86,8 +86,7 @@ class Scheduled(InferenceStrategy):
             prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
             draws = noise.at(step, slots)
             sampled = self.draw(prediction, draws, step)
-            if guess is not None:
-                guess = guess.scatter(1, slots, sampled.values)
+            guess = guessed(guess, slots, sampled.values)
             open_slots = masked.gather(1, slots)
             score = self.score(prediction, sampled, draws, step).masked_fill(~open_slots, float("-inf"))
             filled = (lowest_first(-score) < a_row(unknown - left, known, score.device)) & open_slots
@@ -112,6 +111,16 @@ def a_row(count: Tensor, known: Known | None, device: torch.device) -> Tensor | 
 def lowest_first(score: Tensor) -> Tensor:
     """(B, M) rank of each entry, 0 = lowest; equal scores in order of place."""
     return score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+
+
+def no_guess(network: TokenNetwork, tokens: Tensor) -> Tensor | None:
+    """What a network that reads guesses is shown in the first pass, where there is none yet (see `TokenState.guess`)."""
+    return torch.full_like(tokens, -1) if network.self_conditioning else None
+
+
+def guessed(guess: Tensor | None, slots: Tensor, values: Tensor) -> Tensor | None:
+    """The guess for the next pass: what this one drew for `slots`."""
+    return None if guess is None else guess.scatter(1, slots, values)
 
 
 def fill(tokens: Tensor, masked: Tensor, slots: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:

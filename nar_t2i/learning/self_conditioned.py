@@ -17,8 +17,10 @@ class SelfConditioned(Masked):
     """A first pass without a gradient guesses the masked tokens, and a second one, which is shown the guesses, is learned.
 
     share: of the images that are shown their guesses (the paper's half); the others learn to do without, as the first
-    decoding step has to. The network must read guesses (`self_conditioning: true`); strategies that choose among all
-    unknown slots (Confidence, Purity, Moment) then show each pass the draws of the one before, and others show none. For tokens, where the paper has bits: our choice. The rest: see Masked.
+    decoding step has to. The network must read guesses (`self_conditioning: true`); strategies that draw all unknown slots
+    in each pass (Confidence, Purity, Moment, EntropyBounded, ProgressiveStages, CriticGuided) then show each pass the draws of
+    the one before. The others have none to show: those in a fixed order draw only what they fill, and GibbsSweeps draws
+    tokens anew, given all others. For tokens, where the paper has bits: our choice. The rest: see Masked.
     """
 
     def __init__(

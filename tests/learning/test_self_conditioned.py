@@ -4,12 +4,24 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import Confidence
+from nar_t2i.inference import (
+    Confidence,
+    CriticGuided,
+    EntropyBounded,
+    GibbsSweeps,
+    Halton,
+    Moment,
+    ProgressiveStages,
+    Purity,
+    RandomOrder,
+)
+from nar_t2i.inference.guided import paired
 from nar_t2i.learning import Masked, SelfConditioned
 from nar_t2i.networks import EncoderDecoder
+from nar_t2i.networks.predictions import Bernoulli
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import TokenBatch, TokenSpec, TokenState
+from nar_t2i.types import TokenBatch, TokenNetwork, TokenSpec, TokenState
 from tests.inference.test_confidence import make_condition
 
 SPEC = TokenSpec((4, 4), "categorical", 7)
@@ -82,17 +94,71 @@ def test_it_begins_as_masked_training_and_guesses_then_matter():
     torch.testing.assert_close(reader(seen, prepared).logits, reader(seen._replace(guess=batch().tokens), prepared).logits)
 
 
-def test_decoding_shows_each_pass_the_draws_of_the_one_before():
-    reader = network(self_conditioning=True)
-    torch.nn.init.normal_(reader.embedding.guess.weight)
-    condition, null = make_condition(2, torch.float64)
-    found = Confidence(4, "linear").decode(reader, condition, null, noise(2), Guidance(2.0))
-    guesses = [state.guess for state in reader.states]
-    assert (guesses[0] == -1).all() and all((guess >= 0).all() for guess in guesses[1:])
-    plain = network()
-    assert all(state.guess is None for state in plain.states) and found.passes == 4
-    Confidence(4).decode(plain, condition, null, noise(2), Guidance(2.0))
-    assert all(state.guess is None for state in plain.states)
+class Fickle(TokenNetwork):
+    """A critic that finds other tokens wrong each time."""
+
+    spec = SPEC
+
+    def __init__(self):
+        super().__init__()
+        self.draws = torch.Generator().manual_seed(0)
+
+    def prepare(self, condition):
+        return None
+
+    def forward(self, state, prepared, read=None, cache=None):
+        return Bernoulli(torch.randn(*state.values.shape, 1, generator=self.draws))
+
+
+def shown(strategy, scale=1.0, known=None, **options):
+    """The states that a network is shown; it says other things for other guesses."""
+    reader = network(**options)
+    if options:
+        torch.nn.init.normal_(reader.embedding.guess.weight)
+    strategy.decode(reader, *make_condition(2, torch.float64), noise(2), Guidance(scale), known)
+    return reader, reader.states
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("strategy", [
+    Confidence(4, "linear"), Purity(4), Moment(4), EntropyBounded(1.0), ProgressiveStages(4), CriticGuided(Fickle(), steps=4),
+], ids=lambda strategy: type(strategy).__name__)  # fmt: skip
+def test_decoding_shows_each_pass_the_draws_of_the_one_before(strategy, scale):
+    reader, states = shown(strategy, scale, self_conditioning=True)
+    assert len(states) >= 3 and (states[0].guess == -1).all()
+    text = reader.prepare(paired(*make_condition(2, torch.float64)) if scale > 1 else make_condition(2, torch.float64)[0])
+    slots = torch.arange(16).expand(2, -1)
+    for step, (before, after) in enumerate(zip(states, states[1:])):
+        said = reader(before, text, slots.repeat(len(before.values) // 2, 1))
+        said = said[:2].guide(said[2:], scale) if scale > 1 else said
+        if isinstance(strategy, EntropyBounded):
+            drawn = said.sample(noise(2).at(step, slots), strategy.temperature).values
+        else:
+            drawn = strategy.draw(said, noise(2).at(step, slots), step).values
+        drawn = drawn.repeat(len(before.values) // 2, 1)
+        asked = after.masked & before.masked
+        assert asked.any() and torch.equal(after.guess[asked], drawn[asked])
+        assert (after.guess[after.masked] >= 0).all()
+
+
+def test_what_was_revoked_was_guessed_too():
+    _, states = shown(CriticGuided(Fickle(), steps=4), self_conditioning=True)
+    revoked = [(after.masked & ~before.masked, before, after) for before, after in zip(states, states[1:])]
+    assert any(again.any() for again, _, _ in revoked)
+    assert all(torch.equal(after.guess[again], before.values[again]) for again, before, after in revoked)
+
+
+@pytest.mark.parametrize("strategy", [RandomOrder(4), Halton(4), GibbsSweeps(RandomOrder(4))], ids=lambda strategy: type(strategy).__name__)
+def test_strategies_that_guess_nothing_show_nothing(strategy):
+    _, states = shown(strategy, self_conditioning=True)
+    assert all(state.guess is None for state in states)
+    _, states = shown(GibbsSweeps(Confidence(3), block=8), self_conditioning=True)
+    assert [state.guess is None for state in states] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("strategy", [Confidence(4), EntropyBounded(), ProgressiveStages(), CriticGuided(Fickle(), steps=3)])
+def test_a_network_that_reads_no_guesses_is_shown_none(strategy):
+    assert all(state.guess is None for state in shown(strategy)[1])
 
 
 def test_a_network_that_reads_no_guesses_is_refused():
