@@ -23,7 +23,7 @@ def names(accumulations=(1, 2, 4), optimizers=("sgd", "adamw")):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return updates(tmp_path_factory.mktemp("two"), 2, names())
+    return updates(tmp_path_factory.mktemp("two"), 2, names() + [f"{strategy}:1:0.1:adamw:critic" for strategy in STRATEGIES])
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,14 @@ def test_updates_are_ddps(two_ranks, strategy, accumulation, clip, optimizer):
     assert difference(found["applied"], found["weights"]) > 1e-4
     other = two_ranks[f"{strategy}:{accumulation}:{'0' if clip == 'clipping' else '0.1'}:{optimizer}"]
     assert optimizer == "adamw" or difference(found["weights"], other["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_a_critic_learns_as_under_ddp(two_ranks, strategy):
+    """The generator that it asks is no part of what is divided."""
+    expected, found = (two_ranks[f"{name}:1:0.1:adamw:critic"]["weights"] for name in ("ddp", strategy))
+    assert not [name for name in found if name.startswith("learning")] and any("head" in name for name in found)
+    assert difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

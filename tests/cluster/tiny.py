@@ -1,5 +1,6 @@
 """A generator on real rendered scenes that takes milliseconds a step, with the real masked loss."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from lightning.pytorch import Trainer
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.inference import Confidence
-from nar_t2i.learning import Masked
-from nar_t2i.networks import EncoderDecoder
+from nar_t2i.learning import CriticOf, Masked
+from nar_t2i.networks import EncoderDecoder, TokenCritic
 from nar_t2i.schedules import Guidance
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.optim import OptimizerConfig
@@ -40,6 +41,14 @@ def network(spec: Any, widths: Any) -> EncoderDecoder:
     net = EncoderDecoder(spec, widths, width=16, depth=1, heads=2)
     torch.nn.init.normal_(net.head.logits.weight, std=0.3)
     return net
+
+
+def critic() -> dict[str, Any]:
+    """What makes it the training of a critic, beside the frozen text encoder of a frozen generator."""
+    torch.manual_seed(1)
+    text, spec = ToyText().requires_grad_(False), ToyCodec().spec
+    made = partial(TokenCritic, width=16, depth=1, heads=2)
+    return dict(text=text, learning=CriticOf(network(spec, text.widths)), network=made, caption_dropout=0.0)
 
 
 def data(micro_batch_size: int | None = None) -> CaptionedImages:
