@@ -1,6 +1,6 @@
 """Six passes for 64 tokens against one pass a token: scene accuracy of a tenth of the passes, on the same prompts and seeds.
 
-    python benchmarks/few_passes.py    # after the two trainings that recipes/scale/long.yaml names
+    python benchmarks/few_passes.py    # after the trainings that recipes/scale/long.yaml names
 
 Every entry is a model and the recipe that it decodes by. The first, the autoregressive twin, is what the others are compared
 with, pair by pair; beside that stands the distance to a generator without any mistake, which no twin can be better than,
@@ -35,6 +35,7 @@ from nar_t2i.schedules import Guidance
 LONG = "runs/long-ablation/runs/0"
 ENTRIES = {
     "twin, 64 passes": (f"{LONG}/autoregressive/model", "ablations/twin_long"),
+    "prefixes, 6 passes": (f"{LONG}/prefixes/model", "learning/prefixes"),
     "long, 6 passes, one": (f"{LONG}/exponential/model", "ablations/few_passes_single"),
     "long, 6 passes, of 32": (f"{LONG}/exponential/model", "ablations/few_passes_of_32"),
     "long, 16 passes, one": (f"{LONG}/exponential/model", "ablations/growing_16"),

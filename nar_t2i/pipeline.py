@@ -185,8 +185,10 @@ class TextToImage:
     def _decoder(self, steps: int | None, temperature: float | None, candidates: int | None) -> InferenceStrategy:
         """The default strategy, or one of its kind with other `steps`, `temperature` or `candidates`."""
         inference = self.inference
-        if candidates is not None and isinstance(inference, BestOf):
-            inference = changed(inference, candidates=candidates) if candidates != 1 else inference.first
+        if candidates == 1 and isinstance(inference, BestOf):
+            inference = inference.first
+        elif candidates is not None and hasattr(inference, "candidates"):
+            inference = changed(inference, candidates=candidates)
         elif candidates is not None and candidates != 1:
             inference = BestOf(inference, candidates)
         for name, value in (("steps", steps), ("temperature", temperature)):

@@ -10,10 +10,11 @@ from nar_t2i.inference.halton import Halton
 from nar_t2i.inference.moment import Moment
 from nar_t2i.inference.one_step import OneStep
 from nar_t2i.inference.ordered import RandomOrder
+from nar_t2i.inference.particles import Particles
 from nar_t2i.inference.progressive import ProgressiveStages
 from nar_t2i.inference.purity import Purity
 
 __all__ = [
     "Autoregressive", "BestOf", "Confidence", "CriticGuided", "CriticScore", "EntropyBounded", "GibbsSweeps", "Halton",
-    "Likelihood", "Moment", "OneStep", "ProgressiveStages", "Purity", "RandomOrder",
+    "Likelihood", "Moment", "OneStep", "Particles", "ProgressiveStages", "Purity", "RandomOrder",
 ]  # fmt: skip

@@ -39,6 +39,8 @@ class Autoregressive(InferenceStrategy):
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Decoded:
+        if hasattr(network, "stages"):
+            raise UserError(f"{type(network).__name__} has an order in stages: Particles decodes it, not Autoregressive")
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         cache = StaticCache(network.spec.length)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Condition, KVCache, Known, Prediction, TokenNetwork, TokenSpec, TokenState
 
@@ -64,6 +65,9 @@ class GuidedNetwork:
         self, state: TokenState, progress: float, read: Tensor | None = None, cache: KVCache | None = None
     ) -> Prediction:
         """The guided prediction at `read`; progress, 0 to 1, says where guidance stands."""
+        if self.network.causal != (cache is not None):
+            sees = "only what stands before: Autoregressive decodes it, or Particles" if self.network.causal else "all slots at once: not Autoregressive"
+            raise UserError(f"{type(self.network).__name__} sees {sees}")
         scale = self.guidance.at(progress)
         self.passes += 1
         if self.guidance.scale == 1 or (scale == 1 and cache is None):
@@ -74,3 +78,7 @@ class GuidedNetwork:
         both = self.network(twice, self._paired, None if read is None else torch.cat([read, read]), cache)
         conditional, unconditional = both[: self.batch], both[self.batch :]
         return conditional.guide(unconditional, scale)
+
+    def both(self, rows: Tensor) -> Tensor:
+        """Rows of the batch → the rows of a cache, which holds the unconditional ones behind them."""
+        return rows if self.guidance.scale == 1 else torch.cat([rows, rows + self.batch])

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen.
+    """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen, or numbers
+    that are added to the scores.
 
     On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
     sequences are written out there where there will be one.
@@ -16,7 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -132,3 +133,9 @@ class StaticCache:
 
     def crop(self, length: int) -> None:
         self._filled = {layer: min(length, filled) for layer, filled in self._filled.items()}
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        for keys_and_values in self._layers.values():
+            for x in keys_and_values:
+                x.copy_(x[rows])

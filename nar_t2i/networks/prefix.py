@@ -1,0 +1,268 @@
+"""An image decoder that predicts any slot from any prefix of an order that goes from coarse to fine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nar_t2i.errors import UserError
+from nar_t2i.networks.attention import attend, merge_heads
+from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, PreparedText
+from nar_t2i.networks.tokens import select
+from nar_t2i.parts import part
+from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState
+
+
+def lattice_order(shape: tuple[int, ...]) -> list[int]:
+    """The slots of a grid or a sequence, coarse to fine: every other row and column comes before the rest, and of these again
+    every other one (Bayer's ordered dither, 1973; on a sequence, the bits of the place mirrored)."""
+    bits = max(1, max(shape) - 1).bit_length()
+
+    def rank(place: tuple[int, ...]) -> int:
+        number = 0
+        for bit in range(bits):
+            digits = [x >> bit & 1 for x in place]
+            # On a grid the diagonal neighbour is the second of four.
+            digit = (digits[0] ^ digits[1]) << 1 | digits[0] if len(digits) == 2 else digits[0]
+            number = number << len(digits) | digit
+        return number
+
+    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist()
+    return sorted(range(len(places)), key=lambda slot: rank(tuple(places[slot])))
+
+
+def doubling_stages(length: int) -> list[int]:
+    """1, 1, 2, 4, … slots, together a quarter of `length` or, where that is no power of two, a little less."""
+    stages = [1]
+    while 2 * sum(stages) <= length // 4:
+        stages.append(sum(stages))
+    return stages
+
+
+class Layout(NamedTuple):
+    """Entries of a sequence. slots: (M,) of the grid. asked: (M,), True = predicted, and seen by no other; False = its token is
+    read. places: (N,) or (Q,), where in the sequence the predictions of interest are. told: (T,), where the tokens are."""
+
+    slots: Tensor
+    asked: Tensor
+    places: Tensor
+    told: Tensor
+
+
+def _layout(order: Sequence[int], entries: list[tuple[int, bool]], places: Sequence[int]) -> Layout:
+    slots, asked = torch.tensor([order[rank] for rank, _ in entries]), torch.tensor([asked for _, asked in entries])
+    return Layout(slots, asked, torch.tensor(places), (~asked).nonzero()[:, 0])
+
+
+def scan_layout(order: Sequence[int], scanned: int) -> Layout:
+    """Each slot from all before it, and those behind the first `scanned` from these alone; `places` are in the slots' order."""
+    entries = [(rank, asked) for rank in range(scanned) for asked in (True, False)]
+    entries += [(rank, True) for rank in range(scanned, len(order))]
+    where = {order[rank]: place for place, (rank, asked) in enumerate(entries) if asked}
+    return _layout(order, entries, [where[slot] for slot in range(len(order))])
+
+
+def training_layout(order: Sequence[int], stages: Sequence[int]) -> Layout:
+    """The scan, and each slot of a stage from what stood before the stage, too: all that drawing by stages asks."""
+    entries: list[tuple[int, bool]] = []
+    start = 0
+    for size in stages:
+        entries += [(rank, True) for rank in range(start + 1, start + size)]  # the first of a stage is in the scan
+        entries += [(rank, asked) for rank in range(start, start + size) for asked in (True, False)]
+        start += size
+    entries += [(rank, True) for rank in range(start, len(order))]
+    return _layout(order, entries, [place for place, (_, asked) in enumerate(entries) if asked])
+
+
+_CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions read
+
+
+class Places(NamedTuple):
+    """Where the M entries of a sequence and what they may see stand, the same for all rows.
+
+    told: (K,) slots of the tokens that are read, those in a cache first. entries: (T,) which entries the last T of these are;
+    None = all M, of which the questions are never seen. tokens_seen: (M, K), True = may be seen. apart: (M, S) by how far the
+    entries lie from all that attention may see, as indices of PrefixBlock's biases. unseen: (M, S).
+    """
+
+    slots: Tensor
+    told: Tensor
+    entries: Tensor | None
+    tokens_seen: Tensor
+    apart: Tensor
+    unseen: Tensor
+
+
+class SeenConvolution(nn.Module):
+    """A depthwise convolution over the tokens that an entry sees, by where on the grid they stand, added to the entry: up to two
+    slots away along each side. Trained from zero, as GridConvolution is."""
+
+    REACH = 2
+
+    def __init__(self, shape: tuple[int, ...], width: int):
+        super().__init__()
+        side = 2 * self.REACH + 1
+        apart = offsets(shape) + self.REACH
+        index = flat(apart, [side] * len(shape))
+        near = ((apart >= 0) & (apart < side)).all(-1)
+        self.weight = nn.Parameter(torch.zeros(side ** len(shape), width))
+        self.weight.no_decay = True
+        self.register_buffer("index", torch.where(near, index, len(self.weight)), persistent=False)
+
+    def forward(self, x: Tensor, tokens: Tensor, places: Places) -> Tensor:
+        """x: (B, M, D). tokens: (B, K, D)."""
+        index = self.index[places.slots][:, places.told]
+        weight = F.pad(self.weight, (0, 0, 0, 1))[index] * places.tokens_seen.unsqueeze(-1)  # zeros behind the window
+        return x + torch.einsum("bkd,mkd->bmd", tokens, weight.to(tokens.dtype))
+
+
+class PrefixBlock(DecoderBlock):
+    """DecoderBlock whose entries see tokens that stand before, and, on a grid, learn from how far away: by a convolution, and by a
+    bias of the self-attention (Swin's, Liu et al., arXiv 2103.14030)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, grid: tuple[int, ...] | None):
+        super().__init__(width, heads, mlp_ratio, activation, grid=None)
+        self.local = self.nearness = None
+        if grid is not None:
+            self.local = SeenConvolution(grid, width)
+            self.nearness = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in grid), heads))
+            self.nearness.no_decay = True
+
+    def forward(
+        self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor, places: Places, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        if self.local is not None:
+            tokens = x if places.entries is None else x[:, places.entries]
+            if cache is not None:
+                tokens = cache.append(_CONVOLVED + layer, tokens.unsqueeze(1), tokens.unsqueeze(1)[..., :0])[0].squeeze(1)
+            x = self.local(x, tokens, places)
+        attention = self.self_attention
+        q, k, v = attention.heads_of(attention.qkv(self.norm_self(x)))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        seen = ~places.unseen
+        if self.nearness is not None:
+            seen = self.nearness[places.apart].permute(2, 0, 1).masked_fill(places.unseen, -math.inf).to(q.dtype)
+        x = x + attention.out(merge_heads(attend(q, k, v, seen)))
+        x = x + self.cross_attention(self.norm_cross(x), keys_and_values, mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def offsets(shape: tuple[int, ...]) -> Tensor:
+    """(N, N, sides) how far slot i lies behind slot j along each side."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
+    return places[:, None] - places[None]
+
+
+def flat(digits: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(…, sides) digits, each below its size → (…) numbers."""
+    number = torch.zeros_like(digits[..., 0])
+    for side, size in enumerate(sizes):
+        number = number * size + digits[..., side]
+    return number
+
+
+@part
+class PrefixDecoder(EncoderDecoder):
+    """EncoderDecoder whose tokens come in a fixed order, from coarse to fine, in stages.
+
+    A sequence holds tokens that are read, each of which sees those before it, and questions, which see the tokens before them
+    and are seen by none (the two streams of XLNet, Yang et al., arXiv 1906.08237; with any-subset models, Guo & Ermon, arXiv
+    2504.20456, it shares that one pass draws many tokens and also says how likely they are together). So one pass of training
+    asks about every slot from the prefix that it is drawn from and from all that comes before it. Order, stages and biases: our choice.
+
+    stages: slots of each stage but the last, which is the rest; None = see `doubling_stages`. What those of the last stage are, is
+    taken to follow from the others: they are never read. The other arguments are EncoderDecoder's.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        text_widths: Sequence[int],
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        activation: Literal["gelu", "silu", "relu"] = "gelu",
+        grid_convolution: bool = False,
+        code_width: int = 0,
+        activation_checkpointing: bool = False,
+        stages: Sequence[int] | None = None,
+    ):
+        super().__init__(
+            spec, text_widths, width, depth, heads, mlp_ratio, activation, code_width=code_width,
+            activation_checkpointing=activation_checkpointing,
+        )  # fmt: skip
+        self.stages = list(stages or doubling_stages(spec.length))
+        if min(self.stages) < 1 or sum(self.stages) >= spec.length:
+            raise UserError(f"stages {self.stages}: each needs a slot, and the last stage too, of {spec.length}")
+        order = lattice_order(spec.shape)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        apart = offsets(spec.shape) + torch.tensor(spec.shape) - 1  # from 0 along each side
+        self.register_buffer("apart", flat(apart, [2 * n - 1 for n in spec.shape]), persistent=False)
+        for name, layout in (("scan", scan_layout(order, sum(self.stages))), ("lesson", training_layout(order, self.stages))):
+            for field, value in layout._asdict().items():
+                self.register_buffer(f"{name}_{field}", value, persistent=False)
+        plain, grid = self.blocks, spec.shape if grid_convolution else None
+        self.blocks = nn.ModuleList(PrefixBlock(width, heads, mlp_ratio, activation, grid) for _ in plain)
+        self.blocks.load_state_dict(plain.state_dict(), strict=False)  # they are initialised
+
+    @property
+    def scan(self) -> Layout:
+        return Layout(self.scan_slots, self.scan_asked, self.scan_places, self.scan_told)
+
+    @property
+    def lesson(self) -> Layout:
+        return Layout(self.lesson_slots, self.lesson_asked, self.lesson_places, self.lesson_told)
+
+    def along(self, layout: Layout, values: Tensor) -> TokenState:
+        """The tokens of whole images (B, N, …) as a sequence."""
+        slots = layout.slots.expand(len(values), -1)
+        return TokenState(values[:, layout.slots], layout.asked.expand_as(slots), slots)
+
+    def forward(
+        self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
+    ) -> Prediction:
+        """Without `positions`: whole images, each slot from those before it. With them: a sequence, the same in all rows, of
+        tokens and questions (`masked`). With a cache: tokens of the order that follow on those in the cache, then questions;
+        the caller crops the cache to the tokens."""
+        if state.positions is None:
+            state = self.along(self.scan, state.values)
+            x = self._hidden(state, prepared, None, self.scan_told)[:, self.scan_places]
+        else:
+            told = None if cache is not None else (~state.masked[0]).nonzero()[:, 0]
+            x = self._hidden(state, prepared, cache, told)
+        return self.head(select(x, read))
+
+    def _hidden(self, state: TokenState, prepared: PreparedText, cache: KVCache | None, told: Tensor | None) -> Tensor:
+        """told: the entries that are tokens; None = they stand anywhere."""
+        places = self._places(state.positions[0], state.masked[0], 0 if cache is None else cache.length, told)
+        x = self.embedding(state)
+        for layer, (block, keys_and_values) in enumerate(zip(self.blocks, prepared.keys_and_values, strict=True)):
+            arguments = (x, keys_and_values, prepared.mask, places, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return x
+
+    def _places(self, slots: Tensor, asked: Tensor, old: int, told: Tensor | None) -> Places:
+        """Of entries behind the first `old` tokens of the order."""
+        count = len(slots)
+        rank = self.order.argsort()[slots]
+        before = torch.ones(count, count, dtype=torch.bool, device=slots.device).tril(-1) & (rank[None] < rank[:, None]) & ~asked
+        unseen = ~(before | torch.eye(count, dtype=torch.bool, device=slots.device))
+        past = before.new_ones(count, old)
+        new, seen = (slots, before) if told is None else (slots[told], before[:, told])
+        return Places(
+            slots, torch.cat([self.order[:old], new]), told, torch.cat([past, seen], 1),
+            self.apart[slots][:, torch.cat([self.order[:old], slots])], torch.cat([~past, unseen], 1),
+        )  # fmt: skip

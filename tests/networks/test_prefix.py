@@ -1,0 +1,116 @@
+"""The prefix decoder: what each question sees, in which order the slots come, and that a cache changes nothing."""
+
+import pytest
+import torch
+
+from nar_t2i.errors import UserError
+from nar_t2i.networks import PrefixDecoder
+from nar_t2i.networks.attention import StaticCache
+from nar_t2i.networks.prefix import doubling_stages, lattice_order
+from nar_t2i.types import TokenSpec, TokenState
+from tests.inference.test_confidence import make_condition
+
+SPEC = TokenSpec((4, 4), "categorical", 7)
+STAGES = [1, 1, 3]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "grid convolution"])
+def network(request):
+    return make_network(request.param)
+
+
+def make_network(grid=True, spec=SPEC, stages=STAGES):
+    torch.manual_seed(0)
+    network = PrefixDecoder(spec, (8,), width=16, depth=3, heads=2, grid_convolution=grid, stages=stages).double().eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return network
+
+
+def tokens_of(rows=2, seed=0):
+    return torch.randint(7, (rows, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def prepared(network, rows=2):
+    return network.prepare(make_condition(rows, torch.float64)[0])
+
+
+def whole(network, tokens):
+    return network(TokenState(tokens, torch.zeros_like(tokens, dtype=torch.bool)), prepared(network, len(tokens))).logits
+
+
+def test_the_order_goes_from_coarse_to_fine():
+    assert lattice_order((4, 4)) == [0, 10, 2, 8, 5, 15, 7, 13, 1, 11, 3, 9, 4, 14, 6, 12]
+    assert lattice_order((8,)) == [0, 4, 2, 6, 1, 5, 3, 7]
+    for shape in ((8, 8), (3, 5), (7,), (1, 1)):
+        order = lattice_order(shape)
+        assert sorted(order) == list(range(len(order)))
+    grid = torch.tensor(lattice_order((8, 8))[:16])
+    assert ((grid // 8) % 2 == 0).all() and ((grid % 8) % 2 == 0).all()
+
+
+def test_stages_double_up_to_a_quarter():
+    assert doubling_stages(64) == [1, 1, 2, 4, 8] and sum(doubling_stages(1024)) == 256
+    assert doubling_stages(5) == [1] and sum(doubling_stages(100)) <= 25
+
+
+def test_a_slot_is_told_from_those_before_it(network):
+    """And from none of the last stage."""
+    tokens, order, scanned = tokens_of(), network.order.tolist(), sum(STAGES)
+    logits = whole(network, tokens)
+    for rank, slot in enumerate(order):
+        changed = tokens.clone()
+        changed[:, slot] = (changed[:, slot] + 1) % 7
+        differs = (whole(network, changed) != logits).any(-1).any(0)[order]
+        assert not differs[: rank + 1].any()
+        assert differs[rank + 1 :].all() if rank < scanned else not differs.any()
+
+
+def test_a_lesson_asks_from_the_stage_before_and_from_all_before(network):
+    tokens, lesson, order = tokens_of(), network.lesson, network.order.tolist()
+    asked = lesson.slots[lesson.places]
+    assert sorted(order.index(slot) for slot in asked.tolist()) == sorted([*range(16), 3, 4])
+    read = lesson.places.expand(2, -1)
+    told = network(network.along(lesson, tokens), prepared(network), read).logits
+    scan = whole(network, tokens)
+    seen_twice = {order[3], order[4]}
+    for place, slot in enumerate(asked.tolist()):
+        if slot not in seen_twice:
+            torch.testing.assert_close(told[:, place], scan[:, slot], rtol=1e-9, atol=1e-9)
+    early = [place for place, slot in enumerate(asked.tolist()) if slot in seen_twice][:2]  # the stage's own come first
+    for rank in range(5):
+        changed = tokens.clone()
+        changed[:, order[rank]] = (changed[:, order[rank]] + 1) % 7
+        now = network(network.along(lesson, changed), prepared(network), read).logits
+        assert ((now != told).any(-1).any(0)[early] == (rank < 2)).all()
+
+
+@pytest.mark.parametrize("stages", [[1, 1, 3], [1] * 5, [2, 3]])
+def test_a_cache_changes_nothing(network, stages):
+    tokens, order = tokens_of(), network.order
+    logits, cache, start, before = whole(network, tokens), StaticCache(32), 0, order[:0]
+    for size in [*stages, 16 - sum(stages)]:
+        here = order[start : start + size]
+        slots = torch.cat([before, here])
+        asked = torch.arange(len(slots)) >= len(before)
+        state = TokenState(tokens[:, slots], asked.expand(2, -1), slots.expand(2, -1))
+        first = network(state, prepared(network), cache=cache).logits[:, len(before)]
+        torch.testing.assert_close(first, logits[:, here[0]], rtol=1e-9, atol=1e-9)
+        cache.crop(start)
+        start, before = start + size, here
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointed in (False, True):
+        network = make_network()
+        network.activation_checkpointing = checkpointed
+        whole(network, tokens_of()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("stages", [[0, 1], [16], [8, 9], [-1]])
+def test_stages_that_leave_no_last_one_are_refused(stages):
+    with pytest.raises(UserError, match="stages"):
+        make_network(stages=stages)
