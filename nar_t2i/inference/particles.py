@@ -100,7 +100,7 @@ class Particles(InferenceStrategy):
             if not last:
                 apart = self._log_prob(said, tokens[:, here])
                 likelihood = likelihood + apart[:, 0]
-                weights = weights + apart[:, 0] * ~unknown[:, here[0]]
+                weights = weights + apart[:, 0] * ~unknown[:, here][:, 0]
             before, start = here, start + size
         kept = likelihood.view(images, count).argmax(1) if self.likeliest else noise.integers("kept", count)
         tokens = tokens[kept + torch.arange(images, device=kept.device) * count]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, CriticScore, EntropyBounded, GibbsSweeps, Halton
+from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, CriticScore, EntropyBounded, GibbsSweeps, Halton, Particles
 from nar_t2i.inference.best_of import Scorer
 from nar_t2i.inference.graphs import Graphs, padded
 from nar_t2i.inference.halton import halton_rank
-from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic, TwoWayDecoder
+from nar_t2i.networks import CausalDecoder, EncoderDecoder, PrefixDecoder, TokenCritic, TwoWayDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from tests.inference.test_best_of import make_critic
@@ -73,6 +73,9 @@ def test_a_critic_and_one_token_at_a_time_touch_no_value(monkeypatch):
     for grid in (False, True):
         causal = CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2, grid_convolution=grid)
         assert decode_without_memory(Autoregressive(), causal).passes == 16
+        prefix = PrefixDecoder(SPEC, (8,), width=16, depth=2, heads=2, grid_convolution=grid)
+        for likeliest in (False, True):
+            assert decode_without_memory(Particles(3, likeliest), prefix).passes == 4
 
 
 def test_what_reads_values_is_not_recorded():
