@@ -42,19 +42,29 @@ def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
         redraw = _read(mask).mean(-1) >= OPAQUE
     if redraw.shape != pixels.shape[:2]:
         raise UserError(f"--mask {mask}: {_size(redraw)} pixels, but {image} has {_size(pixels)}")
-    fitted = _fit_mask(redraw, size)
+    fitted = _scaled(redraw, size, Image.Resampling.BOX) > 0  # whatever holds any of it; Lanczos would ring
     if not fitted.any():
-        raise UserError(f"--image {image}: the mask leaves nothing to be drawn anew")
-    return Edit(torch.tensor(fit(pixels, size).pixels).permute(2, 0, 1), torch.from_numpy(fitted))
+        where = " within the middle square" if redraw.any() else ""
+        raise UserError(f"--image {image}: the mask leaves nothing to be drawn anew{where}")
+    return Edit(torch.tensor(_fit_kept(pixels, ~redraw, size)).permute(2, 0, 1), torch.from_numpy(fitted))
 
 
-def _fit_mask(redraw: np.ndarray, size: int) -> np.ndarray:
-    """As `fit` crops and scales, but a pixel is True where any part of it is: Lanczos would ring."""
-    height, width = redraw.shape
+def _fit_kept(pixels: np.ndarray, kept: np.ndarray, size: int) -> np.ndarray:
+    """As `fit`, but pixels that are kept are made of kept ones alone: Lanczos would mix what goes into what stays."""
+    fitted, weight = fit(pixels, size).pixels, _scaled(kept, size, Image.Resampling.LANCZOS)
+    of_kept = [_scaled(kept * channel, size, Image.Resampling.LANCZOS) for channel in np.moveaxis(pixels, -1, 0)]
+    normalised = (np.stack(of_kept, -1) / np.maximum(weight, 0.1)[..., None]).round().clip(0, 255).astype(np.uint8)
+    mixed = (np.abs(weight - 1) > 1e-4) & (weight > 0.1)
+    return np.where(mixed[..., None], normalised, fitted)
+
+
+def _scaled(channel: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
+    """(size, size) float32, the middle square of (H, W), cut out as `fit` does."""
+    height, width = channel.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    mask = Image.fromarray(redraw[top : top + side, left : left + side].astype(np.float32))
-    return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+    square = Image.fromarray(channel[top : top + side, left : left + side].astype(np.float32))
+    return np.asarray(square.resize((size, size), resample))
 
 
 def read_image(image: str | Path, size: int) -> Tensor:

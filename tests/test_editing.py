@@ -9,7 +9,8 @@ from PIL import Image
 
 from nar_t2i.cli import main
 from nar_t2i.data.captions import RenderedScenes
-from nar_t2i.editing import known_outside, known_share, read_edit
+from nar_t2i.editing import known_outside, known_share, read_edit, read_image
+from nar_t2i.errors import UserError
 from nar_t2i.generate import shipped_model
 from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
@@ -72,6 +73,34 @@ def test_what_is_transparent_is_painted(codec):
     assert np.array_equal(drawn()[kept], edit.image.permute(1, 2, 0).numpy()[kept])
 
 
+@pytest.mark.parametrize("side", [64, 96, 160])
+def test_what_stands_under_the_mask_does_not_reach_what_is_kept(side):
+    """A plain square in another plain one stays plain to its edge, whatever scaling mixes."""
+    pixels, mask = np.full((side, side + 10, 3), 255, np.uint8), np.full((side, side + 10), 255, np.uint8)
+    inside = np.s_[side // 6 : -(side // 6), side // 3 : -(side // 3)]
+    pixels[inside], mask[inside] = (90, 40, 80), 0
+    Image.fromarray(pixels).save("plain.png"), Image.fromarray(mask).save("plain-mask.png")
+    edit = read_edit("plain.png", "plain-mask.png", 64)
+    kept = edit.image.permute(1, 2, 0)[~edit.redraw]
+    assert len(kept) > 500 and torch.equal(kept.unique(dim=0), torch.tensor([[90, 40, 80]], dtype=torch.uint8))
+    assert (edit.image.permute(1, 2, 0)[edit.redraw] == 255).all(1).float().mean() > 0.7
+
+
+def test_far_from_the_mask_an_image_is_scaled_as_any_other():
+    large = np.asarray(Image.open("scene.png").resize((150, 100), Image.Resampling.BICUBIC))
+    mask = np.zeros((100, 150), np.uint8)
+    mask[:20, 40:60] = 255
+    Image.fromarray(large).save("large.png"), Image.fromarray(mask).save("large-mask.png")
+    edit, plain = read_edit("large.png", "large-mask.png", 64), read_image("large.png", 64)
+    assert torch.equal(edit.image[:, 20:], plain[:, 20:]) and torch.equal(edit.image[:, :, 30:], plain[:, :, 30:])
+    assert not torch.equal(edit.image, plain)
+    mask[:] = 0
+    mask[:, :20] = 255  # beside the middle square
+    Image.fromarray(mask).save("large-mask.png")
+    with pytest.raises(UserError, match="nothing to be drawn anew within the middle square"):
+        read_edit("large.png", "large-mask.png", 64)
+
+
 def test_a_variation_keeps_a_share_of_the_tokens(codec):
     image = torch.tensor(np.asarray(Image.open("scene.png"))).permute(2, 0, 1)
     for share in (0.25, 0.75):
@@ -106,8 +135,6 @@ def test_mistakes_are_told_in_one_line(capsys, arguments, reason):
 
 def test_tokens_on_no_grid_have_no_places(codec):
     from tests.toys import ToyCodec
-
-    from nar_t2i.errors import UserError
 
     with pytest.raises(UserError, match="no grid"):
         known_outside(ToyCodec("continuous"), read_edit("scene.png", "mask.png", 16), 1)
