@@ -29,8 +29,8 @@ class Prefixes(LearningStrategy):
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         lesson, behind = network.lesson, network.spec.length - sum(network.stages)
         weights = torch.ones(len(lesson.places), device=batch.tokens.device)
-        if self.training and self.last < 1:
-            count = max(1, round(self.last * behind))
+        count = max(1, round(self.last * behind)) if self.training else behind
+        if count < behind:
             by_step = Noise(0, torch.tensor([int(progress * 2**40)], device=batch.tokens.device))
             chosen = by_step.uniform("last stage", shape=(behind,))[0].argsort()[:count]
             slots = torch.cat([lesson.slots[:-behind], lesson.slots[-behind:][chosen]])

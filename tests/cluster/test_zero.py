@@ -23,7 +23,8 @@ def names(accumulations=(1, 2, 4), optimizers=("sgd", "adamw")):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return updates(tmp_path_factory.mktemp("two"), 2, names() + [f"{strategy}:1:0.1:adamw:critic" for strategy in STRATEGIES])
+    others = [f"{strategy}:1:0.1:adamw:{what}" for strategy in STRATEGIES for what in ("critic", "prefixes")]
+    return updates(tmp_path_factory.mktemp("two"), 2, names() + others)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,12 @@ def test_a_critic_learns_as_under_ddp(two_ranks, strategy):
     expected, found = (two_ranks[f"{name}:1:0.1:adamw:critic"]["weights"] for name in ("ddp", strategy))
     assert not [name for name in found if name.startswith("learning")] and any("head" in name for name in found)
     assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_prefixes_are_learned_as_under_ddp(two_ranks, strategy):
+    expected, found = (two_ranks[f"{name}:1:0.1:adamw:prefixes"]["weights"] for name in ("ddp", strategy))
+    assert any("nearness" in name for name in found) and difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

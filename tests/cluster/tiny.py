@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.inference import Confidence
-from nar_t2i.learning import CriticOf, Masked
-from nar_t2i.networks import EncoderDecoder, TokenCritic
+from nar_t2i.learning import CriticOf, Masked, Prefixes
+from nar_t2i.networks import EncoderDecoder, PrefixDecoder, TokenCritic
 from nar_t2i.schedules import Guidance
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.optim import OptimizerConfig
@@ -49,6 +49,12 @@ def critic() -> dict[str, Any]:
     text, spec = ToyText().requires_grad_(False), ToyCodec().spec
     made = partial(TokenCritic, width=16, depth=1, heads=2)
     return dict(text=text, learning=CriticOf(network(spec, text.widths)), network=made, caption_dropout=0.0)
+
+
+def prefixes() -> dict[str, Any]:
+    """What makes it the training of a network that reads prefixes."""
+    made = partial(PrefixDecoder, width=16, depth=2, heads=2, grid_convolution=True, stages=[1, 2])
+    return dict(learning=Prefixes(), network=made)
 
 
 def data(micro_batch_size: int | None = None) -> CaptionedImages:

@@ -1,6 +1,7 @@
 """On each rank: train a few steps under every setting that was asked for, and write the weights that come out.
 
-updates.py OUT SETTING…, a setting being strategy:micro-batches a step:clip norm:optimizer, and, for a critic's training, :critic
+updates.py OUT SETTING…, a setting being strategy:micro-batches a step:clip norm:optimizer, and, where it is not a masked generator's
+training, a function of tests.cluster.tiny that says what it is
 """
 
 import os
@@ -23,7 +24,7 @@ def main() -> None:
     for setting in settings:
         strategy, accumulation, clip, optimizer, *what = setting.split(":")
         config = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-3, clip_norm=float(clip))
-        module = tiny.Generator(sgd=optimizer == "sgd", optimizer=config, **(tiny.critic() if what else {}))
+        module = tiny.Generator(sgd=optimizer == "sgd", optimizer=config, **(getattr(tiny, what[0])() if what else {}))
         trainer = tiny.trainer(strategy, ranks, STEPS, default_root_dir=f"{out}.run")
         trainer.fit(module, datamodule=tiny.data(tiny.GLOBAL_BATCH // (ranks * int(accumulation))))
         averages = {name: value.clone() for name, value in module.ema.average.items()}

@@ -41,3 +41,8 @@ def test_validation_asks_about_all():
 def test_a_share_that_is_none_is_refused(last):
     with pytest.raises(UserError, match="last"):
         Prefixes(last)
+
+
+def test_a_last_stage_of_one_slot_is_asked_about():
+    network = make_network(stages=[15])
+    assert lost(Prefixes(0.3), network) == lost(Prefixes(1.0), network)
