@@ -84,17 +84,15 @@ _CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions re
 
 
 class Places(NamedTuple):
-    """Where the M entries of a sequence and what they may see stand, the same for all rows.
+    """How the M entries of a sequence stand to what they may see, the same for all rows.
 
-    told: (K,) slots of the tokens that are read, those in a cache first. entries: (T,) which entries the last T of these are;
-    None = all M, of which the questions are never seen. tokens_seen: (M, K), True = may be seen. apart: (M, S) by how far the
-    entries lie from all that attention may see, as indices of PrefixBlock's biases. unseen: (M, S).
+    told: which entries are tokens, (T,); None = any may be. near: (M, K) by how far an entry lies from the tokens, those in a cache first,
+    as indices of SeenConvolution's weights. apart: (M, S) by how far it lies from all that a token may be, as indices of
+    PrefixBlock's biases. unseen: (M, S), True = may not be seen.
     """
 
-    slots: Tensor
-    told: Tensor
-    entries: Tensor | None
-    tokens_seen: Tensor
+    told: Tensor | None
+    near: Tensor
     apart: Tensor
     unseen: Tensor
 
@@ -105,20 +103,21 @@ class SeenConvolution(nn.Module):
 
     REACH = 2
 
-    def __init__(self, shape: tuple[int, ...], width: int):
+    def __init__(self, sides: int, width: int):
         super().__init__()
-        side = 2 * self.REACH + 1
-        apart = offsets(shape) + self.REACH
-        index = flat(apart, [side] * len(shape))
-        near = ((apart >= 0) & (apart < side)).all(-1)
-        self.weight = nn.Parameter(torch.zeros(side ** len(shape), width))
+        self.weight = nn.Parameter(torch.zeros((2 * self.REACH + 1) ** sides, width))
         self.weight.no_decay = True
-        self.register_buffer("index", torch.where(near, index, len(self.weight)), persistent=False)
 
-    def forward(self, x: Tensor, tokens: Tensor, places: Places) -> Tensor:
-        """x: (B, M, D). tokens: (B, K, D)."""
-        index = self.index[places.slots][:, places.told]
-        weight = F.pad(self.weight, (0, 0, 0, 1))[index] * places.tokens_seen.unsqueeze(-1)  # zeros behind the window
+    @classmethod
+    def window(cls, shape: tuple[int, ...]) -> Tensor:
+        """(N, N) index of the weight by which slot i reads slot j; one past the last where that is too far away."""
+        side = 2 * cls.REACH + 1
+        apart = offsets(shape) + cls.REACH
+        return flat(apart, [side] * len(shape)).where(((apart >= 0) & (apart < side)).all(-1), side ** len(shape))
+
+    def forward(self, x: Tensor, tokens: Tensor, near: Tensor) -> Tensor:
+        """x: (B, M, D). tokens: (B, K, D). near: see Places; one past the last weight reads nothing."""
+        weight = F.pad(self.weight, (0, 0, 0, 1))[near]
         return x + torch.einsum("bkd,mkd->bmd", tokens, weight.to(tokens.dtype))
 
 
@@ -130,7 +129,7 @@ class PrefixBlock(DecoderBlock):
         super().__init__(width, heads, mlp_ratio, activation, grid=None)
         self.local = self.nearness = None
         if grid is not None:
-            self.local = SeenConvolution(grid, width)
+            self.local = SeenConvolution(len(grid), width)
             self.nearness = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in grid), heads))
             self.nearness.no_decay = True
 
@@ -138,10 +137,10 @@ class PrefixBlock(DecoderBlock):
         self, x: Tensor, keys_and_values: tuple[Tensor, Tensor], mask: Tensor, places: Places, cache: KVCache | None, layer: int
     ) -> Tensor:
         if self.local is not None:
-            tokens = x if places.entries is None else x[:, places.entries]
+            tokens = x if places.told is None else x[:, places.told]
             if cache is not None:
                 tokens = cache.append(_CONVOLVED + layer, tokens.unsqueeze(1), tokens.unsqueeze(1)[..., :0])[0].squeeze(1)
-            x = self.local(x, tokens, places)
+            x = self.local(x, tokens, places.near)
         attention = self.self_attention
         q, k, v = attention.heads_of(attention.qkv(self.norm_self(x)))
         if cache is not None:
@@ -208,6 +207,7 @@ class PrefixDecoder(EncoderDecoder):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         apart = offsets(spec.shape) + torch.tensor(spec.shape) - 1  # from 0 along each side
         self.register_buffer("apart", flat(apart, [2 * n - 1 for n in spec.shape]), persistent=False)
+        self.register_buffer("near", SeenConvolution.window(spec.shape), persistent=False)
         for name, layout in (("scan", scan_layout(order, sum(self.stages))), ("lesson", training_layout(order, self.stages))):
             for field, value in layout._asdict().items():
                 self.register_buffer(f"{name}_{field}", value, persistent=False)
@@ -259,10 +259,9 @@ class PrefixDecoder(EncoderDecoder):
         count = len(slots)
         rank = self.order.argsort()[slots]
         before = torch.ones(count, count, dtype=torch.bool, device=slots.device).tril(-1) & (rank[None] < rank[:, None]) & ~asked
-        unseen = ~(before | torch.eye(count, dtype=torch.bool, device=slots.device))
-        past = before.new_ones(count, old)
-        new, seen = (slots, before) if told is None else (slots[told], before[:, told])
-        return Places(
-            slots, torch.cat([self.order[:old], new]), told, torch.cat([past, seen], 1),
-            self.apart[slots][:, torch.cat([self.order[:old], slots])], torch.cat([~past, unseen], 1),
-        )  # fmt: skip
+        seen = torch.cat([before.new_ones(count, old), before | torch.eye(count, dtype=torch.bool, device=slots.device)], dim=1)
+        past = self.order[:old]
+        tokens, read = (slots, before) if told is None else (slots[told], before[:, told])
+        near = self.near[slots][:, torch.cat([past, tokens])]
+        near = near.where(torch.cat([before.new_ones(count, old), read], dim=1), (2 * SeenConvolution.REACH + 1) ** len(self.spec.shape))
+        return Places(told, near, self.apart[slots][:, torch.cat([past, slots])], ~seen)
