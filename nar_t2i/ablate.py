@@ -29,7 +29,7 @@ from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
 from nar_t2i.folders import check_same, flat, write_json
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
-from nar_t2i.parts import build, resolve
+from nar_t2i.parts import build, resolve, with_defaults
 
 INTERRUPTED, REQUEUE = 130, 85  # see nar_t2i.training.preemption
 SHOWN = 8  # pictures of a sheet
@@ -60,7 +60,7 @@ class Entry:
     @property
     def passes(self) -> float:
         """Forward passes of a training step."""
-        return build(_whole(self.config["model"]["init_args"]["learning"])).passes
+        return build(with_defaults(self.config["model"]["init_args"]["learning"])).passes
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
         if not entry.draws:
             continue
         settings = {"config": entry.config, "prompts": arguments.prompts}
-        if (folder / "verdicts.json").exists():
+        if (folder / "settings.json").exists():  # the last file to be written
             check_same(folder / "settings.json", settings)
             print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
         else:
@@ -193,11 +193,11 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     from nar_t2i.evaluation.drawing import draw_prompts
     from nar_t2i.evaluation.scene_accuracy import verdicts
     from nar_t2i.evaluation.scene_prompts import committed, take
-    from nar_t2i.generate import contact_sheet
+    from nar_t2i.generate import contact_sheet, decode_by, save_whole
     from nar_t2i.pipeline import TextToImage
 
     t2i, model = TextToImage.from_pretrained(entry.run / "model").to(best_device()), entry.config["model"]["init_args"]
-    t2i.inference, t2i.guidance = build(_whole(model["inference"])), type(t2i.guidance)(**model.get("guidance", {}))
+    decode_by(t2i, entry.config)
     found: dict[str, Any] = {}
     for which in ("seen", "held_out"):
         prompts = take(committed(which), prompts_a_category)
@@ -215,7 +215,7 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
             chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
             images, captions = [Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen]
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(images, captions, columns=SHOWN).save(folder / "sheet.png")
+    save_whole(contact_sheet(images, captions, columns=SHOWN), folder / "sheet.png")
     write_json(folder / "verdicts.json", {
         **found, "machine": describe_machine(), "trained": entry.run.name, "training_passes": entry.passes,
         "steps": _steps(entry.run), "recipe": entry.paths[0],
@@ -229,11 +229,3 @@ def _steps(run: Path) -> int:
 
     curves = read_curves(run / "metrics.csv")
     return int(max(steps[-1] for steps, _ in curves.values())) + 1
-
-
-def _whole(description: Any) -> Any:
-    """A description with empty init_args wherever a recipe leaves them out."""
-    if isinstance(description, dict):
-        inner = {key: _whole(value) for key, value in description.items()}
-        return {"init_args": {}, **inner} if "class_path" in inner else inner
-    return [_whole(value) for value in description] if isinstance(description, list) else description

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import importlib
 import os
 import sys
@@ -32,6 +33,7 @@ MODULES = {
 }
 SUITES = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 INTERRUPTED = 130
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 RECIPE_HELP = """\
 usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
 
@@ -66,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("NAR_T2I_TRACEBACK") == "1":
             raise
         print(f"nar-t2i: error: {_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE or os.environ.get("NAR_T2I_TRACEBACK") == "1":
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"nar-t2i: error: {where}{error.strerror}; the same command goes on where it can", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nar-t2i: interrupted; the same command goes on where it can", file=sys.stderr)
@@ -103,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw pictures from prompts")
     generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the small model in the package)")
+    generate.add_argument("--recipe", metavar="NAME", help="draw as a recipe says, such as inference/halton (default: as the model does)")
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")

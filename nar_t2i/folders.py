@@ -72,7 +72,10 @@ def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = N
         for name, value in part.state_dict().items()
     }
     beside = folder / (WEIGHTS + ".tmp")
-    save_file(state, beside)
+    try:
+        save_file(state, beside)
+    except SafetensorError as error:  # a disk that is full, too
+        raise UserError(f"{folder / WEIGHTS}: could not be written: {error}") from error
     os.replace(beside, folder / WEIGHTS)
     write_json(folder / CONFIG, config)
 

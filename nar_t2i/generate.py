@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from nar_t2i import recipe as recipes
+from nar_t2i.data.files import whole_file
 from nar_t2i.editing import Edit, composited, known_outside, known_share, read_edit, read_image
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device
 from nar_t2i.noise import Noise
+from nar_t2i.parts import build, with_defaults
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_uint8
+from nar_t2i.schedules import Guidance
 from nar_t2i.types import Known, Step, TokenCodec
 
 UNKNOWN_GREY = 150
@@ -36,16 +42,19 @@ def main(arguments: argparse.Namespace) -> int:
     prompts = [*arguments.prompt, *(_read_prompts(arguments.prompts) if arguments.prompts else [])]
     if not prompts:
         raise UserError("generate: give --prompt TEXT or --prompts FILE")
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
     t2i = TextToImage.from_pretrained(arguments.model or shipped_model()).to(best_device())
+    if arguments.recipe:
+        config = recipes.load(arguments.recipe).config
+        if "inference" not in config.get("model", {}).get("init_args", {}):
+            raise UserError(f"--recipe {arguments.recipe}: says no way to decode (key model.init_args.inference)")
+        decode_by(t2i, config)
     if arguments.compile:
         t2i.compile()
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     edit, known = _edit(arguments, t2i, len(prompts))
+    out = Path(arguments.out)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     samples = t2i.sample(
         prompts,
         steps=arguments.steps,
@@ -60,13 +69,37 @@ def main(arguments: argparse.Namespace) -> int:
     pixels = samples.images if edit is None else composited(samples.images, edit)
     images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
     names = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)]
-    for name, image in zip(names, images, strict=True):
-        image.save(out / f"{name}.png")
-    contact_sheet(images, prompts).save(out / "sheet.png")
-    if films:
-        films.save([out / name for name in names], arguments.film)
+    with _writing(out):
+        for name, image in zip(names, images, strict=True):
+            save_whole(image, out / f"{name}.png")
+        save_whole(contact_sheet(images, prompts), out / "sheet.png")
+        if films:
+            films.save([out / name for name in names], arguments.film)
     print(f"{len(images)} pictures in {out}, all of them on {out / 'sheet.png'}")
     return 0
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from error
+
+
+def save_whole(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture so that it is there whole or not at all. options: of Pillow's save."""
+    with whole_file(path) as file:
+        image.save(file, path.suffix[1:], **options)
+
+
+def decode_by(t2i: TextToImage, config: Mapping[str, Any]) -> None:
+    """Let a pipeline draw as a resolved recipe says; where it says nothing, as before."""
+    model = config.get("model", {}).get("init_args", {})
+    if "inference" in model:
+        t2i.inference = build(with_defaults(model["inference"]))
+    if "guidance" in model:
+        t2i.guidance = Guidance(**model["guidance"])
 
 
 def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[Edit | None, Known | None]:
@@ -146,10 +179,11 @@ class Films:
                 strip = Image.new("RGB", (len(frames) * (frames[0].width + 2), frames[0].height), "white")
                 for index, frame in enumerate(frames):
                     strip.paste(frame, (index * (frame.width + 2), 0))
-                strip.save(path.with_name(path.name + "-film.png"))
+                save_whole(strip, path.with_name(path.name + "-film.png"))
             else:
                 large = [f.resize((4 * f.width, 4 * f.height), Image.Resampling.NEAREST) for f in frames]
-                large[0].save(
+                save_whole(
+                    large[0],
                     path.with_name(path.name + "-film.gif"),
                     save_all=True,
                     append_images=large[1:] + [large[-1]] * 6,

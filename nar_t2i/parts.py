@@ -81,26 +81,32 @@ def build(description: Any, trusted: Sequence[str] = ()) -> Any:
 
 
 def with_defaults(description: Any) -> Any:
-    """A description in which each part tells those arguments, too, whose defaults are plain values.
+    """A description in which each part tells those arguments, too, whose defaults are plain values, so that `build` takes it.
 
-    jsonargparse gives a part that stands where another one is the default all arguments of that other one that it knows by
-    name, and so another default than its own.
+    jsonargparse would otherwise give a part that stands where another one is the default all arguments of that other one
+    that it knows by name, and so another default than its own.
     """
     if isinstance(description, list):
         return [with_defaults(value) for value in description]
     if not isinstance(description, dict):
         return description
     told = {key: with_defaults(value) for key, value in description.items()}
-    module, _, name = str(told.get("class_path")).rpartition(".")
-    try:
-        init = getattr(importlib.import_module(module), name).__init__
-    except (ImportError, AttributeError, ValueError):
-        return told  # no part, or a mistake, of which jsonargparse tells
-    if not hasattr(init, "__wrapped__"):
+    if "class_path" not in told:
         return told
-    defaults = {key: parameter.default for key, parameter in inspect.signature(init).parameters.items()}
-    defaults = {key: value for key, value in defaults.items() if isinstance(value, (bool, int, float, str, type(None)))}
-    return {**told, "init_args": {**defaults, **(told.get("init_args") or {})}}
+    return {**told, "init_args": {**_plain_defaults(told["class_path"]), **(told.get("init_args") or {})}}
+
+
+def _plain_defaults(path: Any) -> dict[str, Any]:
+    """Of a part's arguments; none for what is no part, or a mistake, of which whoever builds it tells."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return {}
+    if not (hasattr(cls.__init__, "__wrapped__") or is_dataclass(cls)):
+        return {}
+    defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+    return {key: value for key, value in defaults.items() if isinstance(value, (bool, int, float, str, type(None)))}
 
 
 def class_path(cls: type) -> str:

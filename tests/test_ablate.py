@@ -22,6 +22,7 @@ from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.recipe import load
+from tests.full_disk import files_of_at_most
 
 RECIPES = ["learning/masked", "learning/unrolled", "inference/halton", "inference/one_step"]
 LINE = ["--scale", "small", "--prompts", "1", "--out", "out"]
@@ -85,6 +86,12 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     assert (out / "comparison.html").read_text().count("data:image/png") == 5
     verdicts = json.loads((out / "judged/halton-0/verdicts.json").read_text())
     assert len(verdicts["seen"]["passed"]) == 6 and len(verdicts["held_out"]["passed"]) == 6
+    (out / "judged/halton-0/settings.json").unlink()  # as if it had been killed before the last file
+    capsys.readouterr()
+    assert main(["ablate", *RECIPES, *LINE]) == 0
+    told = capsys.readouterr().out
+    assert told.count("judged before") == 3 and "halton, seed 0: judged before" not in told
+    assert json.loads((out / "judged/halton-0/verdicts.json").read_text())["seen"] == verdicts["seen"]
 
 
 def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch, capsys):
@@ -107,6 +114,10 @@ def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch
     assert main(["report", "other", "third"]) == 0
     assert "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
     capsys.readouterr()
+    with files_of_at_most(100):
+        assert main(["report", "other", "third"]) == 2
+    told = capsys.readouterr().err
+    assert "File too large" in told and told.count("\n") == 1 and "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
     assert main(["report", "other", "other/runs/0/linear"]) == 0  # an ablation and a run: one table
     columns = {line.split(",")[0] for line in (beside_a_quickstart / "side-by-side.csv").read_text().splitlines()[1:]}
     assert columns == {"linear", "linear (third)", "linear (0)"}

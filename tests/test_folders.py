@@ -10,6 +10,7 @@ from torch import nn
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, read_json, save_part, write_json
 from nar_t2i.parts import part
+from tests.full_disk import files_of_at_most
 
 
 @part
@@ -54,6 +55,14 @@ def test_it_comes_back_and_can_be_moved_and_saved_over_itself(saved, tmp_path):
     again = load_part(tmp_path / "moved", TRUSTED)
     assert again.text == "hello" and again.steps == 5 and not again.training
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in original.state_dict().items())
+
+
+def test_weights_that_cannot_be_written_leave_those_that_are_there(saved):
+    folder = saved[1]
+    part, before = load_part(folder, TRUSTED), (folder / "weights.safetensors").read_bytes()
+    with files_of_at_most(100), pytest.raises(UserError, match="weights.safetensors: could not be written: .*File too large"):
+        save_part(part, folder)
+    assert (folder / "weights.safetensors").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
 def test_saving_does_not_change_the_part(saved, tmp_path):

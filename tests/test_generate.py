@@ -9,7 +9,10 @@ from PIL import Image, ImageSequence
 
 from nar_t2i import generate
 from nar_t2i.cli import main
+from nar_t2i.inference import Halton
 from nar_t2i.pipeline import TextToImage
+from nar_t2i.schedules import Guidance
+from tests.full_disk import files_of_at_most
 from tests.tiny_pipeline import tiny_pipeline
 from tests.toys import ToyCodec
 
@@ -110,6 +113,26 @@ def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path
         assert picture(*other) != plain, other
 
 
+def test_a_recipe_says_how_to_decode(model: Path, capsys: pytest.CaptureFixture) -> None:
+    def picture(*arguments: str) -> bytes:
+        assert main(["generate", "--model", str(model), "--out", "out", "--prompt", "a red star", *arguments]) == 0
+        return Path("out/0000-a-red-star.png").read_bytes()
+
+    t2i = TextToImage.from_pretrained(model)
+    t2i.inference, t2i.guidance = Halton(4, temperature=0.5), Guidance(1.5)
+    t2i("a red star")[0].save("expected.png")
+    Path("own.yaml").write_text(
+        "model: {init_args: {inference: {class_path: nar_t2i.inference.Halton, init_args: {steps: 4, temperature: 0.5}}, "
+        "guidance: {scale: 1.5}}}\n"
+    )
+    assert picture("--recipe", "own.yaml") == Path("expected.png").read_bytes()
+    assert picture("--recipe", "inference/halton", "--steps", "4") != Path("expected.png").read_bytes()
+    capsys.readouterr()
+    for recipe, words in (("scale/small", "says no way to decode"), ("inference/none", "does not exist"),
+                          ("inference/critic_guided", "critic/model"), ("learning/autoregressive", "not Autoregressive")):  # fmt: skip
+        assert words in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", recipe)
+
+
 @pytest.mark.parametrize("prompt", [
     "../../escape", "/etc/passwd", "..", ".", "", "a\x00b", "CON", "x" * 500, "日本語", "a/b\\c:d*e?f", "a\nb", "\t",
 ])  # fmt: skip
@@ -144,6 +167,18 @@ def test_a_mistake_prints_one_line(
     (folder / "latin.txt").write_bytes("grün".encode("latin-1"))
     assert words in failure(capsys, "--model", str(model), *arguments)
     assert not (folder / "generated").exists()
+
+
+@pytest.mark.parametrize("film", ["strip", "gif"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_picture(model: Path, capsys: pytest.CaptureFixture, film: str) -> None:
+    for most in (20, 1_000):
+        with files_of_at_most(most):
+            told = failure(capsys, "--model", str(model), "--out", f"out-{most}", "--prompt", "a star", "--film", film)
+        assert f"--out out-{most}: File too large" in told
+    written = [path for path in Path().rglob("*") if path.is_file()]
+    assert {path.name for path in written} <= {"0000-a-star.png", "sheet.png"} and written
+    for path in written:
+        Image.open(path).load()
 
 
 def test_an_unknown_or_unfit_model_folder_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,10 +6,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nar_t2i.ablate import _whole
 from nar_t2i.errors import UserError
 from nar_t2i.networks import CausalDecoder, EncoderDecoder
-from nar_t2i.parts import build, describe
+from nar_t2i.parts import build, describe, with_defaults
 from nar_t2i.recipe import load, shipped
 from tests.text.tiny_models import make_named
 
@@ -196,7 +195,7 @@ def test_every_shipped_recipe_resolves_and_builds(path, tmp_path, monkeypatch):
         assert cli.model is not None and cli.datamodule is not None and cli.trainer is not None
         if "inference" in (given := cli.recipe.config["model"]["init_args"]):
             # A strategy's own defaults, which nar-t2i ablate builds it with, and none of what it stands in place of.
-            assert describe(cli.model.inference) == describe(build(_whole(given["inference"])))
+            assert describe(cli.model.inference) == describe(build(with_defaults(given["inference"])))
 
 
 def test_emage_is_as_large_as_the_paper_says():
