@@ -139,6 +139,9 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
     Runs of one seed lie side by side, as they do under a recipe's own run_dir: a recipe that builds on another's run finds
     it at `${run_dir}/../NAME`.
     """
+    from nar_t2i.training.command import RecipeCLI, quieten
+
+    quieten()
     entries: list[Entry] = []
     for name in names:
         paths = (name, f"scale/{scale}") if scale else (name,)
@@ -150,7 +153,10 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
             raise UserError(f"two recipes are named {known}; their results would be one")
         for seed in range(seeds):
             run = out / f"runs/{seed}" / Path(config.get("run_dir") or known).name
-            config = recipes.load(paths, [*overrides, f"run_dir={run}"]).config
+            recipe = recipes.load(paths, [*overrides, f"run_dir={run}"])
+            if seed == 0:
+                RecipeCLI(recipe)  # a mistake in the last recipe is told before the first is trained
+            config = recipe.config
             entries.append(Entry(known, run, seed, paths, config))
     by_run: dict[Path, Entry] = {}
     for entry in entries:

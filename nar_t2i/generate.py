@@ -24,7 +24,7 @@ from nar_t2i.parts import build, with_defaults
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_uint8
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import Known, Step, TokenCodec
+from nar_t2i.types import InferenceStrategy, Known, Step, TokenCodec
 
 UNKNOWN_GREY = 150
 FRAME_MILLISECONDS = 180
@@ -96,10 +96,15 @@ def save_whole(image: Image.Image, path: Path, **options: Any) -> None:
 def decode_by(t2i: TextToImage, config: Mapping[str, Any]) -> None:
     """Let a pipeline draw as a resolved recipe says; where it says nothing, as before."""
     model = config.get("model", {}).get("init_args", {})
-    if "inference" in model:
-        t2i.inference = build(with_defaults(model["inference"]))
-    if "guidance" in model:
-        t2i.guidance = Guidance(**model["guidance"])
+    try:
+        if "inference" in model:
+            t2i.inference = build(with_defaults(model["inference"]))
+        if "guidance" in model:
+            t2i.guidance = Guidance(**model["guidance"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the recipe's inference and guidance cannot be built: {error}") from error
+    if not isinstance(t2i.inference, InferenceStrategy):
+        raise UserError(f"the recipe's inference must name a strategy, not {model['inference']!r}")
 
 
 def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[Edit | None, Known | None]:

@@ -64,7 +64,11 @@ class FixedRatio:
 
 def mask_ratio(schedule: MaskSchedule | TruncatedGaussian | FixedRatio, t: Tensor) -> Tensor:
     """The masked share at time t in [0, 1]. Drawn at uniform t, "linear" gives uniform mask ratios."""
-    return MASK_SCHEDULES[schedule](t) if isinstance(schedule, str) else schedule.ratio(t)
+    if not isinstance(schedule, str):
+        return schedule.ratio(t)
+    if schedule not in MASK_SCHEDULES:
+        raise UserError(f"schedule {schedule!r} is none of {', '.join(MASK_SCHEDULES)}")
+    return MASK_SCHEDULES[schedule](t)
 
 
 def masked_counts(schedule: MaskSchedule, steps: int, unknown: Tensor) -> list[Tensor]:

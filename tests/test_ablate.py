@@ -166,6 +166,14 @@ def test_a_recipe_that_trains_otherwise_needs_a_run_of_its_own(tmp_path):
         plan(["learning/masked", str(other)], None, 1, [], tmp_path)
 
 
+def test_a_mistake_in_the_last_recipe_is_told_before_the_first_is_trained(beside_a_quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(beside_a_quickstart)
+    Path("wrong.yaml").write_text("extends: inference/halton.yaml\nmodel: {init_args: {inference: {init_args: {stepz: 3}}}}\n")
+    assert main(["ablate", "learning/square", "wrong.yaml", *LINE, "--out", "mistaken"]) == 2
+    assert "wrong.yaml: key model.init_args.inference.init_args.stepz: unknown key" in capsys.readouterr().err
+    assert not Path("mistaken").exists()
+
+
 def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
     monkeypatch.chdir(beside_a_quickstart)
     shutil.rmtree("out", ignore_errors=True)

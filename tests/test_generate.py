@@ -133,6 +133,19 @@ def test_a_recipe_says_how_to_decode(model: Path, capsys: pytest.CaptureFixture)
         assert words in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", recipe)
 
 
+@pytest.mark.parametrize(("inference", "guidance", "words"), [
+    ("Confidence, init_args: {stepz: 4}", "", "unexpected keyword argument 'stepz'"),
+    ("CriticGuided", "", "missing a required argument: 'critic'"), ("Confidence, init_args: 4", "", "cannot be built"),
+    ("Confidence, init_args: {schedule: wavy}", "", "schedule 'wavy' is none of cosine"), ("Nothing", "", "does not exist"),
+    ("Likelihood", "", "must name a strategy"), ("Halton", ", guidance: {scal: 2}", "unexpected keyword argument 'scal'"),
+])  # fmt: skip
+def test_a_recipe_that_cannot_be_drawn_by_is_one_line(
+    model: Path, capsys: pytest.CaptureFixture, inference: str, guidance: str, words: str
+) -> None:
+    Path("own.yaml").write_text(f"model: {{init_args: {{inference: {{class_path: nar_t2i.inference.{inference}}}{guidance}}}}}")
+    assert words in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", "own.yaml")
+
+
 @pytest.mark.parametrize("prompt", [
     "../../escape", "/etc/passwd", "..", ".", "", "a\x00b", "CON", "x" * 500, "日本語", "a/b\\c:d*e?f", "a\nb", "\t",
 ])  # fmt: skip

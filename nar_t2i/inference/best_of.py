@@ -10,10 +10,11 @@ from torch import Tensor
 from nar_t2i.errors import UserError
 from nar_t2i.folders import frozen_network
 from nar_t2i.inference.confidence import Confidence
+from nar_t2i.inference.critic_guided import doubt_of
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState, beside
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState
 
 
 class Scorer:
@@ -79,8 +80,7 @@ class CriticScore(Scorer):
         self.static = self.critic.static
 
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
-        judge = beside(self.critic, condition)
-        wrong = judge(TokenState(tokens, torch.zeros_like(free)), judge.prepare(condition)).logits.squeeze(-1)
+        wrong = doubt_of(self.critic, network.spec, condition)(tokens)
         return -(torch.nn.functional.softplus(wrong) * free).sum(1) / free.sum(1).clamp(min=1)
 
 

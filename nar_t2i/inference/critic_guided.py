@@ -65,8 +65,7 @@ class CriticGuided(Scheduled):
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        free, judge = masked, beside(self.critic, condition)
-        text = judge.prepare(condition)
+        free, doubt = masked, doubt_of(self.critic, network.spec, condition)
         unknown = to_fill(masked, known)
         remaining, protected = unknown, torch.zeros_like(masked)
         slots = torch.arange(network.spec.length, device=tokens.device).expand(len(tokens), -1)
@@ -80,7 +79,7 @@ class CriticGuided(Scheduled):
             if step + 1 == self.steps:
                 masked = torch.zeros_like(masked)
             else:
-                right = -torch.nn.functional.softplus(judge(TokenState(tokens, torch.zeros_like(masked)), text).logits.squeeze(-1))
+                right = -torch.nn.functional.softplus(doubt(tokens))
                 asked += 1
                 luck = gumbel(noise.at(step, slots).uniform("choice"))
                 score = right + self.choice_temperature * (1 - (step + 1) / self.steps) * luck
@@ -98,6 +97,23 @@ class CriticGuided(Scheduled):
         count = (self.persistent * free.sum(1, keepdim=True)).round()
         detail = differing_neighbours(tokens.flatten(2) if tokens.ndim > 2 else tokens.unsqueeze(-1), spec.shape)
         return lowest_first(detail.masked_fill(~free, float("inf"))) < count
+
+
+def doubt_of(critic: TokenNetwork, spec: TokenSpec, condition: Condition) -> Callable[[Tensor], Tensor]:
+    """(B, N, …) tokens of whole images → (B, N) logits of each being wrong. UserError where the network is no critic of such
+    tokens."""
+    if critic.spec != spec:
+        raise UserError(f"the critic reads {critic.spec}, the generator draws {spec}")
+    judge = beside(critic, condition)
+    text = judge.prepare(condition)
+
+    def doubt(tokens: Tensor) -> Tensor:
+        said = judge(TokenState(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)), text)
+        if said.logits is None or said.logits.shape[2:] != (1,):
+            raise UserError("the critic says more of each token than whether it is wrong; name the model of a run with CriticOf")
+        return said.logits.squeeze(-1)
+
+    return doubt
 
 
 def differing_neighbours(values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -125,7 +125,7 @@ def test_a_critic_keeps_what_looks_right_where_it_was_drawn():
     tokens = torch.tensor([[0, 1, 0, 1] * 4, [1, 1, 1, 1] + [0] * 12])
     free = torch.ones(2, 16, dtype=torch.bool)
     free[1, :4] = False
-    scores = CriticScore(Odd()).score(None, make_condition(2, torch.float64)[0], tokens, free, None)
+    scores = CriticScore(Odd()).score(Odd(), make_condition(2, torch.float64)[0], tokens, free, None)
     right, wrong = torch.nn.functional.logsigmoid(torch.tensor([5.0, -5.0]))
     assert scores.tolist() == pytest.approx([float((right + wrong) / 2), float(right)])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import CriticGuided
+from nar_t2i.inference import BestOf, Confidence, CriticGuided, CriticScore
 from nar_t2i.inference.critic_guided import differing_neighbours
 from nar_t2i.learning import CriticOf
 from nar_t2i.learning.masked import draw_masks
@@ -199,6 +199,17 @@ def test_a_critic_that_is_a_network_keeps_its_weights(tmp_path):
     assert strategy.critic is critic and strategy.steps == 7
     with pytest.raises(TypeError, match="name its folder"):
         describe(strategy)
+
+
+@pytest.mark.parametrize("strategy", [lambda critic: CriticGuided(critic, 4), lambda critic: BestOf(Confidence(2), 2, CriticScore(critic))],
+                         ids=["guided", "scored"])  # fmt: skip
+def test_what_is_no_critic_of_these_tokens_is_refused(strategy):
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="name the model of a run with CriticOf"):
+        decoded(strategy(EncoderDecoder(SPEC, (8,), width=16, depth=1, heads=2).double()))
+    other = TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1, heads=2).double()
+    with pytest.raises(UserError, match="the critic reads .*size=12.*, the generator draws .*size=11"):
+        decoded(strategy(other))
 
 
 def test_a_critic_is_a_folder_too(tmp_path):

@@ -65,8 +65,8 @@ def test_static_strategies_touch_no_value(strategy):
 
 
 def test_a_critic_and_one_token_at_a_time_touch_no_value(monkeypatch):
-    for module in ("critic_guided", "best_of"):  # autocast knows no such device
-        monkeypatch.setattr(f"nar_t2i.inference.{module}.beside", lambda network, condition: network)
+    # Autocast knows no such device.
+    monkeypatch.setattr("nar_t2i.inference.critic_guided.beside", lambda network, condition: network)
     critic = TokenCritic(SPEC, (8,), width=16, depth=1, heads=2).to("meta")
     assert decode_without_memory(CriticGuided(critic, steps=4, persistent=0.5), make_network(torch.float32)).passes == 7
     assert decode_without_memory(BestOf(Confidence(3), 2, CriticScore(critic)), make_network(torch.float32)).passes == 4
