@@ -26,6 +26,7 @@ from nar_t2i.pixels import to_uint8
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import InferenceStrategy, Known, Step, TokenCodec
 
+AT_ONCE = 64  # pictures
 UNKNOWN_GREY = 150
 FRAME_MILLISECONDS = 180
 
@@ -55,23 +56,26 @@ def main(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    samples = t2i.sample(
-        prompts,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        negative_prompts=arguments.negative_prompt,
-        known=known,
-        on_step=films,
-        candidates=arguments.candidates,
-    )
-    pixels = samples.images if edit is None else composited(samples.images, edit)
-    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-    names = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)]
+    names, images = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)], []
+    for start in range(0, len(prompts), AT_ONCE):  # what is drawn is on disk, should the rest be interrupted
+        rows = slice(start, start + AT_ONCE)
+        samples = t2i.sample(
+            prompts[rows],
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            temperature=arguments.temperature,
+            seed=arguments.seed + start,
+            negative_prompts=arguments.negative_prompt,
+            known=known and Known(known.mask[rows], known.tokens[rows]),
+            on_step=films,
+            candidates=arguments.candidates,
+        )
+        pixels = samples.images if edit is None else composited(samples.images, edit)
+        images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        with _writing(out):
+            for name, image in zip(names[rows], images[rows], strict=True):
+                save_whole(image, out / f"{name}.png")
     with _writing(out):
-        for name, image in zip(names, images, strict=True):
-            save_whole(image, out / f"{name}.png")
         save_whole(contact_sheet(images, prompts), out / "sheet.png")
         if films:
             films.save([out / name for name in names], arguments.film)

@@ -1,6 +1,9 @@
 """`nar-t2i generate`: what it writes, where, and what its mistakes print."""
 
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,31 @@ def test_prompts_from_a_file_follow_those_of_the_command_line(model: Path) -> No
     assert run(model, "--prompt", "first", "--prompts", "prompts.txt") == 0
     names = sorted(path.stem for path in Path("out").glob("0*.png"))
     assert names == ["0000-first", "0001-a-star", "0002-two-red-circles", "0003-ein-gr-nes-quadrat"]
+
+
+def test_many_prompts_are_written_as_they_are_drawn(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    prompts = [part for number in range(5) for part in ("--prompt", f"a red star {number}")]
+    Image.new("RGB", (16, 16), "red").save("red.png")
+    edited = [*prompts, "--image", "red.png", "--variation", "0.5", "--seed", "3", "--film", "strip"]
+    assert run(model, *edited) == 0
+    whole = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    monkeypatch.setattr(generate, "AT_ONCE", 2)
+    shutil.rmtree("out")
+    assert run(model, *edited) == 0
+    assert whole == {path.name: path.read_bytes() for path in Path("out").iterdir()} and len(whole) == 11
+    shutil.rmtree("out")
+    sample, calls = TextToImage.sample, []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(TextToImage, "sample", interrupted)
+    assert run(model, *edited) == 130 and "interrupted" in capsys.readouterr().err
+    left = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert sorted(left) == [f"000{number}-a-red-star-{number}.png" for number in range(4)] and left.items() <= whole.items()
 
 
 def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
