@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from nar_t2i.inference import Confidence
+from nar_t2i.inference.confidence import AmusedConfidence
 from nar_t2i.networks import UVit
 from nar_t2i.networks.uvit_weights import load_amused, settings_of
 from nar_t2i.noise import Noise, gumbel
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import Guidance, mask_ratio
 from nar_t2i.types import Condition, Decoded, TokenState
 
 with warnings.catch_warnings():
@@ -54,22 +54,15 @@ GEOMETRIES = {
 }
 
 
-class SinglePrecisionConfidence(Confidence):
-    """Confidence whose cosine is taken in single precision, as AmusedScheduler's: of 12 steps the eighth leaves half of the
-    tokens, and rounding takes one of them away."""
+class ConfidenceOf(AmusedConfidence):
+    """AmusedConfidence whose cosines are a device's own, as AmusedScheduler's are: their last digits may differ."""
 
-    def __init__(self, device: torch.device, steps: int = STEPS):
-        # Ours falls to 0 with the step that is done, theirs with the one that begins; the last one chooses nothing.
-        super().__init__(steps, "cosine", 1.0, TEMPERATURE * steps / (steps - 1))
-        ratio = torch.arange(1, steps + 1, device=device) / steps
-        self.ratios = torch.cos(ratio * torch.pi / 2).cpu()
+    def __init__(self, device: torch.device):
+        super().__init__(STEPS, choice_temperature=TEMPERATURE)
+        self._ratios = mask_ratio("cosine", torch.arange(1, STEPS + 1, device=device) / STEPS).cpu()
 
-    def counts(self, unknown: Tensor) -> list[Tensor]:
-        left, counts = unknown, []
-        for ratio in self.ratios[:-1]:
-            left = torch.minimum((unknown * ratio).floor().long(), left - 1).clamp(min=1)
-            counts.append(left)
-        return [*counts, torch.zeros_like(unknown)]
+    def ratios(self) -> Tensor:
+        return self._ratios
 
 
 class Amused:
@@ -90,7 +83,7 @@ class Amused:
         self.pipeline = AmusedPipeline(None, None, None, self.unet, AmusedScheduler(mask_token_id=self.mask))
         self.pipeline.vae_scale_factor = 16  # that of its VQGAN, which is not here
         self.pipeline.set_progress_bar_config(disable=True)
-        self.inference, self.guidance = SinglePrecisionConfidence(device), Guidance(SCALE)
+        self.inference, self.guidance = ConfidenceOf(device), Guidance(SCALE)
         prompts, empty = self.theirs_once(self.state(1), self.texts(1))
         self.unet.mlm_layer.conv2.weight.mul_(PEAKED / (empty + SCALE * (prompts - empty)).std())
         load_amused(self.network, self.unet.state_dict()).eval().requires_grad_(False)

@@ -27,6 +27,7 @@ MODULES = {
     "suite": "nar_t2i.suite",
     "doctor": "nar_t2i.training.doctor",
     "export": "nar_t2i.training.export",
+    "import": "nar_t2i.amused",
     "report": "nar_t2i.evaluation.report",
     "ablate": "nar_t2i.ablate",
     "quickstart": "nar_t2i.quickstart",
@@ -164,6 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest one")
     export.add_argument("folder", metavar="FOLDER", help="the model folder to write")
     export.add_argument("--raw", action="store_true", help="the weights of the last step instead of their average")
+
+    imports = commands.add_parser("import", help="turn aMUSEd's published weights into a model folder")
+    imports.add_argument("folder", metavar="FOLDER", help="a folder as diffusers stores AmusedPipeline")
+    imports.add_argument("model", metavar="MODEL", help="the model folder to write")
 
     report = commands.add_parser("report", help="write reports of runs, and one table of all that is named")
     report.add_argument("runs", nargs="+", metavar="PATH", help="folders of runs or of ablations, JSON files of evaluate and suite")

@@ -21,7 +21,7 @@ LAYERS = [
     ["prepare"],
     ["evaluation"],
     ["training", "generate"],
-    ["quickstart", "ablate", "evaluate", "suite"],
+    ["quickstart", "ablate", "evaluate", "suite", "amused"],
     ["cli"],
     ["__main__"],
 ]

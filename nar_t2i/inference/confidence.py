@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.scheduled import Scheduled
 from nar_t2i.noise import SlotNoise, gumbel
 from nar_t2i.parts import part
-from nar_t2i.schedules import MaskSchedule
+from nar_t2i.schedules import MaskSchedule, mask_ratio
 from nar_t2i.types import Prediction, Sampled
 
 
@@ -40,3 +41,33 @@ class Confidence(Scheduled):
         if sampled.log_prob is None:
             return luck
         return sampled.log_prob + self.choice_temperature * (1 - (step + 1) / self.steps) * luck
+
+
+@part
+class AmusedConfidence(Confidence):
+    """Confidence as aMUSEd decodes (Patil et al., arXiv 2401.01808), to the token as diffusers' AmusedScheduler does.
+
+    choice_temperature: at the first pass, falling linearly to 0 at the last one. The schedule is taken in single precision: of
+    12 passes by the cosine, the eighth leaves half of the tokens masked, and rounding takes one of them away.
+    """
+
+    def __init__(
+        self,
+        steps: int = 12,
+        schedule: MaskSchedule = "cosine",
+        temperature: float = 1.0,
+        choice_temperature: float = 2.0,
+    ):
+        # Confidence's falls to 0 with the pass that is done, this one with the pass that begins; the last pass chooses nothing.
+        super().__init__(steps, schedule, temperature, choice_temperature * steps / max(steps - 1, 1))
+
+    def ratios(self) -> Tensor:
+        """(steps) float32, on the host: the share that stays masked after each pass."""
+        return mask_ratio(self.schedule, torch.arange(1, self.steps + 1) / self.steps)
+
+    def counts(self, unknown: Tensor) -> list[Tensor]:
+        left, counts = unknown, []
+        for ratio in self.ratios()[:-1]:
+            left = torch.minimum(torch.minimum((unknown * ratio).floor().long(), left - 1).clamp(min=1), left)
+            counts.append(left)
+        return [*counts, torch.zeros_like(unknown)]

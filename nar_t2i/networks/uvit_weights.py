@@ -60,14 +60,16 @@ def load_amused(network: UVit, source: str | Path | Mapping[str, Tensor]) -> UVi
     return network
 
 
-def uvit_from_amused(folder: str | Path) -> UVit:
-    """A UVit of the shape that the folder's config.json tells, with the folder's weights."""
-    network = UVit(**settings_of(read_json(Path(folder, "config.json"))))
+def uvit_from_amused(folder: str | Path, downsampling: int = 16) -> UVit:
+    """A UVit of the shape that the folder's config.json tells, with the folder's weights. downsampling: see `settings_of`."""
+    network = UVit(**settings_of(read_json(Path(folder, "config.json")), downsampling))
     return load_amused(network, folder).eval()
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a UVit from UVit2DModel's configuration. UserError where it asks for what a UVit is not."""
+def settings_of(config: Mapping[str, Any], downsampling: int = 16) -> dict[str, Any]:
+    """The arguments of a UVit from UVit2DModel's configuration. UserError where it asks for what a UVit is not.
+
+    downsampling: pixels a side of a token."""
     try:
         for name, value in FIXED.items():
             if config[name] != value:
@@ -77,7 +79,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         side, micro = config["sample_size"], config["micro_cond_embed_dim"] // config["micro_cond_encode_dim"]
         if micro != len(MICRO_CONDITIONS):
             raise UserError(f"config.json: {micro} micro-conditions, and aMUSEd has {len(MICRO_CONDITIONS)}")
-        pixels = {"original_width": 16.0 * side, "original_height": 16.0 * side}  # its tokens cover 16 pixels a side
+        pixels = {"original_width": float(downsampling * side), "original_height": float(downsampling * side)}
         return dict(
             spec=TokenSpec((side, side), "categorical", config["codebook_size"]), text_widths=(config["encoder_hidden_size"],),
             pooled_width=config["cond_embed_dim"], width=config["hidden_size"], depth=config["num_hidden_layers"],

@@ -213,14 +213,18 @@ class PretrainedTextEncoder(TextEncoder):
         with _readable(folder):
             model, report = cls.from_pretrained(
                 folder, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are told below
                 **self.model_arguments,
             )  # fmt: skip
         # Unexpected weights are heads for other tasks, unless they are within the encoder; missing ones would stay random.
         parts = tuple(f"{name}." for name, _ in model.named_children())
         if within := [key for key in map(str, report["unexpected_keys"]) if key.startswith(parts) and "position_ids" not in key]:
             raise UserError(f"text encoder: {folder} is not {self.model_class}'s: it has weights such as {sorted(within)[0]}")
-        if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        if missing := report["missing_keys"]:
             raise UserError(f"text encoder: {folder} lacks weights, such as {sorted(map(str, missing))[0]}")
+        if other := sorted(report["mismatched_keys"]):
+            name, theirs, ours = other[0]
+            raise UserError(f"text encoder: {folder}: {name} has the shape {tuple(theirs)}, its config.json says {tuple(ours)}")
         return model
 
     def _trained_weights(self, path: Path, model: nn.Module) -> nn.Module:

@@ -47,7 +47,8 @@ class GeneratorModule(TrainedModule):
     tokenizer: the folder of a trained codec, or a codec; frozen, never stored in checkpoints. text: the text encoder,
     trained along. network: made from the tokens' spec and the text's widths. learning, inference, guidance: strategies;
     inference and guidance only draw the sample grids and become the exported pipeline's defaults.
-    caption_dropout: the probability that an image's caption is replaced by the null caption, for guidance.
+    caption_dropout: the probability that an image's caption is replaced by the null caption, for guidance. null_length: its
+    tokens, as many as a model has whose weights this starts from (aMUSEd's: 77).
     seed: of masks and caption dropout. sample_prompts: drawn at every validation. scene_prompts: how many scene prompts
     of each category are drawn and scored at every validation, as `validation_scene_accuracy`; the prompts are those that
     travel with the package, of combinations that training has seen.
@@ -75,6 +76,7 @@ class GeneratorModule(TrainedModule):
         text_learning_rate: float | None = None,
         text_weight_decay: float | None = None,
         caption_dropout: float = 0.1,
+        null_length: int = 1,
         ema_decay: float = 0.999,
         seed: int = 0,
         sample_prompts: list[str] | None = None,
@@ -86,7 +88,7 @@ class GeneratorModule(TrainedModule):
         codec = load_part(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self._codec = [codec.eval().requires_grad_(False)]  # in a list: frozen, so no part of the checkpoint
         self.text = text
-        self.null = NullCaption(text.widths, text.pooled_width)
+        self.null = NullCaption(text.widths, text.pooled_width, null_length)
         self.network = network(codec.spec, text.widths)
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())

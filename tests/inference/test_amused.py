@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AmusedScheduler
 
-from benchmarks.amused import STEPS, TEMPERATURE, Amused, SinglePrecisionConfidence, one_table
+from benchmarks.amused import STEPS, TEMPERATURE, Amused, ConfidenceOf, one_table
 from nar_t2i.inference import Confidence
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import masked_counts
@@ -39,7 +39,7 @@ def test_control_other_numbers_or_settings_or_weights_draw_otherwise(both, monke
     assert not torch.equal(both.ours(texts, Noise(1, noise.ids)).tokens, theirs)
     right = both.inference
     for choice_temperature in (right.choice_temperature * 0.5, 8.0):
-        both.inference = SinglePrecisionConfidence(CPU)
+        both.inference = ConfidenceOf(CPU)
         both.inference.choice_temperature = choice_temperature
         other = both.ours(texts, noise).tokens
         both.inference = right
@@ -69,13 +69,13 @@ def test_counts_are_the_schedulers(length):
         sample = scheduler.step(torch.zeros(1, length, 9), timestep, sample).prev_sample
         left.append(int((sample == 9).sum()))
     unknown = torch.tensor([length])
-    assert [int(n) for n in SinglePrecisionConfidence(CPU).counts(unknown)] == left
+    assert [int(n) for n in ConfidenceOf(CPU).counts(unknown)] == left
     exact = [int(n) for n in masked_counts("cosine", STEPS, unknown)]
     assert [n - m for n, m in zip(exact, left)] == [int(step == 7 and length % 2 == 0) for step in range(STEPS)]
 
 
 def test_the_luck_of_choices_falls_as_the_schedulers():
-    scheduler, ours = AmusedScheduler(mask_token_id=9), SinglePrecisionConfidence(CPU)
+    scheduler, ours = AmusedScheduler(mask_token_id=9), ConfidenceOf(CPU)
     scheduler.set_timesteps(STEPS, (TEMPERATURE, 0))
     falling = [ours.choice_temperature * (1 - (step + 1) / STEPS) for step in range(STEPS)]
     torch.testing.assert_close(torch.tensor(falling), scheduler.temperatures)

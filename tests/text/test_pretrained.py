@@ -57,14 +57,15 @@ def same(a, b):
 
 
 def told_by_transformers(kind, folder, captions, **padding):
-    """(states of every layer, mask, pooled) without any code of ours."""
+    """(states of every layer, mask, pooled) without any code of ours. CLIP's padding sees padding where it is read."""
     rows = transformers.AutoTokenizer.from_pretrained(folder)(
         captions, truncation=True, max_length=16, return_tensors="pt", **(padding or {"padding": True})
     )
     names = {"bert": "BertModel", "t5": "T5EncoderModel", "clip": "CLIPTextModelWithProjection"}
     model = getattr(transformers, names[kind]).from_pretrained(folder).eval()
     with torch.no_grad():
-        output = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True)
+        seen = None if kind == "clip" and padding else rows["attention_mask"]
+        output = model(input_ids=rows["input_ids"], attention_mask=seen, output_hidden_states=True)
         states = list(output.hidden_states)
         if kind == "t5":  # what it calls the last is normalised, and the others are not
             states = [model.encoder.final_layer_norm(x) for x in states[:-1]] + states[-1:]
@@ -109,6 +110,42 @@ def test_padding_that_the_network_may_read_has_a_fixed_length(folders, kind, mak
     states, _, pooled = told_by_transformers(kind, folders[kind], CAPTIONS, padding="max_length")
     torch.testing.assert_close(together.states[0], states[-1])
     torch.testing.assert_close(together.pooled, pooled)
+
+
+def test_clips_earlier_layer_without_its_final_norm(folders):
+    arguments = {"layer": -2, "max_length": 16, "mask_padding": False}
+    text = ClipTextEncoder(folders["clip"], **arguments, final_norm=False)
+    rows = transformers.AutoTokenizer.from_pretrained(folders["clip"])(
+        CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
+    )
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(folders["clip"]).eval()
+    with torch.no_grad():
+        output = model(rows["input_ids"], output_hidden_states=True)
+    condition, normed = text(CAPTIONS), ClipTextEncoder(folders["clip"], **arguments)
+    torch.testing.assert_close(condition.states[0], output.hidden_states[-2])
+    torch.testing.assert_close(condition.pooled, output.text_embeds)
+    assert not torch.allclose(normed(CAPTIONS).states[0], condition.states[0], atol=0.1)
+    assert normed.fingerprint() != text.fingerprint()
+    with pytest.raises(UserError, match="final_norm false is for a layer before the last"):
+        ClipTextEncoder(folders["clip"], final_norm=False)
+
+
+def test_a_null_caption_of_several_tokens(make):
+    """It takes the place of longer captions and of shorter ones, in training and in guidance."""
+    text = make()
+    condition = text(CAPTIONS)
+    for length in (3, 20):
+        null = NullCaption(text.widths, text.pooled_width, length)
+        dropped = torch.tensor([True, False, True, False])
+        for told in (null(condition, dropped), null(condition)):
+            whole = max(length, condition.states[0].shape[1])
+            assert torch.equal(told.states[0][0, :length], null.states[0]) and not told.states[0][0, length:].any()
+            assert told.masks[0].shape == (4, whole) and told.masks[0].sum(1)[::2].tolist() == [length] * 2
+        kept, own = null(condition, dropped), condition.states[0].shape[1]
+        assert torch.equal(kept.states[0][1::2, :own], condition.states[0][1::2])
+        assert torch.equal(kept.masks[0][1::2].sum(1), condition.masks[0][1::2].sum(1))
+    with pytest.raises(UserError, match="at least 1 token, not 0"):
+        NullCaption(text.widths, text.pooled_width, 0)
 
 
 def test_padding_does_not_matter(make):
