@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from nar_t2i.inference.confidence import AmusedConfidence
+from nar_t2i.inference import AmusedConfidence
 from nar_t2i.networks import UVit
 from nar_t2i.networks.uvit_weights import load_amused, settings_of
 from nar_t2i.noise import Noise, gumbel

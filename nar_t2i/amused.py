@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json
-from nar_t2i.inference.confidence import AmusedConfidence
+from nar_t2i.inference import AmusedConfidence
 from nar_t2i.networks.uvit import UVit
 from nar_t2i.networks.uvit_weights import FILE, uvit_from_amused
 from nar_t2i.pipeline import TextToImage

@@ -2,7 +2,7 @@
 
 from nar_t2i.inference.autoregressive import Autoregressive
 from nar_t2i.inference.best_of import BestOf, CriticScore, Likelihood
-from nar_t2i.inference.confidence import Confidence
+from nar_t2i.inference.confidence import AmusedConfidence, Confidence
 from nar_t2i.inference.critic_guided import CriticGuided
 from nar_t2i.inference.entropy_bounded import EntropyBounded
 from nar_t2i.inference.gibbs import GibbsSweeps
@@ -15,6 +15,6 @@ from nar_t2i.inference.progressive import ProgressiveStages
 from nar_t2i.inference.purity import Purity
 
 __all__ = [
-    "Autoregressive", "BestOf", "Confidence", "CriticGuided", "CriticScore", "EntropyBounded", "GibbsSweeps", "Halton",
-    "Likelihood", "Moment", "OneStep", "Particles", "ProgressiveStages", "Purity", "RandomOrder",
+    "AmusedConfidence", "Autoregressive", "BestOf", "Confidence", "CriticGuided", "CriticScore", "EntropyBounded", "GibbsSweeps",
+    "Halton", "Likelihood", "Moment", "OneStep", "Particles", "ProgressiveStages", "Purity", "RandomOrder",
 ]  # fmt: skip
