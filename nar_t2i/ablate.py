@@ -7,7 +7,7 @@
 
 A recipe that only decodes otherwise (its run_dir is another recipe's) is judged on that one's run, which is trained if it
 was not yet. Everything that is finished is kept, with the settings that it was made by: the same command goes on after an
-interruption, and another one that would mix settings is refused. Strategies that make several forward passes a step take
+interruption, and another one that would mix settings is refused. An entry that fails is named, and the others are done. Strategies that make several forward passes a step take
 that many times fewer steps, unless --equal steps is given. Every run trains on one device.
 """
 
@@ -74,36 +74,61 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.task is not None and not 0 <= arguments.task < len(tasks):
         raise UserError(f"--task {arguments.task}: there are {len(tasks)}, from 0 on")
+    for entry in entries:  # what is there was made with these settings, or nothing is added to it
+        check_settings(entry, out, arguments.equal, arguments.prompts)
+    failed: list[Entry] = []
     for entry in entries if arguments.task is None else tasks[arguments.task]:
-        status = train(entry, arguments.equal, arguments.override)
-        if status:
-            return status
-        folder = out / "judged" / f"{entry.name}-{entry.seed}"
-        if not entry.draws:
-            continue
-        settings = {"config": entry.config, "prompts": arguments.prompts}
-        if (folder / "settings.json").exists():  # the last file to be written
-            check_same(folder / "settings.json", settings)
-            print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
-        else:
-            with leaving_on_signals():
-                judge(entry, folder, arguments.prompts)
-            write_json(folder / "settings.json", settings)
+        try:
+            if entry.run in {other.run for other in failed}:
+                raise UserError(f"the run {entry.run} failed")
+            if status := done(entry, out, arguments):
+                return status
+        except UserError as error:
+            print(f"✗ {entry.name}, seed {entry.seed}: {error}", file=sys.stderr, flush=True)
+            failed.append(entry)
+    if failed:
+        names = ", ".join(f"{entry.name} (seed {entry.seed})" for entry in failed)
+        raise UserError(f"not done: {names}; why is said above. The same command goes on with them, and one without their recipes "
+                        "compares the others")  # fmt: skip
     from nar_t2i.evaluation.comparison import write_comparison
 
     judged: dict[str, list[Path]] = {}
-    left = 0
     for entry in (entry for entry in entries if entry.draws):
-        folder = out / f"judged/{entry.name}-{entry.seed}"
-        judged.setdefault(entry.name, []).append(folder)
-        if (folder / "settings.json").exists():
-            check_same(folder / "settings.json", {"config": entry.config, "prompts": arguments.prompts})
-        else:
-            left += 1
+        judged.setdefault(entry.name, []).append(folder_of(entry, out))
+    left = sum(not (folder / "settings.json").exists() for folders in judged.values() for folder in folders)
     if left:
         print(f"{left} of the entries are other tasks' and not judged yet; the last task to end writes the comparison")
     elif judged:
         print(write_comparison(out, judged))
+    return 0
+
+
+def folder_of(entry: Entry, out: Path) -> Path:
+    """Where an entry's verdicts lie; settings.json, the last file to be written, says that they are whole."""
+    return out / "judged" / f"{entry.name}-{entry.seed}"
+
+
+def check_settings(entry: Entry, out: Path, equal: str, prompts: int) -> None:
+    """UserError where a run that has begun, or verdicts, of this entry were made with other settings."""
+    begun = any((entry.run / name).is_dir() for name in ("checkpoints", "model"))
+    if begun and (trained := entry.run / "ablation.json").exists():  # it is not where nar-t2i fit has trained the run
+        check_same(trained, {"training": entry.training, "equal": equal})
+    if (settings := folder_of(entry, out) / "settings.json").exists():
+        check_same(settings, {"config": entry.config, "prompts": prompts})
+
+
+def done(entry: Entry, out: Path, arguments: argparse.Namespace) -> int:
+    """Train and judge an entry, as far as that has not been done; the exit status."""
+    status = train(entry, arguments.equal, arguments.override)
+    if status or not entry.draws:
+        return status
+    settings = folder_of(entry, out) / "settings.json"
+    if settings.exists():
+        print(f"✓ {entry.name}, seed {entry.seed}: judged before", flush=True)
+    else:
+        with leaving_on_signals():
+            judge(entry, settings.parent, arguments.prompts)
+        write_json(settings, {"config": entry.config, "prompts": arguments.prompts})
     return 0
 
 
@@ -171,9 +196,6 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     from nar_t2i.training.command import run
 
     steps = entry.config["trainer"]["max_steps"]
-    settings = {"training": entry.training, "equal": equal}
-    if (entry.run / "ablation.json").exists():
-        check_same(entry.run / "ablation.json", settings)
     if (entry.run / "model/config.json").exists():
         return 0
     own = {
@@ -185,7 +207,7 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     }
     first = {"trainer.precision": fast_precision(), "trainer.devices": 1}  # which an override may change
     entry.run.mkdir(parents=True, exist_ok=True)
-    write_json(entry.run / "ablation.json", settings)
+    write_json(entry.run / "ablation.json", {"training": entry.training, "equal": equal})
     print(f"▶ {entry.run.name}, seed {entry.seed}: {own['trainer.max_steps']} steps of {entry.passes:.3g} passes", flush=True)
     lines = [*(f"{key}={value}" for key, value in first.items()), *overrides, *(f"{key}={value}" for key, value in own.items())]
     status = run("fit", entry.paths, lines)

@@ -17,7 +17,7 @@ from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.comparison import changes, compare, mean_interval
-from nar_t2i.folders import save_part
+from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 from nar_t2i.prepare.tokens import encode_tokens
@@ -153,6 +153,8 @@ def test_tasks_are_what_can_be_done_side_by_side(beside_a_quickstart, monkeypatc
     assert "1 of the entries are other tasks'" in capsys.readouterr().out and not (beside_a_quickstart / "tasks/comparison.md").exists()
     assert main([*line, "--task", "0"]) == 0 and (beside_a_quickstart / "tasks/comparison.md").exists()
     assert main([*line, "--task", "2"]) == 2 and "there are 2" in capsys.readouterr().err
+    Path("tasks/runs/0/masked/ablation.json").unlink()  # as where nar-t2i fit has trained it
+    assert main([*line]) == 0
 
 
 def test_a_recipe_that_trains_otherwise_needs_a_run_of_its_own(tmp_path):
@@ -172,6 +174,28 @@ def test_a_mistake_in_the_last_recipe_is_told_before_the_first_is_trained(beside
     assert main(["ablate", "learning/square", "wrong.yaml", *LINE, "--out", "mistaken"]) == 2
     assert "wrong.yaml: key model.init_args.inference.init_args.stepz: unknown key" in capsys.readouterr().err
     assert not Path("mistaken").exists()
+
+
+def test_an_entry_that_fails_is_named_and_the_others_are_done(beside_a_quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(beside_a_quickstart)
+    Path("slow.yaml").write_text("extends: learning/progressive.yaml\nmodel: {init_args: {inference: {init_args: {steps: 9}}}}\n")
+    line = [*LINE, "--out", "failing"]
+    assert main(["ablate", "learning/progressive", "slow.yaml", "learning/masked", *line]) == 2  # whose token cache has no errors
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert any("✗ progressive, seed 0: the cache runs/quickstart/tokens/train holds no quantisation errors" in line for line in lines)
+    assert any("✗ slow, seed 0: the run failing/runs/0/progressive failed" in line for line in lines)
+    assert last.startswith("nar-t2i: error: not done: progressive (seed 0), slow (seed 0); ")
+    assert main(["report", "failing"]) == 2 and "failing: an ablation that is not finished" in capsys.readouterr().err
+    assert main(["ablate", "learning/masked", *line]) == 0 and "judged before" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads(Path("failing/comparison.json").read_text())["rows"]] == ["masked"]
+    for split in ("train", "validation"):
+        codec = load_part("runs/quickstart/tokenizer/model")
+        encode_tokens(codec, ShardSource(f"runs/quickstart/data/{split}"), Path("erring", split), errors=True)
+    caches = ["--override", "data.init_args.cache=erring/train", "--override", "data.init_args.validation_cache=erring/validation"]
+    assert main(["ablate", "learning/progressive", "learning/masked", *line, *caches]) == 2  # masked was trained on others
+    assert "was made with" in capsys.readouterr().err
+    assert main(["ablate", "learning/progressive", "slow.yaml", *line, *caches]) == 0  # of which nothing had been trained
+    assert [row["passes"] for row in json.loads(Path("failing/comparison.json").read_text())["rows"]] == [4, 9]
 
 
 def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 
 from nar_t2i.errors import UserError
@@ -188,7 +189,11 @@ def plot(rows: Sequence[Row]) -> bytes:
                 place += line / 4
             labels.append((x, place))
             axes.annotate(row.name, (x, y), xytext=(1.06 * x, place), fontsize=6.5, va="center", arrowprops={"arrowstyle": "-", "lw": 0.3})
-        axes.set(xscale="log", xlabel=title, ylabel="scene accuracy, seen")
+        axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(matplotlib.ticker.LogFormatter(minor_thresholds=(2.5, 1)))
+        axes.margins(x=0.15)
+        axes.set(xlabel=title, ylabel="scene accuracy, seen")
         axes.grid(alpha=0.3)
     file = io.BytesIO()
     drawing.savefig(file, format="png", dpi=110)

@@ -130,6 +130,8 @@ def _check(folder: Path) -> list[Run]:
     if (folder / "metrics.csv").is_file():
         return [Run(folder, "")]
     runs = [Run(folder / name, name) for name in STAGES if (folder / name / "metrics.csv").is_file()]
+    if (folder / "judged").is_dir():
+        raise UserError(f"{folder}: an ablation that is not finished; the same nar-t2i ablate goes on with it")
     if not runs:
         raise UserError(
             f"{folder}: neither a run (it has no metrics.csv) nor a quickstart (no {' or '.join(STAGES)} run in it)"
