@@ -87,7 +87,7 @@ SETTINGS = [Particles(1), Particles(5), Particles(6, likeliest=False), Particles
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("strategy", SETTINGS)
 def test_the_fast_code_is_the_plain_one(strategy, given):
-    network = make_network(stages=[1, 1, 3, 2])
+    network = make_network(stages=[1, 1, 3, 2], std=0.6)  # so sure of much that resampling matters
     known = given and Known(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.4, torch.full((3, 16), 2))
     found = decode(strategy, network, known=known or None).tokens
     for row in range(3):

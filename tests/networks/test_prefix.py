@@ -19,11 +19,11 @@ def network(request):
     return make_network(request.param)
 
 
-def make_network(grid=True, spec=SPEC, stages=STAGES):
+def make_network(grid=True, spec=SPEC, stages=STAGES, std=0.3):
     torch.manual_seed(0)
     network = PrefixDecoder(spec, (8,), width=16, depth=3, heads=2, grid_convolution=grid, stages=stages).double().eval()
     for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+        torch.nn.init.normal_(p, std=std)
     return network
 
 
