@@ -15,8 +15,8 @@ from nar_t2i.types import Condition, TokenNetwork, TokenSpec
 COUPLING = 0.4
 STATES = torch.tensor(list(itertools.product((0, 1), repeat=4)))
 _SIGNS = (2 * STATES - 1).double()
-_ENERGY = torch.stack([sum(s[i] * s[j] for i, j in itertools.combinations(range(4), 2)) for s in _SIGNS])
-TRUTH = torch.softmax(COUPLING * _ENERGY, dim=0)  # (16,)
+ENERGY = torch.stack([sum(s[i] * s[j] for i, j in itertools.combinations(range(4), 2)) for s in _SIGNS])
+TRUTH = torch.softmax(COUPLING * ENERGY, dim=0)  # (16,)
 DRAWS = 40_000
 
 
