@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--per-category", type=int, metavar="N", help="the first N prompts of each category (default: all)")
     evaluate.add_argument("--out", required=True, metavar="FILE", help="where the numbers go, as JSON")
     _add_decoding(evaluate, seed=None)
-    evaluate.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    _add_batches(evaluate)
 
     suite = commands.add_parser("suite", help="draw for another benchmark's programs, and read their results")
     steps = suite.add_subparsers(dest="step", required=True, metavar="STEP")
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--out", required=True, metavar="FOLDER", help="where pictures go")
     draw.add_argument("--pictures", type=int, metavar="N", help="of each prompt (default: the suite's)")
     _add_decoding(draw)
-    draw.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    _add_batches(draw)
     ingest = steps.add_parser("ingest", help="turn a suite's results into JSON that report shows")
     ingest.add_argument("name", choices=SUITES)
     ingest.add_argument("results", metavar="PATH", help="what the suite's programs wrote")
@@ -202,6 +202,11 @@ def _add_decoding(parser: argparse.ArgumentParser, seed: int | None = 0) -> None
     parser.add_argument("--guidance-scale", type=float, help="1 = no guidance (default: the model's own)")
     parser.add_argument("--candidates", type=int, metavar="N", help="draw N of each, keep the likeliest (default: the model's own)")
     parser.add_argument("--seed", type=int, default=seed, help="of the first picture; each takes the next (default: 0)")
+
+
+def _add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of drawing (default: 32-true)")
 
 
 def _lightning(verb: str, arguments: list[str]) -> int:

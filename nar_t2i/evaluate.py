@@ -21,7 +21,7 @@ from PIL import Image
 
 from nar_t2i import __version__
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation import scene_accuracy
+from nar_t2i.evaluation import drawing, scene_accuracy
 from nar_t2i.evaluation.chosen import RESIZE, Chosen, open_data
 from nar_t2i.evaluation.detector import MIN_SIDE, DetectedObject, Detection
 from nar_t2i.evaluation.features import ClipFeatures, Features, InceptionFeatures, SceneFeatures
@@ -88,23 +88,22 @@ class Drawing:
         """Pictures (B, 3, S, S) uint8 of samples by number, and facts for the notes."""
         encoded, truncated = self.t2i.text.encoded, self.t2i.text.truncated
         asked = self.arguments
-        drawn = self.t2i.sample(
-            prompts, asked.steps, asked.guidance_scale, seed=[self.seed + i for i in samples],
-            batch_size=asked.batch_size, candidates=asked.candidates,
-        )  # fmt: skip
+        with torch.autocast(self.t2i.device.type, torch.bfloat16, enabled=self.bf16):
+            drawn = self.t2i.sample(
+                prompts, asked.steps, asked.guidance_scale, seed=[self.seed + i for i in samples],
+                batch_size=asked.batch_size, candidates=asked.candidates,
+            )  # fmt: skip
         facts = {"passes": drawn.passes, "rows": drawn.rows, "encoded": self.t2i.text.encoded - encoded,
                  "truncated": self.t2i.text.truncated - truncated}  # fmt: skip
         return drawn.images, facts
 
     def settings(self) -> dict[str, Any]:
-        """What was asked for, or the model's own where nothing was."""
-        inference, asked = self.t2i.inference, self.arguments
-        return {
-            "steps": getattr(getattr(inference, "first", inference), "steps", None) if asked.steps is None else asked.steps,
-            "candidates": getattr(inference, "candidates", 1) if asked.candidates is None else asked.candidates,
-            "guidance_scale": self.t2i.guidance.scale if asked.guidance_scale is None else asked.guidance_scale,
-            "seed": self.seed, "precision": "fp32",
-        }  # fmt: skip
+        asked = self.arguments
+        return drawing.settings(self.t2i, asked.steps, asked.guidance_scale, asked.candidates, self.seed, self.bf16)
+
+    @property
+    def bf16(self) -> bool:
+        return self.arguments.precision == "bf16-mixed"
 
 
 class Evaluation:
@@ -183,7 +182,8 @@ class Evaluation:
         arguments = self.arguments
         return {
             "model": self.models[0].identity, "steps": arguments.steps, "guidance_scale": arguments.guidance_scale,
-            "candidates": arguments.candidates, "batch_size": arguments.batch_size, "seed": self.protocol.seed,
+            "candidates": arguments.candidates, "precision": arguments.precision, "batch_size": arguments.batch_size,
+            "seed": self.protocol.seed,
             "prompts": {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()},
             "data": self.drawn and self.drawn.identity(), "reference": self.protocol.reference,
             "features": {features.name: features.protocol for features in self.features},

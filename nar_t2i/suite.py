@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -69,7 +70,7 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     settings = {
         "suite": suite.name, "prompts": text_hash("\n".join(item.prompt for item in items)), "pictures": pictures,
         "model": model.identity, "weights": model.name, "seed": arguments.seed, "steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale, "candidates": arguments.candidates,
+        "guidance_scale": arguments.guidance_scale, "candidates": arguments.candidates, "precision": arguments.precision,
     }  # fmt: skip
     group.on_first(lambda: _settle(work / "settings.json", settings))
     t2i = group.together(lambda: TextToImage.from_pretrained(model.folder)).to(group.device)
@@ -82,10 +83,11 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
             chosen = mine[start : start + at_once]
             prompts = [items[n].prompt for n in chosen for _ in range(pictures)]
             seeds = [arguments.seed + n * pictures + picture for n in chosen for picture in range(pictures)]
-            drawn = t2i.sample(
-                prompts, arguments.steps, arguments.guidance_scale, seed=seeds, batch_size=arguments.batch_size,
-                candidates=arguments.candidates,
-            )  # fmt: skip
+            with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.precision == "bf16-mixed"):
+                drawn = t2i.sample(
+                    prompts, arguments.steps, arguments.guidance_scale, seed=seeds, batch_size=arguments.batch_size,
+                    candidates=arguments.candidates,
+                )  # fmt: skip
             images = [Image.fromarray(image) for image in drawn.images.permute(0, 2, 3, 1).cpu().numpy()]
             for row, n in enumerate(chosen):
                 _write(suite, out, work, items[n], files[n], images[row * pictures : (row + 1) * pictures])

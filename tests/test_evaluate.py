@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from nar_t2i.cli import main
 from nar_t2i.evaluation.features import InceptionFeatures, SceneFeatures
@@ -75,6 +76,24 @@ def test_batch_sizes_do_not_matter(place, tmp_path):
     assert one == pytest.approx(other, rel=1e-4) and len(one) == 5 and all(map(math.isfinite, one.values()))
     another = numbers(evaluate(place, tmp_path / "seed.json", *line, "--seed", "1"))
     assert another["fid/value"] != pytest.approx(one["fid/value"], rel=1e-4)  # the comparison can fail
+
+
+def test_a_precision_is_what_pictures_are_drawn_in(place, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@shards", "--batch-size", "8")
+    plain, half = (evaluate(place, tmp_path / f"{p}.json", *line, *option)
+                   for p, option in (("plain", ()), ("half", ("--precision", "bf16-mixed"))))  # fmt: skip
+    assert [found["results"]["model"]["decoding"]["precision"] for found in (plain, half)] == ["fp32", "bf16"]
+    t2i, features = TextToImage.from_pretrained(place / "model"), SceneFeatures(CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = t2i.sample([f"caption {n}.0" for n in range(8)], seed=0).images
+    expected = features.of_images(drawn)  # outside of autocast
+    kept = load_file(tmp_path / "half.work/model-captions/00000000.safetensors")["scene"]
+    torch.testing.assert_close(kept, expected)
+    assert not torch.allclose(features.of_images(t2i.sample([f"caption {n}.0" for n in range(8)], seed=0).images), expected)
+    evaluate(place, tmp_path / "half.json", *line, status=2)
+    assert "precision 'bf16-mixed', and now it is '32-true'" in capsys.readouterr().err
+    evaluate(place, tmp_path / "none.json", *line, "--precision", "16-true", status=2)
+    assert "invalid choice: '16-true'" in capsys.readouterr().err
 
 
 def test_the_same_command_goes_on_with_what_is_there(place, tmp_path, capsys):

@@ -18,13 +18,15 @@ from nar_t2i.pipeline import Samples, TextToImage
 
 
 class Drawn(NamedTuple):
-    """images: (n, S, S, 3) uint8. passes, rows: see Samples. seconds: of drawing all. truncated: share of the prompts."""
+    """images: (n, S, S, 3) uint8. passes, rows: see Samples. seconds: of drawing all. truncated: share of the prompts.
+    settings: how they were drawn."""
 
     images: np.ndarray
     passes: int
     rows: int
     seconds: float
     truncated: float
+    settings: dict[str, Any]
 
 
 def draw_prompts(
@@ -61,26 +63,18 @@ def draw_prompts(
         max(sampled.rows for sampled in drawn),
         time.perf_counter() - start,
         (t2i.text.truncated - truncated) / max(1, t2i.text.encoded - encoded),
+        settings(t2i, steps, guidance_scale, candidates, seed, bf16),
     )
 
 
 def evaluate_prompts(
-    t2i: TextToImage,
-    prompts: Sequence[ScenePrompt],
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    bf16: bool = False,
-    workers: int = 1,
-    name: str = "prompts",
-    candidates: int | None = None,
+    t2i: TextToImage, prompts: Sequence[ScenePrompt], workers: int = 1, **asked: Any
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """`draw_prompts`, and their scores. workers: processes of the detector, too.
+    """`draw_prompts`, which takes what is `asked`, and their scores. workers: processes of the detector, too.
 
     Returns (accuracy, shuffled, chance, decoder passes, …) and the pictures, (n, S, S, 3) uint8.
     """
-    drawn = draw_prompts(t2i, prompts, steps, guidance_scale, seed, batch_size, bf16, workers, name, candidates)
+    drawn = draw_prompts(t2i, prompts, workers=workers, **asked)
     found = scene_accuracy.detect_all(drawn.images, workers)
     result = {
         "accuracy": scene_accuracy.score(found, prompts),
@@ -89,13 +83,23 @@ def evaluate_prompts(
         "decoder_rows": drawn.rows,
         "truncated_prompts": drawn.truncated,
         "images_per_second": len(drawn.images) / drawn.seconds,
+        **drawn.settings,
+    }
+    return result, drawn.images
+
+
+def settings(
+    t2i: TextToImage, steps: int | None, guidance_scale: float | None, candidates: int | None, seed: int, bf16: bool
+) -> dict[str, Any]:
+    """How a model draws: what was asked for, or its own where nothing was (None)."""
+    inference = t2i.inference
+    return {
         "precision": "bf16" if bf16 else "fp32",
-        "steps": getattr(getattr(t2i.inference, "first", t2i.inference), "steps", None) if steps is None else steps,
-        "candidates": getattr(t2i.inference, "candidates", 1) if candidates is None else candidates,
+        "steps": getattr(getattr(inference, "first", inference), "steps", None) if steps is None else steps,
+        "candidates": getattr(inference, "candidates", 1) if candidates is None else candidates,
         "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
         "seed": seed,
     }
-    return result, drawn.images
 
 
 @contextmanager
