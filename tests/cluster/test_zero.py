@@ -23,7 +23,7 @@ def names(accumulations=(1, 2, 4), optimizers=("sgd", "adamw")):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    others = [f"{strategy}:1:0.1:adamw:{what}" for strategy in STRATEGIES for what in ("critic", "prefixes")]
+    others = [f"{strategy}:1:0.1:adamw:{what}" for strategy in STRATEGIES for what in ("critic", "prefixes", "uvit")]
     return updates(tmp_path_factory.mktemp("two"), 2, names() + others)
 
 
@@ -65,10 +65,11 @@ def test_a_critic_learns_as_under_ddp(two_ranks, strategy):
     assert difference(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("what, has", [("prefixes", "nearness"), ("uvit", "doubling")])
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
-def test_prefixes_are_learned_as_under_ddp(two_ranks, strategy):
-    expected, found = (two_ranks[f"{name}:1:0.1:adamw:prefixes"]["weights"] for name in ("ddp", strategy))
-    assert any("nearness" in name for name in found) and difference(found, expected) < 1e-5
+def test_other_networks_are_trained_as_under_ddp(two_ranks, strategy, what, has):
+    expected, found = (two_ranks[f"{name}:1:0.1:adamw:{what}"]["weights"] for name in ("ddp", strategy))
+    assert any(has in name for name in found) and difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -10,11 +10,11 @@ from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.inference import Confidence
 from nar_t2i.learning import CriticOf, Masked, Prefixes
-from nar_t2i.networks import EncoderDecoder, PrefixDecoder, TokenCritic
+from nar_t2i.networks import EncoderDecoder, PrefixDecoder, TokenCritic, UVit
 from nar_t2i.schedules import Guidance
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.optim import OptimizerConfig
-from tests.toys import ToyCodec, ToyText
+from tests.toys import WIDTH, ToyCodec, ToyText
 
 SIZE = 16
 GLOBAL_BATCH = 16
@@ -38,7 +38,11 @@ class Generator(GeneratorModule):
 
 
 def network(spec: Any, widths: Any) -> EncoderDecoder:
-    net = EncoderDecoder(spec, widths, width=16, depth=1, heads=2)
+    return with_head(EncoderDecoder(spec, widths, width=16, depth=1, heads=2))
+
+
+def with_head(net: Any) -> Any:
+    """Its head starts at zero, where most weights have no gradient."""
     torch.nn.init.normal_(net.head.logits.weight, std=0.3)
     return net
 
@@ -55,6 +59,15 @@ def prefixes() -> dict[str, Any]:
     """What makes it the training of a network that reads prefixes."""
     made = partial(PrefixDecoder, width=16, depth=2, heads=2, grid_convolution=True, stages=[1, 2])
     return dict(learning=Prefixes(), network=made)
+
+
+def uvit() -> dict[str, Any]:
+    """What makes it the training of aMUSEd's network, each layer of which is computed once more in the backward pass."""
+    made = partial(
+        UVit, pooled_width=WIDTH, width=16, depth=1, heads=2, mlp_width=32, channels=16, channel_heads=2, stages=1, embedding_width=8,
+        halving=True, micro_width=4, activation_checkpointing=True,
+    )  # fmt: skip
+    return dict(network=lambda spec, widths: with_head(made(spec, widths)), null_length=3)
 
 
 def data(micro_batch_size: int | None = None) -> CaptionedImages:
