@@ -176,6 +176,13 @@ def test_steps_and_guidance_override_the_defaults(t2i: TextToImage) -> None:
     assert t2i.inference.steps == 4 and t2i.guidance.scale == 3.0, "an override stays"
 
 
+def test_texts_are_encoded_once_whatever_the_passes(t2i: TextToImage) -> None:
+    for options in ({"steps": 16}, {"steps": 2, "candidates": 3}):
+        before = t2i.text.encoded
+        t2i.sample(PROMPTS, **options)
+        assert t2i.text.encoded - before == len(PROMPTS)
+
+
 def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToImage) -> None:
     plain, one = exact.sample(PROMPTS, steps=4), exact.sample(PROMPTS, steps=4, candidates=1)
     assert torch.equal(plain.tokens, one.tokens) and one[2:] == plain[2:]

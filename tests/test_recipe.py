@@ -1,5 +1,7 @@
 """Recipes: merging, provenance, interpolation, overrides, and one clear error for each mistake."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -238,11 +240,20 @@ def test_amused_is_as_large_as_the_paper_says():
             assert network.micro_conditions["original_width"] == pixels and len(network.micro_conditions) == 5
 
 
-def test_ablations_are_a_diff_of_few_lines():
-    for folder in ("learning", "inference"):
-        for path in (shipped() / folder).glob("*.yaml"):
-            lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-            assert len(lines) <= 10, path
+ABLATIONS = [path for folder in ("learning", "inference") for path in sorted((shipped() / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: str(path.relative_to(shipped())))
+def test_ablations_are_a_diff_of_few_lines_and_say_how_they_are_run(path):
+    lines = path.read_text().splitlines()
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 10
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    for told in ("Hardware", "ores"):
+        assert told in header, told
+    command = re.search(r"Command: +nar-t2i (fit|validate) (.+)", header)[2].split()
+    names = [value for flag, value in itertools.pairwise(command) if flag == "--config"]
+    assert names == [str(path.relative_to(shipped()).with_suffix("")), "scale/small"] and load(names).config
+    assert command[command.index("--run_dir") + 1].startswith("runs/small/")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

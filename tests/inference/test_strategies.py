@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference import (
+    BestOf,
     Confidence,
+    CriticGuided,
+    CriticScore,
     EntropyBounded,
     GibbsSweeps,
     Halton,
@@ -18,6 +22,7 @@ from nar_t2i.inference import (
     RandomOrder,
 )
 from nar_t2i.inference.halton import halton_order, radical_inverse
+from nar_t2i.networks import TokenCritic
 from nar_t2i.networks.predictions import Bernoulli, Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
@@ -34,6 +39,20 @@ ADAPTIVE = [EntropyBounded(1.5), EntropyBounded(0.0, most_steps=5)]
 SWEEPS = [GibbsSweeps(Confidence(3), sweeps=2, block=5), GibbsSweeps(Halton(4), block=16)]
 STAGES = [ProgressiveStages(4), ProgressiveStages(5, "cosine", revise=0.0)]
 STRATEGIES = SCHEDULED + ADAPTIVE + SWEEPS + STAGES
+
+
+def critic():
+    torch.manual_seed(2)
+    network = TokenCritic(SPEC, (8,), width=16, depth=1, heads=2).double()
+    torch.nn.init.normal_(network.head.logits.weight)
+    return network
+
+
+# Whose plain code is in eager_judged.py; tests/inference/test_best_of.py compares them.
+JUDGED = [
+    CriticGuided(critic(), 4), CriticGuided(critic(), 4, persistent=0.5), BestOf(Confidence(3), 3),
+    BestOf(Halton(4), 2, CriticScore(critic())),
+]  # fmt: skip
 
 
 def make_network(dtype):
@@ -75,7 +94,7 @@ def test_it_is_the_plain_strategy(strategy, given):
         assert torch.equal(tokens[row], plain), f"row {row}"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize("strategy", STRATEGIES + JUDGED, ids=named)
 def test_known_tokens_stay_and_no_mask_remains(strategy):
     known, steps = some_known(), []
     found = decoded(strategy, known=known, on_step=steps.append)
@@ -100,7 +119,7 @@ def test_it_makes_the_calls_that_it_promises(strategy):
     assert network.calls == found.passes == promised and found.rows == 2 * promised
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize("strategy", STRATEGIES + JUDGED, ids=named)
 def test_an_image_is_the_same_alone_and_in_a_batch(strategy):
     condition, null = make_condition(5, torch.float64)
     together = decoded(strategy, rows=5).tokens
@@ -122,7 +141,7 @@ def test_passes_end_when_nothing_is_left(strategy):
 
 def test_no_strategy_is_another_one():
     traces = {}
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES + JUDGED:
         steps = []
         found = decoded(strategy, on_step=steps.append)
         traces[f"{named(strategy)} {len(traces)}"] = torch.cat([torch.stack([s.masked for s in steps]).flatten().long(), found.tokens.flatten()])
@@ -131,20 +150,21 @@ def test_no_strategy_is_another_one():
 
 
 class Oracle(TokenNetwork):
-    """Knows the answer."""
+    """Knows the answer to each text; the null caption's rows say any of them."""
 
     spec = SPEC
+    texts = make_condition(3, torch.float64)[0].states[0][:, 0]
     answer = torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(5))
 
     def prepare(self, condition):
-        return None
+        return torch.cdist(condition.states[0][:, 0], self.texts).argmin(1)
 
     def forward(self, state, prepared, read=None, cache=None):
-        rows = self.answer.repeat(len(state.values) // 3, 1)
+        rows = self.answer[prepared]
         return Categorical(60.0 * torch.nn.functional.one_hot(rows if read is None else rows.gather(1, read), SPEC.size))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize("strategy", STRATEGIES + JUDGED, ids=named)
 def test_a_network_that_knows_the_answer_is_believed(strategy):
     assert torch.equal(decoded(strategy, network=Oracle()).tokens, Oracle.answer)
 
@@ -159,6 +179,23 @@ def test_entropy_decides_how_many_tokens_a_pass_fills():
     assert counts[0.0] == 16 and counts[1e9] == 1 and 16 > counts[3.0] > counts[8.0] > 1
     assert decoded(EntropyBounded(0.0, most_steps=5)).passes == 5
     assert decoded(EntropyBounded(1.0), network=Oracle()).passes == 1  # all is certain
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is taken out of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_adaptive_strategy_reads_one_number_a_pass():
+    for bound in (0.0, 3.0):
+        with Reads() as reads:
+            found = decoded(EntropyBounded(bound))
+        assert 1 < found.passes <= 16 and reads.count == found.passes + 1  # the last one says that nothing is left
 
 
 def test_the_halton_order_spreads():

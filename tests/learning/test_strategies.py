@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning import Masked, Progressive, Replaced, Unrolled
+from nar_t2i.learning import Causal, Masked, Progressive, Replaced, SelfConditioned, Unrolled
 from nar_t2i.learning.masked import draw_masks
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
@@ -54,8 +54,21 @@ def lost(strategy, network=None, count=64, progress=1.0):
     return terms["loss"].total / terms["loss"].weight
 
 
+class Guided(Watched):
+    """Reads guesses, too."""
+
+    self_conditioning = True
+
+    def forward(self, state, prepared, read=None, cache=None):
+        guess = torch.full_like(state.values, -1) if state.guess is None else state.guess
+        values = torch.where(state.masked, guess, state.values)
+        return super().forward(state._replace(values=values, masked=state.masked & (guess < 0)), prepared, read)
+
+
 def test_no_strategy_is_another_one():
     losses = [lost(strategy).item() for strategy in STRATEGIES]
+    losses += [lost(strategy, Guided()).item() for strategy in (SelfConditioned(), SelfConditioned(1.0))]
+    losses.append(lost(Causal()).item())
     for (i, a), (j, b) in itertools.combinations(enumerate(losses), 2):
         assert a != pytest.approx(b, abs=1e-9), (i, j)
 
