@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import results
 import torch
 import transformers
-from timing import DTYPES, Budget, Clock, Roofline, line, share, summary, weight_bytes
-from torch.utils.flop_counter import FlopCounterMode
+from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, share, summary, weight_bytes
 
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device
+from nar_t2i.hardware import best_device, operation_counter
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
@@ -48,31 +46,23 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     parser.add_argument("--repeats", type=int, default=20, help="warm calls of each part; default: 20")
     parser.add_argument("--twin-repeats", type=int, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
-    parser.add_argument("--compile", action="store_true", help="the networks, too, with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/decoding.json")
     parsed = parser.parse_args()
     device, budget = best_device(), Budget(parsed.minutes)
     if device.type != "cuda" and not parsed.small:
         raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
-    bench = Bench(Roofline(device), parsed.small, parsed.compile, DTYPES[parsed.dtype])
-    rows: list[dict[str, Any]] = []
+    run = Run(Roofline(device), budget, parsed.out)
+    run.save()
+    bench = Bench(run.roofline, parsed.small, parsed.compile, DTYPES[parsed.dtype])
     for batch in parsed.batch:
-        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            PARALLEL: lambda: bench.decoding(PARALLEL, batch, parsed.repeats),
-            "text encoder": lambda: [bench.text(batch, parsed.repeats)],
-            "image decoder": lambda: [bench.image(batch, parsed.repeats)],
-        }
+        run.add(f"text encoder, batch {batch}", lambda: [bench.text(batch, parsed.repeats)])
+        run.add(f"image decoder, batch {batch}", lambda: [bench.image(batch, parsed.repeats)])
+        run.add(f"{PARALLEL}, batch {batch}", lambda: bench.decoding(PARALLEL, batch, parsed.repeats))
         if parsed.twin_repeats:
-            parts[TWIN] = lambda: bench.decoding(TWIN, batch, parsed.twin_repeats)
-        for name, measure in parts.items():
-            if budget.allows(f"{name}, batch {batch}"):
-                rows += measure()
-            # After each, so that a limit on the time loses little.
-            results.write(parsed.out, rows, left_out=budget.left_out)
-    for row in rows:
-        print(line(row))
-    return 0
+            run.add(f"{TWIN}, batch {batch}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
+    return run.finish()
 
 
 class Bench:
@@ -99,55 +89,66 @@ class Bench:
         return {**described["init_args"], **(SMALL if self.small else {})}
 
     def network(self, described: dict[str, Any]) -> TokenNetwork:
-        spec_and_text = {"spec": self.spec, "text_widths": (self.bert.config.hidden_size,)}
         torch.manual_seed(0)
-        network = build({"class_path": described["class_path"], "init_args": self.sizes(described) | spec_and_text})
+        network = self.built(described)
         torch.nn.init.normal_(network.head.logits.weight, std=0.02)  # which starts at zero: all codes alike
         return self.place(network)
+
+    def built(self, described: dict[str, Any]) -> TokenNetwork:
+        spec_and_text = {"spec": self.spec, "text_widths": (self.bert.config.hidden_size,)}
+        return build({"class_path": described["class_path"], "init_args": self.sizes(described) | spec_and_text})
 
     def condition(self, batch: int) -> Condition:
         words = torch.arange(batch * WORDS, device=self.device).view(batch, WORDS) % self.bert.config.vocab_size
         mask = torch.ones(batch, WORDS, dtype=torch.bool, device=self.device)
         return Condition((self.bert(words, mask.long()).last_hidden_state,), (mask,))
 
+    def told(self, batch: int) -> tuple[Condition, Condition]:
+        condition = self.condition(batch)
+        return condition, self.null(condition)
+
     @torch.no_grad()
-    def decoding(self, name: str, batch: int, repeats: int) -> list[dict[str, Any]]:
+    def decoding(self, name: str, batch: int, repeats: int) -> Iterator[dict[str, Any]]:
         """The decoder alone, plainly launched, and on a GPU as a graph as well."""
         model = recipe.load(name).config["model"]["init_args"]
         network, guidance = self.network(model["network"]), Guidance(**model["guidance"])
         inference: InferenceStrategy = build({"init_args": {}, **model["inference"]})
-        condition = self.condition(batch)
-        null, noise = self.null(condition), Noise(0, torch.arange(batch, device=self.device))
+        condition, null = self.told(batch)
+        noise = Noise(0, torch.arange(batch, device=self.device))
         drawn: list[Decoded] = []
 
         def plain() -> Decoded:
             return inference.decode(network, condition, null, noise, guidance)
 
-        if self.compile:
-            network.compile()
-        cold = self.clock.once(lambda: drawn.append(plain()))
-        (expected,) = drawn
-        if name not in self._operations:  # an image's, of any batch; counting is slow
-            with FlopCounterMode(display=False) as counter:
-                self.eager(network, plain)
-            self._operations[name] = counter.get_total_flops() / batch
-        sizes = self.sizes(model["network"])
-        kept = cache_bytes(sizes["width"], sizes["depth"], self.spec.length, 2 * batch, self.dtype) if network.causal else 0
-        floor = self.roofline.floor(batch * self._operations[name], expected.passes * weight_bytes(network) + kept, self.dtype)
-        known = {
-            "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": self.compile,
-            "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes,
-        }  # fmt: skip
-        found = [known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)]
-        if self.device.type == "cuda":
-            found.append(known | recorded(self, Graphs(), (inference, network, condition, null, noise, guidance), expected, repeats, floor, name))
-        return found
+        compiles = self.compile and not network.causal  # whose blocks are called piece by piece
+        with compiled(network.blocks if compiles else ()):
+            cold = self.clock.once(lambda: drawn.append(plain()))
+            (expected,) = drawn
+            floor = self.floor(name, batch, network, inference, guidance, expected.passes)
+            known = {
+                "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": compiles,
+                "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes,
+            }  # fmt: skip
+            yield known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)
+            if self.device.type == "cuda":
+                arguments = (inference, network, condition, null, noise, guidance)
+                yield known | recorded(self, Graphs(), arguments, expected, repeats, floor, name)
 
-    def eager(self, network: TokenNetwork, run: Callable[[], Any]) -> None:
-        """Without what torch.compile made, whose operations the counter does not see."""
-        compiled, network._compiled_call_impl = network._compiled_call_impl, None
-        run()
-        network._compiled_call_impl = compiled
+    def floor(
+        self, name: str, batch: int, network: TokenNetwork, inference: InferenceStrategy, guidance: Guidance, passes: int
+    ) -> dict[str, float]:
+        """Its operations are those of one image, counted on a device without memory, where nothing is compiled."""
+        described, meta = recipe.load(name).config["model"]["init_args"]["network"], torch.device("meta")
+        if name not in self._operations:
+            with meta:
+                alike = self.built(described).to(self.dtype)
+            condition, null = (told.map(lambda x: x.to(meta)) for told in self.told(1))
+            with operation_counter() as counter:
+                inference.decode(alike, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), guidance)
+            self._operations[name] = counter.get_total_flops()
+        sizes = self.sizes(described)
+        kept = cache_bytes(sizes["width"], sizes["depth"], self.spec.length, 2 * batch, self.dtype) if network.causal else 0
+        return self.roofline.floor(batch * self._operations[name], passes * weight_bytes(network) + kept, self.dtype)
 
     @torch.no_grad()
     def text(self, batch: int, repeats: int) -> dict[str, Any]:
@@ -175,6 +176,8 @@ def recorded(
     drawn: list[Decoded] = []
     graphs.decode(*arguments)  # once as it comes; the next time is recorded
     cold = bench.clock.once(lambda: drawn.append(graphs.decode(*arguments)))
+    if not graphs.recordings:
+        raise UserError(f"{name}, batch {len(expected.tokens)}: could not be recorded as a graph")
     equal = (drawn[0].tokens == expected.tokens).float().mean().item()
     if equal < 0.99:
         raise UserError(f"{name}, batch {len(expected.tokens)}: the graph draws {1 - equal:.1%} of the tokens otherwise")

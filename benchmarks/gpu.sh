@@ -7,27 +7,29 @@
 # peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 and 512 px, in bf16 and fp32, at batch 1, 8 and 64, plainly
 #              launched, as a graph, and at 256 px compiled; `generate` on a Llama, our twin of its size, our parallel network.
 # training.py: steps of the 346M recipe at the largest micro-batch, and what each of its options brings.
-# decoding.py: Emage's decoder with torch.compile, its text encoder and its image decoder.
+# decoding.py: Emage's text encoder, its image decoder, and its decoder with torch.compile.
 # memory.py:   the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
 #
-# Each has its minutes, after which it begins nothing more; what it left out stands in its file. A measurement that has begun
-# ends, but for the seconds in front, after which all is broken off: they sum up to less than ten minutes.
+# Each has its minutes, after which it begins nothing more; what it left out or what failed stands in its file, which is written
+# after every row. A measurement that has begun ends, but for the seconds in front, after which all is broken off: they sum up to
+# less than ten minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-docs/results/bench} python=${NAR_T2I_PYTHON:-python}
+[ -n "${NAR_T2I_PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv > "$out/nvidia-smi.csv" || true
 status=0
 # One that fails does not keep the others from running. Where a compiler hangs, the others still get their time.
-measure() { timeout --kill-after=10 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
+measure() { timeout --kill-after=2 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
 amused=(benchmarks/peers.py --systems amused --batch 1 8 64 --dtypes bf16 fp32 --repeats 10)
-measure 140 "${amused[@]}" --geometry 256 --minutes 1.6 --out "$out/peers-256.json"
-measure 110 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.4 --out "$out/peers-size.json"
-measure 160 benchmarks/training.py --minutes 2.2 --out "$out/training.json"
-measure 80 "${amused[@]}" --geometry 512 --minutes 1 --out "$out/peers-512.json"
-measure 60 benchmarks/peers.py --systems amused --geometry 256 --batch 64 1 --dtypes bf16 --repeats 10 --compile --minutes 0.7 \
+measure 130 "${amused[@]}" --geometry 256 --minutes 1.5 --out "$out/peers-256.json"
+measure 105 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.2 --out "$out/peers-size.json"
+measure 150 benchmarks/training.py --minutes 2 --out "$out/training.json"
+measure 75 "${amused[@]}" --geometry 512 --minutes 0.7 --out "$out/peers-512.json"
+measure 80 benchmarks/peers.py --systems amused --geometry 256 --batch 1 64 --dtypes bf16 --repeats 5 --compile --minutes 0.8 \
   --out "$out/peers-256-compiled.json"
-measure 45 benchmarks/decoding.py --batch 1 --compile --twin-repeats 0 --minutes 0.5 --out "$out/decoding-compiled.json"
+measure 45 benchmarks/decoding.py --batch 1 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
 [ -z "${MEMORY:-}" ] || "$python" benchmarks/memory.py || status=1
 exit "$status"

@@ -67,7 +67,9 @@ def main() -> None:
                 rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, one.trained.groups)), "measured_mib": measured / 2**20,
                              "estimate_mib": estimate / 2**20, "ratio": estimate / measured})  # fmt: skip
                 print(rows[-1], flush=True)
-    write_json(ROOT / "docs/results/memory.json", {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows})
+                # After each, so that what is broken off loses little.
+                told = {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows}
+                write_json(ROOT / "docs/results/memory.json", told)
 
 
 def _column(path: Path, name: str) -> list[float]:

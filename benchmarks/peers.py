@@ -19,27 +19,29 @@ keeps no count of it by call.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import results
+import timing
 import torch
 import transformers
 from amused import GEOMETRIES, STEPS, Amused, one_table
+from amused import WORDS as WORDS_READ
 from decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
-from timing import DTYPES, Budget, Call, Clock, Roofline, line, share, summary, weight_bytes
+from timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device
+from nar_t2i.hardware import best_device, operation_counter
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.networks import UVit
+from nar_t2i.noise import Noise
 
+SLOWER = {"bf16": 1, "fp32": 8}  # about, on a GPU
+CALLS, CALLS_OF_GRAPH = 8, 6  # of the pipelines that a measurement takes at least
 LOGITS = {"fp32": 1e-4, "bf16": 0.1}  # how far logits may differ: root mean square, over their deviation
 TOKENS = 0.99  # how many tokens must be equal in fp32, where a draw may fall on a rounded boundary
 THEIRS, OURS, LLAMA = "diffusers' aMUSEd", "our U-ViT, aMUSEd's weights", "Hugging Face generate, Llama"
@@ -56,7 +58,8 @@ def main() -> int:
     parser.add_argument("--size-dtypes", choices=DTYPES, nargs="+", help="of the others; default: bf16, small: bf16 fp32")
     parser.add_argument("--repeats", type=int, help="warm calls of each; default: 20, small: 5")
     parser.add_argument("--twin-repeats", type=int, default=2, help="of those that draw token by token; default: 2")
-    parser.add_argument("--compile", action="store_true", help="our U-ViT with torch.compile, too; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true",
+                        help="our U-ViT with torch.compile, too, and as a graph only so; needs a C++ compiler")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="runs/peers.json")
     parsed = parser.parse_args()
@@ -68,13 +71,14 @@ def main() -> int:
     repeats = parsed.repeats or (5 if parsed.small else 20)
     size_dtypes = parsed.size_dtypes or (["bf16", "fp32"] if parsed.small else ["bf16"])
     run = Run(Roofline(device), Budget(parsed.minutes), parsed.out)
+    run.save()
     if "amused" in parsed.systems:
         amused = Amused(geometry, device)
-        for batch in batches:  # the longest last
-            for dtype in parsed.dtypes:
-                amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
-                name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
-                run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile))
+        cases = itertools.product(batches, parsed.dtypes)
+        for batch, dtype in sorted(cases, key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
+            amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
+            name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
+            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile))
         del amused
         free()
     for dtype in size_dtypes if "size" in parsed.systems else ():
@@ -85,24 +89,16 @@ def main() -> int:
             run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
         del bench
         free()
-    run.finish()
-    return 0
+    return run.finish()
 
 
-class Run:
-    """The rows so far, written after each measurement, so that a limit on the time loses little."""
+class Run(timing.Run):
+    """Of peers: each row also says how much faster it is."""
 
-    def __init__(self, roofline: Roofline, budget: Budget, out: str):
-        self.roofline, self.budget, self.out, self.clock = roofline, budget, out, Clock(roofline.device)
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, name: str, measure: Any) -> None:
-        if self.budget.allows(name):
-            self.rows += measure()
-            for row in self.rows:
-                row |= self.faster(row)
-        free()
-        results.write(self.out, self.rows, left_out=self.budget.left_out)
+    def save(self) -> None:
+        for row in self.rows:
+            row |= self.faster(row)
+        super().save()
 
     def faster(self, row: dict[str, Any]) -> dict[str, float]:
         """How many times faster a row is than the peer's, and than itself in fp32."""
@@ -121,12 +117,6 @@ class Run:
             ratios["times_fp32"] = same["p50_ms"] / row["p50_ms"]
         return ratios
 
-    def finish(self) -> None:
-        for row in self.rows:
-            print(line(row))
-        for name in self.budget.left_out:
-            print(f"left out, the time was up: {name}")
-
 
 class Pair:
     """diffusers' pipeline and ours in one geometry, batch and precision."""
@@ -138,32 +128,37 @@ class Pair:
         self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
 
     @torch.no_grad()
-    def rows(self, repeats: int, compile: bool) -> list[dict[str, Any]]:
-        amused, texts = self.amused, self.texts
+    def rows(self, repeats: int, compile: bool) -> Iterator[dict[str, Any]]:
+        """One after the other, as they are measured; none where there would not be the time."""
+        amused, texts, network = self.amused, self.texts, self.amused.network
+        floor = self.floor()
+        call = 2 * floor["floor_ms"] / 1000  # a guess
+        if not self.run.budget.allows(self.name, CALLS * call):
+            return
         runs = {THEIRS: lambda: amused.theirs(texts), OURS: lambda: amused.ours(texts, self.noise)}
         cold = {system: self.clock.once(run) for system, run in runs.items()}
         agreement = self.logits() | self.tokens()
-        floor = self.floor()
         warm = self.clock.warm(runs, repeats)
-        rows = []
-        for system, network, other in ((THEIRS, amused.unet, amused.network), (OURS, amused.network, amused.unet)):
+        for system, own, other in ((THEIRS, amused.unet, network), (OURS, network, amused.unet)):
             found = summary(cold[system], warm[system], weight_bytes(other) / 2**20)
-            rows.append({"system": system, **self.known, "parameters": sum(p.numel() for p in network.parameters()), **agreement}
-                        | self.told(found, floor))  # fmt: skip
-        if self.run.roofline.device.type == "cuda":
-            rows.append(rows[1] | self.as_graph(repeats, floor))
-        if compile:
-            with compiled(amused.network):
+            row = {"system": system, **self.known, "parameters": sum(p.numel() for p in own.parameters()), **agreement}
+            row |= self.told(found, floor)
+            yield row
+        cuda = self.run.roofline.device.type == "cuda"
+        if compile and self.run.budget.allows(f"{self.name}, compiled"):
+            with compiled([*network.down, *network.layers, *network.up]):
                 cold = self.clock.once(runs[OURS])
-                self.logits()
-                rows.append(rows[1] | {"launched": "compiled"} | self.timed(runs[OURS], repeats, cold, floor, self.batch))
-                if self.run.roofline.device.type == "cuda":
-                    rows.append(rows[1] | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"})
-        return rows
+                differ = self.logits()
+                yield row | {"launched": "compiled"} | differ | self.timed(runs[OURS], repeats, cold, floor, self.batch)
+                if cuda and self.run.budget.allows(f"{self.name}, compiled, as a graph", CALLS_OF_GRAPH * call):
+                    yield row | differ | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
+        elif cuda and self.run.budget.allows(f"{self.name}, as a graph", CALLS_OF_GRAPH * call):
+            yield row | self.as_graph(repeats, floor)
 
     def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
+        graphs = Graphs(round_to=WORDS_READ)  # no padding, so that it does what plain launches do
         arguments = (self.amused.inference, self.amused.network, *self.texts, self.noise, self.amused.guidance)
-        return recorded(self, Graphs(), arguments, self.amused.ours(self.texts, self.noise), repeats, floor, self.name)
+        return recorded(self, graphs, arguments, self.amused.ours(self.texts, self.noise), repeats, floor, self.name)
 
     def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
         """As Bench times."""
@@ -193,25 +188,16 @@ class Pair:
         return {"equal_tokens": equal}
 
     def floor(self) -> dict[str, float]:
-        """Of what ours computes: with the text's part once. Counted for one image."""
-        texts, noise = self.amused.texts(1), self.amused.noise(1)
-        with FlopCounterMode(display=False) as counter:
-            self.amused.ours(texts, noise)
-        moved = STEPS * weight_bytes(self.amused.network)
+        """Of what ours computes: with the text's part once. Counted for one image on a device without memory, so that the first
+        call of all is yet to come."""
+        amused, meta = self.amused, torch.device("meta")
+        with meta:
+            network = UVit(**amused.network._described_args).to(self.dtype)
+        condition, null = (texts.map(lambda x: x.to(meta)) for texts in amused.texts(1))
+        with operation_counter() as counter:
+            amused.inference.decode(network, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), amused.guidance)
+        moved = STEPS * weight_bytes(amused.network)
         return self.run.roofline.floor(self.batch * counter.get_total_flops(), moved, self.dtype)
-
-
-@contextlib.contextmanager
-def compiled(network: UVit) -> Iterator[None]:
-    """Its stages and layers by torch.compile, one of each kind for all of that kind."""
-    parts = [*network.down, *network.layers, *network.up]
-    for part in parts:
-        part.compile()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None
 
 
 class GuidedDraw(transformers.LogitsProcessor):
@@ -282,12 +268,6 @@ class Llama:
         attention = 4 * width * depth * sum(range(WORDS, WORDS + length))
         moved = length * weight_bytes(self.model) + cache_bytes(width, depth, length, 2 * batch, self.bench.dtype)
         return 2 * batch * (2 * matrices * (WORDS + length) + attention), moved
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import results
 import torch
 
+from nar_t2i.errors import UserError
 from nar_t2i.hardware import matrix_rate
 
 LONG = 10  # seconds that warm calls of one kind may take
+OVER = 30  # seconds that what has begun may take when a budget is at its end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -112,11 +118,64 @@ class Budget:
         self.end = time.monotonic() + 60 * minutes
         self.left_out: list[str] = []
 
-    def allows(self, name: str) -> bool:
-        if time.monotonic() < self.end:
+    def allows(self, name: str, seconds: float = 0.0) -> bool:
+        """seconds: how long it is thought to take, of which OVER may lie behind the end."""
+        now = time.monotonic()
+        if now < self.end and now + seconds < self.end + OVER:
             return True
         self.left_out.append(name)
         return False
+
+
+class Run:
+    """The rows so far, written after each, so that a limit on the time loses little. A measurement that fails, or whose sides
+    differ, is told in place of its rows, and the others have their turn."""
+
+    def __init__(self, roofline: Roofline, budget: Budget, out: str):
+        self.roofline, self.budget, self.out, self.clock = roofline, budget, out, Clock(roofline.device)
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+
+    def add(self, name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        try:
+            for row in measure() if self.budget.allows(name) else ():
+                self.rows.append(row)
+                self.save()
+        except (UserError, RuntimeError) as error:  # torch's own, too little memory among them
+            self.failed.append(f"{name}: {' '.join(str(error).split())[:300]}")
+        free()
+        self.save()
+
+    def save(self) -> None:
+        results.write(self.out, self.rows, left_out=self.budget.left_out, failed=self.failed)
+
+    def finish(self) -> int:
+        """Prints all. Returns the exit status: 1 where something failed."""
+        for row in self.rows:
+            print(line(row))
+        for name in self.budget.left_out:
+            print(f"left out, the time was up: {name}")
+        for told in self.failed:
+            print(f"failed: {told}", file=sys.stderr)
+        return int(bool(self.failed))
+
+
+@contextlib.contextmanager
+def compiled(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Layers of a network by torch.compile, one of each kind for all of that kind."""
+    for part in parts:
+        part.compile()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -34,12 +34,11 @@ import torch
 import transformers
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import results
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device, matrix_rate
+from nar_t2i.hardware import best_device, matrix_rate, operation_counter
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
@@ -74,6 +73,7 @@ def main() -> int:
     quieten()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     deadline = time.monotonic() + 60 * parsed.minutes
+    results.write(parsed.out, [])  # what is broken off leaves no older file behind
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), device, parsed.small, parsed.steps or (10 if parsed.small else 15))
         largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
@@ -128,7 +128,10 @@ class Bench:
         found: dict[str, list[dict[str, Any]]] = {}
         first: list[float] = []
         at_largest: list[dict[str, Any]] = []
-        rows: list[dict[str, Any]] = []
+
+        def rows() -> list[dict[str, Any]]:
+            return [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
+
         for name, means in [*chosen.items()] * rounds:
             if time.monotonic() > deadline:
                 break
@@ -139,11 +142,11 @@ class Bench:
             if losses:
                 check_losses(name, losses, first)
             found.setdefault(name, []).append(row)
+            save(rows())
             if largest and not at_largest and time.monotonic() < deadline:
-                at_largest = [{"row": "everything, largest micro-batch", **self.run(largest, means)[0]}]
-            rows = [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
-            save(rows)
-        return rows
+                at_largest.append({"row": "everything, largest micro-batch", **self.run(largest, means)[0]})
+                save(rows())
+        return rows()
 
     def run(self, size: int, means: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
         """A row, and the losses of the first steps. What fails is a row too, with no losses."""
@@ -192,7 +195,7 @@ class Bench:
         """Floating-point operations of a forward pass of the learning strategy, its head at hidden slots alone."""
         if size not in self._counted:
             module = self.module(EVERYTHING | {"compile": None}).to(self.device)
-            counter, batch = FlopCounterMode(display=False), RandomCodes(self.codec, size, self.device).batch
+            counter, batch = operation_counter(), RandomCodes(self.codec, size, self.device).batch
             with counter:
                 module._terms(module.transfer_batch_to_device(batch, self.device, 0), module.seed, True, 0.0)
             self._counted[size] = counter.get_total_flops()

@@ -1,6 +1,7 @@
 """Benchmarks run in small, and report what they are for."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_peers_side_by_side(tmp_path):
 
 
 def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
-    """The run ends with an error, and no row is written, where a weight of one side differs, or a setting of its decoder."""
+    """What differs is told, the run ends with an error, and no row is written, where a weight of one side differs, or a setting
+    of its decoder; others have their turn."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import peers
     from amused import Amused
@@ -71,21 +73,50 @@ def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
 
     right = amused.inference.choice_temperature
     amused.inference.choice_temperature = 0.5 * right
-    with pytest.raises(UserError, match="of the tokens differ"):
-        measure()
+    measure()
+    assert "of the tokens differ" in run.failed[0]
     amused.inference.choice_temperature = right
     weight = amused.network.layers[0].mlp.out.weight
     kept = weight.clone()
     weight.mul_(1.01)
-    with pytest.raises(UserError, match="the logits differ"):
-        measure()
-    assert run.rows == [] and not (tmp_path / "found.json").exists()
+    measure()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "the logits differ" in run.failed[1] and found["rows"] == [] and found["failed"] == run.failed
     weight.copy_(kept)
     measure()
-    assert len(run.rows) == 2
+    assert len(run.rows) == 2 and len(run.failed) == 2 and run.finish() == 1
     run.budget.end = 0
     measure()
     assert len(run.rows) == 2 and json.loads((tmp_path / "found.json").read_text())["left_out"] == ["tiny"]
+
+
+def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import timing
+
+    run = timing.Run(timing.Roofline(torch.device("cpu")), timing.Budget(1), str(tmp_path / "found.json"))
+
+    def rows():
+        yield {"system": "a", "p50_ms": 1.0}
+        assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == 1  # before the next one is measured
+        yield {"system": "b", "p50_ms": 2.0} if run.budget.allows("b", 3600) else {"system": "c"}
+        raise torch.OutOfMemoryError("too little\nmemory")
+
+    run.add("one", rows)
+    run.add("another", lambda: [{"system": "d"}])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["system"] for row in found["rows"]] == ["a", "c", "d"] and found["left_out"] == ["b"]
+    assert found["failed"] == ["one: too little memory"] and run.finish() == 1
+
+
+def test_the_gpu_script_ends_within_ten_minutes():
+    """Its limits on the time, and each part begins nothing more before its own is reached."""
+    text = (ROOT / "benchmarks/gpu.sh").read_text()
+    kill = int(re.search(r"--kill-after=(\d+)", text)[1])
+    parts = re.findall(r"^measure (\d+) (?:.*\\\n)?.*--minutes ([\d.]+)", text, re.M)
+    assert len(parts) == len(re.findall(r"^measure \d", text, re.M)) == 6
+    assert sum(int(limit) + kill for limit, _ in parts) < 600
+    assert all(60 * float(minutes) < int(limit) - 20 for limit, minutes in parts)
 
 
 @pytest.mark.parametrize("script", ["decoding.py", "peers.py"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ class Graphs:
         self.keep, self.round_to, self.record = keep, round_to, record or CudaRecorder()
         self._recorded: OrderedDict[object, Recorded | str] = OrderedDict()  # ONCE and PLAIN: not recorded yet, or never
 
+    @property
+    def recordings(self) -> int:
+        """How many are held."""
+        return sum(isinstance(recorded, Recorded) for recorded in self._recorded.values())
+
     def decode(
         self, strategy: InferenceStrategy, network: TokenNetwork, condition: Condition, null: Condition, noise: Noise, guidance: Guidance
     ) -> Decoded:
@@ -68,8 +74,9 @@ class Graphs:
             told, untold, ids = _like(condition, own), _like(null, own[len(_tensors(condition)) :]), own[-1]
 
             def run() -> Decoded:
-                # Weights that autocast has kept from another time would be read where they no longer are.
-                with torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False):
+                # Weights that autocast has kept from another time would be read where they no longer are. Where there is none,
+                # nothing is switched: compiled code would be compiled anew for that.
+                with torch.autocast(device, autocast, cache_enabled=False) if autocast else nullcontext():
                     return strategy.decode(network, told, untold, Noise(noise.seed, ids, noise.dtype), guidance)
 
             try:
@@ -86,16 +93,19 @@ class Graphs:
 
 
 class CudaRecorder:
-    """Runs once beside the main stream, then once more while CUDA writes down what is launched. All recordings work in the
-    same memory: their inputs lie outside of it, and what one has written is copied before another is replayed."""
+    """Runs once beside the main stream, then once more while CUDA writes down what is launched. All recordings work on the
+    same stream, in the same memory: their inputs lie outside of it, and what one has written is copied before another is
+    replayed."""
 
     def __init__(self) -> None:
         self._memory: Any = None
+        self._stream: Any = None
 
     def __call__(self, run: Callable[[], Decoded], device: torch.device) -> tuple[Callable[[], None], Decoded]:
         with torch.cuda.device(device):
-            before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             self._memory = self._memory or torch.cuda.graph_pool_handle()
+            self._stream = self._stream or torch.cuda.Stream()  # the memory that another one has freed would not be taken
+            before, stream = torch.cuda.current_stream(), self._stream
             stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 run()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
-from nar_t2i.hardware import matrix_rate
+from nar_t2i.hardware import matrix_rate, operation_counter
 from nar_t2i.training.guard import loss_scale
 
 STARTED = "started.json"  # when the run was first started, and how often
@@ -77,7 +77,7 @@ class Monitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._norm = None
         if not self._operations and self._counter is None:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = operation_counter()
             self._counter.mod_tracker = _NoModules()
             self._counter.__enter__()
 

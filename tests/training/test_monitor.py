@@ -59,14 +59,13 @@ def test_validation_and_saving_do_not_slow_it_down(folder, monkeypatch):
 
 
 def test_the_utilisation_is_that_of_three_forward_passes_at_the_rate_that_was_measured(folder, monkeypatch):
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from nar_t2i.hardware import operation_counter
     from nar_t2i.training.generator import GeneratorModule
 
     counted, step = [], GeneratorModule.training_step
 
     def noted(self, *arguments):
-        with FlopCounterMode(display=False) as counter:
+        with operation_counter() as counter:
             loss = step(self, *arguments)
         counted.append(counter.get_total_flops())
         return loss
