@@ -58,7 +58,7 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
             raise UserError(f"--{given[0]}: is fixed by the protocol {arguments.protocol}; leave one of them out")
         protocol = read_protocol(arguments.protocol)
     else:
-        metrics, accuracy = chosen_metrics((arguments.metrics or "scene_accuracy").split(","))
+        metrics, accuracy = chosen_metrics(["scene_accuracy"] if arguments.metrics is None else arguments.metrics.split(","))
         protocol = Protocol(None, metrics, accuracy, arguments.count, arguments.seed or 0)
     for metric in protocol.metrics:
         if metric.features in NEEDS and getattr(arguments, metric.features) is None:
@@ -98,7 +98,9 @@ class Drawing:
         return drawn.images, facts
 
     def settings(self) -> dict[str, Any]:
+        """How it is drawn. UserError where the model cannot draw so."""
         asked = self.arguments
+        self.t2i.decoding(asked.steps, asked.guidance_scale, None, asked.candidates)
         return drawing.settings(self.t2i, asked.steps, asked.guidance_scale, asked.candidates, self.seed, self.bf16)
 
     @property
@@ -123,18 +125,18 @@ class Evaluation:
 
     def work(self) -> None:
         """Draw all that is missing. All ranks must call it."""
-        self.group.on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        self.group.on_first(self._make_folder)
         self.models = open_models(Path(self.arguments.model), self.arguments.weights, self.folder, self.group)
         self.features = self.group.together(self._open_features)
         for number, model in enumerate(self.models):
             t2i = self.group.together(lambda: TextToImage.from_pretrained(model.folder)).to(self.group.device)
+            draw = Drawing(t2i, self.arguments, self.protocol.seed)
+            self.decoding[model.name] = self.group.together(draw.settings)
             if number == 0:
                 self.group.together(lambda: self._open_data(t2i.tokenizer.image_size))
                 self.group.on_first(self._check_settings)
                 if self.real is not None:
                     self._work("real", self.real, lambda samples: self._real_piece(samples, t2i.tokenizer.image_size))
-            draw = Drawing(t2i, self.arguments, self.protocol.seed)
-            self.decoding[model.name] = draw.settings()
             for name, prompts in self.prompts.items():
                 self._work(f"{model.name}-scenes-{name}", prompts, lambda samples: self._scene_piece(draw, prompts, samples, model.name))
             if self.drawn is not None:
@@ -189,9 +191,14 @@ class Evaluation:
             "features": {features.name: features.protocol for features in self.features},
         }  # fmt: skip
 
+    def _make_folder(self) -> None:
+        if self.out.is_dir():
+            raise UserError(f"--out {self.out}: is a folder; name a file, such as {self.out / 'scores.json'}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
-        if path.exists():
+        if any(self.folder.glob("*/*.safetensors")):  # something was drawn by them
             check_same(path, self._settings())
         else:
             write_json(path, self._settings())

@@ -159,8 +159,7 @@ class TextToImage:
             negative_prompts = [negative_prompts] * len(prompts)
         if negative_prompts and len(negative_prompts) != len(prompts):
             raise UserError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
-        inference = self._decoder(steps, temperature, candidates)
-        guidance = self.guidance if guidance_scale is None else _rescaled(self.guidance, guidance_scale)
+        inference, guidance = self.decoding(steps, guidance_scale, temperature, candidates)
         for part in (self.tokenizer, self.text, self.null, self.network):
             part.eval()
         images, tokens = [], []
@@ -182,9 +181,13 @@ class TextToImage:
     def _null(self, condition: Condition, negative_prompts: list[str] | None) -> Condition:
         return self.text(negative_prompts) if negative_prompts else self.null(condition)
 
-    def _decoder(self, steps: int | None, temperature: float | None, candidates: int | None) -> InferenceStrategy:
-        """The default strategy, or one of its kind with other `steps`, `temperature` or `candidates`."""
-        inference = self.inference
+    def decoding(
+        self, steps: int | None, guidance_scale: float | None, temperature: float | None, candidates: int | None
+    ) -> tuple[InferenceStrategy, Guidance]:
+        """The default strategy and guidance, or those of their kind with other settings. UserError where there are none such."""
+        guidance, inference = self.guidance, self.inference
+        if guidance_scale is not None:
+            guidance = Guidance(guidance_scale, guidance.start, guidance.stop, guidance.ramp)
         if candidates == 1 and isinstance(inference, BestOf):
             inference = inference.first
         elif candidates is not None and hasattr(inference, "candidates"):
@@ -193,7 +196,7 @@ class TextToImage:
             inference = BestOf(inference, candidates)
         for name, value in (("steps", steps), ("temperature", temperature)):
             inference = inference if value is None else _with(inference, name, value)
-        return inference
+        return inference, guidance
 
 
 def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrategy:
@@ -217,10 +220,6 @@ def _seeds(seed: int | Sequence[int], count: int) -> Tensor:
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} prompts")
     return as_tensor
-
-
-def _rescaled(guidance: Guidance, scale: float) -> Guidance:
-    return Guidance(scale, guidance.start, guidance.stop, guidance.ramp)
 
 
 def _precision(network: torch.nn.Module) -> torch.dtype:

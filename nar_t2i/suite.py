@@ -72,7 +72,7 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
         "model": model.identity, "weights": model.name, "seed": arguments.seed, "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale, "candidates": arguments.candidates, "precision": arguments.precision,
     }  # fmt: skip
-    group.on_first(lambda: _settle(work / "settings.json", settings))
+    group.on_first(lambda: _settle(work / "settings.json", settings, out))
     t2i = group.together(lambda: TextToImage.from_pretrained(model.folder)).to(group.device)
     missing = group.agreed([n for n in range(len(items)) if not all((out / f).exists() for f in (*files[n], *suite.texts(items[n])))])
     mine = missing[group.rank :: group.world]
@@ -97,8 +97,8 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
         print(f"{len(items)} prompts of {suite.name}, {pictures} pictures each, in {out}")
 
 
-def _settle(path: Path, settings: dict[str, Any]) -> None:
-    if path.exists():
+def _settle(path: Path, settings: dict[str, Any], out: Path) -> None:
+    if path.exists() and out.is_dir() and any(out.iterdir()):  # something was drawn by them
         check_same(path, settings)
     else:
         write_json(path, settings)

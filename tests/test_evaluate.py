@@ -20,6 +20,7 @@ from nar_t2i.pipeline import TextToImage
 from tests.cluster.ranks import ROOT
 from tests.data.making_shards import write_shards
 from tests.evaluation.test_features import Means, clip, saved  # noqa: F401  (clip: a fixture)
+from tests.full_disk import files_of_at_most
 from tests.tiny_pipeline import tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -207,6 +208,32 @@ def test_what_is_refused_is_said_in_a_line(place, tmp_path, capsys, options, sai
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error and error.startswith("nar-t2i: error: ")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_mistake_before_anything_was_drawn_is_mended_by_the_next_command(place, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@shards")
+    evaluate(place, tmp_path / "out.json", *line, "--steps", "0", status=2)
+    assert "steps must be at least 1" in capsys.readouterr().err
+    assert evaluate(place, tmp_path / "out.json", *line, "--steps", "2")["results"]["model"]["decoding"]["steps"] == 2
+
+
+def test_where_the_numbers_cannot_go_is_said_before_anything_is_drawn(place, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for out, said in (("folder", "folder: is a folder; name a file"), ("file/out.json", "Not a directory")):
+        evaluate(place, tmp_path / out, status=2)
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "folder.work").exists()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_command_goes_on(place, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@shards", "--batch-size", "8")
+    evaluate(place, tmp_path / "whole.json", *line)
+    with files_of_at_most(1000):
+        evaluate(place, tmp_path / "out.json", *line, status=2)
+    assert "File too large; the same command goes on" in capsys.readouterr().err
+    assert numbers(evaluate(place, tmp_path / "out.json", *line)) == numbers(json.loads((tmp_path / "whole.json").read_text()))
 
 
 def test_a_sample_that_cannot_be_read_is_not_left_out(place, tmp_path, capsys):

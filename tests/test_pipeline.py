@@ -201,7 +201,7 @@ def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToIm
         assert exact.sample(PROMPTS, steps=3, candidates=2)[2:] == (3 + 1, 2 * (2 * 3 + 4))
         # A temperature is that of all draws, steps those of what draws first.
         exact.inference = GibbsSweeps(before, block=16)
-        changed = exact._decoder(2, 0.0, None)
+        changed = exact.decoding(2, None, 0.0, None)[0]
         assert (changed.temperature, changed.first.temperature, changed.first.steps) == (0.0, 0.0, 2)
     finally:
         exact.inference = before

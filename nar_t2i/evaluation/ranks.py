@@ -36,12 +36,15 @@ class Ranks(NamedTuple):
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives on this rank, once all are done with theirs. A UserError of one rank is raised on all."""
+        """What `work` gives on this rank, once all are done with theirs. A UserError of one rank is raised on all, and so is a
+        file that cannot be written or read, as one."""
         result, problem = None, None
         try:
             result = work()
         except UserError as error:
             problem = error
+        except OSError as error:
+            problem = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; the same command goes on where it can")
         if self.world > 1:
             problems: list[Any] = [None] * self.world
             dist.all_gather_object(problems, problem and str(problem))
