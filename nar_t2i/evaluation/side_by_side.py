@@ -175,7 +175,7 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
         numbers |= {key.replace("_", " "): Number(value) for key, value in _numbers(result.get("decoding")) if key in DECODING}
         label = path.stem if len(content["results"]) == 1 else f"{path.stem} ({name})"
         sheets = sorted(path.with_suffix(".work").glob(f"sheet-{name}-*.png"))
-        about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")}
+        about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")} | {"decoding": result.get("decoding")}
         entries.append(Entry(label, str(path), numbers, about, sheets))
     if not entries:
         raise UserError(f"{path}: key results: holds nothing")

@@ -46,6 +46,7 @@ def test_everything_stands_in_one_table(tmp_path, monkeypatch):
     seen = found["halton", "scene accuracy, seen: overall"]
     assert (seen["value"], seen["low"], seen["high"]) == ("0.5", "0.4", "0.6")
     page = (tmp_path / "side-by-side.html").read_text()
+    assert "&quot;precision&quot;: &quot;fp32&quot;" in page  # how pictures were drawn
     assert page.count("<h2>") >= 2 and (tmp_path / "a/run/report.html").is_file() and (tmp_path / "b/run/metrics.json").is_file()
 
 
