@@ -271,11 +271,13 @@ class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
 
     passes: forward passes of the network a step, which the cost of a step goes by; one without a gradient is a third. draws: whether the network that it
-    teaches draws pictures; a critic does not. reads_errors: whether it needs `TokenBatch.error`.
+    teaches draws pictures; a critic does not. causal: whether it teaches causal networks, or all others. reads_errors: whether
+    it needs `TokenBatch.error`.
     """
 
     passes: float = 1
     draws: bool = True
+    causal: bool = False
     reads_errors: bool = False
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:

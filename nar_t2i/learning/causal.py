@@ -13,6 +13,8 @@ from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, Toke
 class Causal(LearningStrategy):
     """The mean negative log-likelihood of each token given the ones before it."""
 
+    causal = True
+
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         slots = torch.arange(network.spec.length, device=batch.tokens.device).expand(len(batch.tokens), -1)
         state = TokenState(batch.tokens, torch.zeros_like(slots, dtype=torch.bool))

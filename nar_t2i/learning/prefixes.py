@@ -20,6 +20,8 @@ class Prefixes(LearningStrategy):
     stand for all of them. They are three quarters of an image, and the easiest. Validation asks about all.
     """
 
+    causal = True
+
     def __init__(self, last: float = 1 / 3):
         super().__init__()
         if not 0 < last <= 1:
@@ -27,6 +29,8 @@ class Prefixes(LearningStrategy):
         self.last = last
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        if not hasattr(network, "lesson"):
+            raise UserError(f"Prefixes teaches a PrefixDecoder; {type(network).__name__} has no order in stages")
         lesson, behind = network.lesson, network.spec.length - sum(network.stages)
         weights = torch.ones(len(lesson.places), device=batch.tokens.device)
         count = max(1, round(self.last * behind)) if self.training else behind

@@ -90,6 +90,9 @@ class GeneratorModule(TrainedModule):
         self.text = text
         self.null = NullCaption(text.widths, text.pooled_width, null_length)
         self.network = network(codec.spec, text.widths)
+        if self.network.causal != learning.causal:
+            sees = "only what stands before, which Causal teaches, and Prefixes" if self.network.causal else "all slots at once"
+            raise UserError(f"learning {type(learning).__name__} does not teach {type(self.network).__name__}, which sees {sees}")
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning import Prefixes
+from nar_t2i.learning import Causal, Masked, Prefixes
+from nar_t2i.networks import CausalDecoder, EncoderDecoder, PrefixDecoder
 from nar_t2i.noise import Noise
+from nar_t2i.training import GeneratorModule
 from nar_t2i.types import TokenBatch
 from tests.inference.test_confidence import make_condition
 from tests.networks.test_prefix import make_network, tokens_of, whole
+from tests.toys import ToyCodec, ToyText
 
 
 def lost(strategy, network, progress=0.5, rows=2):
@@ -46,3 +49,21 @@ def test_a_share_that_is_none_is_refused(last):
 def test_a_last_stage_of_one_slot_is_asked_about():
     network = make_network(stages=[15])
     assert lost(Prefixes(0.3), network) == lost(Prefixes(1.0), network)
+
+
+@pytest.mark.parametrize(("network", "learning"), [(PrefixDecoder, Masked()), (CausalDecoder, Masked()), (EncoderDecoder, Causal()), (EncoderDecoder, Prefixes())])
+def test_what_does_not_teach_a_network_is_refused_before_training(network, learning):
+    """Masked training of a causal network would show it what it should foretell."""
+
+    def make(learning):
+        return GeneratorModule(ToyCodec(), ToyText(), lambda spec, widths: network(spec, widths, width=16, depth=1, heads=2), learning)
+
+    with pytest.raises(UserError, match=f"{type(learning).__name__} does not teach {network.__name__}"):
+        make(learning)
+    assert make(Causal() if network.causal else Masked()).learning.causal == network.causal
+
+
+def test_a_causal_network_without_stages_is_refused():
+    network = CausalDecoder(make_network().spec, (8,), width=16, depth=1, heads=2).double()
+    with pytest.raises(UserError, match="CausalDecoder has no order in stages"):
+        lost(Prefixes(), network)
