@@ -4,7 +4,8 @@
 
 Every entry is a model and the recipe that it decodes by. The first, the autoregressive twin, is what the others are compared
 with, pair by pair; beside that stands the distance to a generator without any mistake, which no twin can be better than,
-however long it is trained. What is drawn already is kept in the folder of --out. Verdicts, one a prompt, are part of the result.
+however long it is trained, and for which --sets further brings as many seen prompts again. What is drawn already is kept in the folder
+of --out. Verdicts, one a prompt, are part of the result.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import results
 from PIL import Image
 
 from nar_t2i import recipe
-from nar_t2i.evaluation.comparison import mean_interval
+from nar_t2i.evaluation.comparison import paired_interval
 from nar_t2i.evaluation.drawing import draw_prompts
+from nar_t2i.evaluation.prompt_generator import PER_CATEGORY, generate
 from nar_t2i.evaluation.scene_accuracy import verdicts, wilson
-from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, take
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.generate import contact_sheet, shipped_model
 from nar_t2i.hardware import fast_precision, usable_cores
@@ -50,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
     parser.add_argument("--only", nargs="*", default=list(ENTRIES), metavar="ENTRY", help="default: all")
-    parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out"))
+    parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out", "further"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
     out = Path(parsed.out)
@@ -58,7 +60,7 @@ def main() -> int:
     judged: dict[str, dict[str, Any]] = {}
     for name in parsed.only:
         path = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        judged[name] = read_json(path) if path.exists() else judge(name, parsed.prompts, parsed.sets, path)
+        judged[name] = judge(name, parsed.prompts, parsed.sets, path)
         results.write(out / "few-passes.json", rows(judged), prompts_a_category=parsed.prompts)
     for row in rows(judged):
         print(row)
@@ -66,39 +68,53 @@ def main() -> int:
 
 
 def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -> dict[str, Any]:
-    """Draw all prompts, and write what each picture was found to be, and a sheet."""
+    """Draw the prompts of the sets that are not there yet, and write what each picture was found to be, and a sheet."""
     folder, how = ENTRIES[name]
+    found: dict[str, Any] = read_json(path) if path.exists() else {"recipe": how}
+    left = [which for which in sets if which not in found]
+    if not left:
+        return found
     t2i, model = TextToImage.from_pretrained(folder or shipped_model()), recipe.load(how).config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
-    found: dict[str, Any] = {"recipe": how, "parameters": sum(p.numel() for p in t2i.network.parameters())}
-    for which in sets:
-        prompts = take(committed(which), prompts_a_category)
+    found["parameters"] = sum(p.numel() for p in t2i.network.parameters())
+    for which in left:
+        prompts = further(prompts_a_category) if which == "further" else take(committed(which), prompts_a_category)
         drawn = draw_prompts(
             t2i, prompts, batch_size=64, bf16=fast_precision() != "32-true", workers=usable_cores(), name=f"{name}, {which}"
         )
         found[which] = [int(right) for right in verdicts(drawn.images, prompts, usable_cores())]
-        found |= {"passes": drawn.passes, "rows": drawn.rows, "seconds_an_image": drawn.seconds / len(prompts)}
+        for key, value in (("passes", drawn.passes), ("rows", drawn.rows), ("seconds_an_image", drawn.seconds / len(prompts))):
+            found.setdefault(key, value)  # the time is of the machine that drew the first set
         if which == "seen" and isinstance(t2i.inference, BestOf):
             chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
             sheet = contact_sheet([Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8)
             sheet.save(path.with_suffix(".png"))
-    write_json(path, found)
+        write_json(path, found)
     return found
+
+
+def further(prompts_a_category: int) -> list[ScenePrompt]:
+    """Seen combinations in sentences that are neither among the committed prompts nor among those that decoding was tuned on."""
+    taken = {prompt.prompt for prompt in (*committed("seen"), *generate("seen", seed=1))}
+    drawn = generate("seen", 2 * prompts_a_category + PER_CATEGORY, seed=2)
+    return take([prompt for prompt in drawn if prompt.prompt not in taken], prompts_a_category)
 
 
 def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One an entry. deficit: the reference's accuracy less the entry's, a mean of paired differences with its 95% interval, on
-    seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong."""
+    seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them."""
     reference = next(iter(judged.values()))
     found = []
     for name, entry in judged.items():
         seen = np.array(entry["seen"], dtype=float)
-        deficit = mean_interval(np.array(reference["seen"], dtype=float) - seen)
+        every = [*entry["seen"], *entry.get("further", [])]
+        deficit = paired_interval(np.array(reference["seen"], dtype=float)[None] - seen)
         found.append({
             "entry": name, "recipe": entry["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
             "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
             "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high,
-            "to_perfect": 1 - wilson(seen.sum(), len(seen))[0], "seconds_an_image": entry["seconds_an_image"],
+            "further": float(np.mean(entry["further"])) if "further" in entry else None,
+            "to_perfect": 1 - wilson(sum(every), len(every))[0], "of": len(every), "seconds_an_image": entry["seconds_an_image"],
         })  # fmt: skip
     return found
 

@@ -16,7 +16,8 @@ from nar_t2i.cli import main
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.comparison import changes, compare, mean_interval
+from nar_t2i.evaluation.comparison import changes, compare, paired_interval, seeds_interval, share_interval
+from nar_t2i.evaluation.scene_accuracy import wilson
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
@@ -203,7 +204,7 @@ def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
     shutil.rmtree("out", ignore_errors=True)
     assert main(["ablate", "learning/masked", *LINE, "--seeds", "2", "--equal", "steps"]) == 0
     (row,) = json.loads((beside_a_quickstart / "out/comparison.json").read_text())["rows"]
-    assert row["seeds"] == 2 and row["spread"] is not None
+    assert row["seeds"] == 2 and row["spread"] is not None and row["over_seeds"] is None  # itself the reference
     one, other = ((beside_a_quickstart / f"out/runs/{seed}/masked/metrics.csv").read_text() for seed in (0, 1))
     assert one != other
 
@@ -243,16 +244,42 @@ def test_differences_are_paired():
     assert rows[0].forward_passes == 20 and rows[0].spread is None
 
 
-def test_intervals_hold_what_they_say():
-    draw, inside = np.random.default_rng(1), 0
+@pytest.mark.parametrize("share", [0.02, 0.3])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_hold_what_they_say(share, seeds):
+    """The mean over prompts, whether those of several seeds are hard or easy together or not, and paired differences."""
+    draw, inside, paired = np.random.default_rng(1), 0, 0
     for _ in range(400):
-        interval = mean_interval((draw.random(500) < 0.3).astype(float))
-        inside += interval.low <= 0.3 <= interval.high
-    assert 0.92 < inside / 400 < 0.98
+        easy = np.clip(draw.normal(share, share / 3, 500), 0, 1)  # how often each prompt comes out right
+        first, second = ((draw.random((seeds, 500)) < easy).astype(float) for _ in range(2))
+        interval, difference = share_interval(first), paired_interval(first - second)
+        inside += interval.low <= share <= interval.high
+        paired += difference.low <= 0 <= difference.high
+    assert 0.92 < inside / 400 < 0.985 and 0.92 < paired / 400 < 0.985
 
 
-def test_the_spread_over_seeds_stands_apart():
-    rows = compare({"one": judged([1] * 60 + [0] * 40, [1] * 40 + [0] * 60)})
-    assert rows[0].seen.mean == 0.5 and rows[0].spread == pytest.approx(0.1 * 2**0.5)
+def test_no_interval_is_without_width():
+    for passed in (np.zeros((1, 100)), np.ones((2, 100))):
+        interval, difference = share_interval(passed), paired_interval(passed - passed)
+        assert interval.high - interval.low == pytest.approx(0.037, abs=1e-3) and 0 <= interval.low <= interval.high <= 1
+        assert difference.mean == 0 and difference.high == -difference.low == pytest.approx(0.019, abs=1e-3)
+    assert share_interval(np.array([[1.0] * 30 + [0.0] * 70])).low == pytest.approx(wilson(30, 100)[0])
+
+
+@pytest.mark.parametrize(("seeds", "t"), [(2, 12.7062), (3, 4.30265), (10, 2.26216), (11, 2.22814), (31, 2.04227)])
+def test_the_interval_over_seeds_is_student_s(seeds, t):
+    values = np.random.default_rng(seeds).normal(size=seeds)
+    interval = seeds_interval(values)
+    assert (interval.high - interval.mean) / (values.std(ddof=1) / seeds**0.5) == pytest.approx(t, rel=1.5e-3)
+
+
+def test_what_other_trainings_would_give_stands_apart():
+    first, second = [1] * 60 + [0] * 40, [1] * 40 + [0] * 60
+    rows = compare({"base": judged(first, second), "up": judged([1] * 64 + [0] * 36, [1] * 46 + [0] * 54), "one": judged([1] * 70 + [0] * 30)})
+    assert rows[0].seen.mean == 0.5 and rows[0].spread == pytest.approx(0.1 * 2**0.5) and rows[0].over_seeds is None
+    over = rows[1].over_seeds  # differences of 0.04 and 0.06
+    assert over.mean == rows[1].difference.mean == pytest.approx(0.05) and over.high - over.mean == pytest.approx(12.7062 * 0.01, rel=1e-3)
+    assert rows[1].difference.low > 0 > over.low  # sure of these trainings, not of others
+    assert rows[2].difference.mean == pytest.approx(0.1) and rows[2].over_seeds is None  # with the reference's first seed
     with pytest.raises(UserError, match="judged on"):
         compare({"one": judged([1, 0, 1]), "other": judged([1, 0])})

@@ -1,9 +1,9 @@
 """Ablations side by side: one table, two plots and a grid of pictures, from what `nar-t2i ablate` has judged.
 
 Accuracies are means over the categories. All entries draw the same prompts with the same seeds, so that the difference
-between two of them is a mean of paired differences, whose interval is far narrower than those of the accuracies. Intervals
-are of the sampling of prompts and pictures (normal, 95%); what another training would give is the spread over seeds, which
-stands apart.
+between two of them is a mean of paired differences, whose interval is far narrower than those of the accuracies. Both are 95%
+intervals of the sampling of prompts and pictures, for the trainings at hand; what other trainings would give stands apart: the
+spread over seeds, and the interval that it leaves of the difference.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import numpy as np
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table
+from nar_t2i.evaluation.scene_accuracy import Z95, wilson
 from nar_t2i.folders import flat, read_json, write_json
 
-Z95 = 1.959964
+T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t at 97.5%, by degrees of freedom
 COLUMNS = ("name", "seen", "seen_low", "seen_high", "held_out", "difference", "difference_low", "difference_high", "passes",
-           "seconds_an_image", "seeds", "spread", "steps", "forward_passes", "changes")  # fmt: skip
+           "seconds_an_image", "seeds", "spread", "over_seeds_low", "over_seeds_high", "steps", "forward_passes", "changes")  # fmt: skip
 
 
 class Interval(NamedTuple):
@@ -37,8 +38,9 @@ class Interval(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One entry. seen, held_out: accuracies. difference: of `seen` to the first entry's; None for that one. spread: the
-    standard deviation of `seen` over seeds, None with one. forward_passes: of the network, in all of training. changes: see `changes`."""
+    """One entry. seen, held_out: accuracies. difference: of `seen` to the first entry's, over the seeds that both have; None for
+    that one. spread: the standard deviation of `seen` over seeds, over_seeds: the difference with the interval that other seeds
+    leave of it; None with one. forward_passes: of the network, in all of training. changes: see `changes`."""
 
     name: str
     seen: Interval
@@ -48,38 +50,64 @@ class Row(NamedTuple):
     seconds_an_image: float
     seeds: int
     spread: float | None
+    over_seeds: Interval | None
     steps: int
     forward_passes: int
     strategy: dict[str, Any]
     changes: str
 
 
-def mean_interval(values: np.ndarray) -> Interval:
-    """Of the mean of independent values."""
-    mean = float(values.mean())
-    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+def share_interval(passed: np.ndarray) -> Interval:
+    """passed: (seeds, prompts), 0 or 1. Wilson's interval of their mean over the sampling of prompts, for as many prompts as are
+    as uncertain apart as the means over seeds are."""
+    means = passed.mean(0)
+    share, variance = float(means.mean()), float(means.var())
+    count = len(means) * share * (1 - share) / variance if variance else len(means)
+    return Interval(share, *wilson(share * count, count))
+
+
+def paired_interval(differences: np.ndarray) -> Interval:
+    """differences: (seeds, prompts), of 0 or 1. The interval of their mean over the sampling of prompts, with half a pair more of each
+    of the four kinds, so that few pairs that differ do not seem certain (Agresti and Min 2005)."""
+    values = differences.mean(0)
+    count, total = len(values) + 2, float(values.sum())
+    middle = total / count
+    half = Z95 * math.sqrt(max((float(np.square(values).sum()) + 1) / count - middle**2, 0.0) / count)
+    return Interval(float(values.mean()), middle - half, middle + half)
+
+
+def seeds_interval(values: np.ndarray) -> Interval:
+    """values: (seeds,), one a training, at least two. Student's interval of their mean."""
+    freedom, mean = len(values) - 1, float(values.mean())
+    # The expansion of Abramowitz and Stegun 26.7.5, right to 0.003 from ten degrees on.
+    t = T95[freedom - 1] if freedom <= len(T95) else Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * freedom**2)
+    half = t * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
 def compare(judged: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """name → verdicts, one dict a seed; the first name is what the others are compared with."""
+    """name → verdicts, one dict a seed, from the first seed on; the first name is what the others are compared with."""
     rows: list[Row] = []
     reference: np.ndarray | None = None
     for name, seeds in judged.items():
         seen = np.array([verdicts["seen"]["passed"] for verdicts in seeds], dtype=float)  # (seeds, prompts)
         held_out = np.array([verdicts["held_out"]["passed"] for verdicts in seeds], dtype=float)
-        first = seeds[0]
-        if reference is not None and seen.shape[1] != reference.shape[0]:
-            raise UserError(f"{name} was judged on {seen.shape[1]} prompts, the first entry on {len(reference)}")
-        means = seen.mean(1)
+        first, means = seeds[0], seen.mean(1)
+        differences = None
+        if reference is not None:
+            if seen.shape[1] != reference.shape[1]:
+                raise UserError(f"{name} was judged on {seen.shape[1]} prompts, the first entry on {reference.shape[1]}")
+            shared = min(len(seen), len(reference))
+            differences = seen[:shared] - reference[:shared]
         rows.append(Row(
-            name, mean_interval(seen.mean(0)), mean_interval(held_out.mean(0)),
-            None if reference is None else mean_interval(seen.mean(0) - reference),
+            name, share_interval(seen), share_interval(held_out), None if differences is None else paired_interval(differences),
             first["passes"], float(np.mean([verdicts["seconds_an_image"] for verdicts in seeds])), len(seeds),
-            float(means.std(ddof=1)) if len(seeds) > 1 else None, first["steps"], round(first["steps"] * first["training_passes"]),
+            float(means.std(ddof=1)) if len(seeds) > 1 else None,
+            seeds_interval(differences.mean(1)) if differences is not None and len(differences) > 1 else None,
+            first["steps"], round(first["steps"] * first["training_passes"]),
             first["strategy"], changes(first["strategy"], next(iter(judged.values()))[0]["strategy"]),
         ))  # fmt: skip
-        reference = seen.mean(0) if reference is None else reference
+        reference = seen if reference is None else reference
     return rows
 
 
@@ -139,12 +167,13 @@ def cells(row: Row) -> list[str]:
     """What the table shows of a row."""
     spread = "–" if row.spread is None else f"{row.spread:.3f}"
     difference = "reference" if row.difference is None else _told(row.difference, "+.3f")
+    over_seeds = "–" if row.over_seeds is None else f"[{row.over_seeds.low:+.3f}, {row.over_seeds.high:+.3f}]"
     return [row.name, _told(row.seen), f"{row.held_out.mean:.3f}", difference, str(row.passes), f"{1000 * row.seconds_an_image:.0f}",
-            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread, row.changes]  # fmt: skip
+            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread, over_seeds, row.changes]  # fmt: skip
 
 
 HEAD = ("strategy", "seen [95%]", "held out", "difference in seen [95%]", "passes", "ms an image", "training steps",
-        "forward passes of training", "seeds", "spread over seeds", "in what it differs")  # fmt: skip
+        "forward passes of training", "seeds", "spread over seeds", "difference, over seeds", "in what it differs")  # fmt: skip
 
 
 def as_markdown(rows: Sequence[Row], machine: str) -> str:
@@ -157,9 +186,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        difference = row.difference or ("", "", "")
+        difference, over_seeds = row.difference or ("", "", ""), row.over_seeds or ("", "", "")
         writer.writerow([row.name, *row.seen, row.held_out.mean, *difference, row.passes, row.seconds_an_image, row.seeds,
-                         "" if row.spread is None else row.spread, row.steps, row.forward_passes, row.changes])  # fmt: skip
+                         "" if row.spread is None else row.spread, *over_seeds[1:], row.steps, row.forward_passes, row.changes])  # fmt: skip
     return file.getvalue()
 
 
@@ -181,7 +210,8 @@ def plot(rows: Sequence[Row]) -> bytes:
     costs = (("decoder passes", [row.passes for row in rows]), ("ms an image", [1000 * row.seconds_an_image for row in rows]))
     for axes, (title, values) in zip(drawing.subplots(1, 2, sharey=True), costs):
         means = [row.seen.mean for row in rows]
-        axes.errorbar(values, means, [row.seen.mean - row.seen.low for row in rows], fmt="o", capsize=3)
+        below, above = ([abs(row.seen[end] - row.seen.mean) for row in rows] for end in (1, 2))
+        axes.errorbar(values, means, [below, above], fmt="o", capsize=3)
         line, labels = 0.024 * (max(means) - min(means) or 1.0), []  # names of points that lie close are put above each other
         for row, x, y in sorted(zip(rows, values, means), key=lambda point: point[2]):
             place = y

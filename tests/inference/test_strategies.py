@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference import (
+    Autoregressive,
     BestOf,
     Confidence,
     CriticGuided,
@@ -17,12 +18,13 @@ from nar_t2i.inference import (
     Halton,
     Moment,
     OneStep,
+    Particles,
     ProgressiveStages,
     Purity,
     RandomOrder,
 )
 from nar_t2i.inference.halton import halton_order, radical_inverse
-from nar_t2i.networks import TokenCritic
+from nar_t2i.networks import CausalDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli, Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
@@ -30,6 +32,7 @@ from nar_t2i.types import Known, TokenNetwork, TokenSpec
 from tests.inference.eager import Eager
 from tests.inference import test_confidence
 from tests.inference.test_confidence import SPEC, Watched, make_condition
+from tests.networks import test_prefix
 
 SCHEDULED = [
     Confidence(5), Confidence(4, "linear", 0.7, 2.0, final_temperature=0.2, top_k=3), Confidence(6, top_p=0.8), OneStep(),
@@ -140,10 +143,12 @@ def test_passes_end_when_nothing_is_left(strategy):
 
 
 def test_no_strategy_is_another_one():
-    traces = {}
-    for strategy in STRATEGIES + JUDGED:
+    traces, prefixes, twin = {}, test_prefix.make_network(), CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2).double()
+    torch.nn.init.normal_(twin.head.logits.weight)
+    ordered = [(Particles(4), prefixes), (Particles(4, temperature=0.5), prefixes), (Autoregressive(), twin), (Autoregressive(0.5), twin)]
+    for strategy, network in [(strategy, None) for strategy in STRATEGIES + JUDGED] + ordered:
         steps = []
-        found = decoded(strategy, on_step=steps.append)
+        found = decoded(strategy, network=network, on_step=steps.append)
         traces[f"{named(strategy)} {len(traces)}"] = torch.cat([torch.stack([s.masked for s in steps]).flatten().long(), found.tokens.flatten()])
     for (one, a), (other, b) in itertools.combinations(traces.items(), 2):
         assert a.shape != b.shape or not torch.equal(a, b), f"{one} and {other} decode alike"

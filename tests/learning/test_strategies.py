@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning import Causal, Masked, Progressive, Replaced, SelfConditioned, Unrolled
+from nar_t2i.learning import Causal, CriticOf, Masked, Prefixes, Progressive, Replaced, SelfConditioned, Unrolled
 from nar_t2i.learning.masked import draw_masks
+from nar_t2i.networks import PrefixDecoder, TokenCritic
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import FixedRatio, TruncatedGaussian, mask_ratio
@@ -69,6 +70,12 @@ def test_no_strategy_is_another_one():
     losses = [lost(strategy).item() for strategy in STRATEGIES]
     losses += [lost(strategy, Guided()).item() for strategy in (SelfConditioned(), SelfConditioned(1.0))]
     losses.append(lost(Causal()).item())
+    spec, widths = Watched().spec, ToyText().widths
+    prefixes, critic = (kind(spec, widths, width=16, depth=1, heads=2) for kind in (PrefixDecoder, TokenCritic))
+    for network in (prefixes, critic):
+        torch.nn.init.normal_(network.head.logits.weight)
+    losses += [lost(strategy, prefixes).item() for strategy in (Prefixes(), Prefixes(1.0))]
+    losses += [lost(CriticOf(Watched(), **how), critic).item() for how in ({}, {"label": "changed"}, {"redraw": "all"})]
     for (i, a), (j, b) in itertools.combinations(enumerate(losses), 2):
         assert a != pytest.approx(b, abs=1e-9), (i, j)
 
