@@ -77,7 +77,12 @@ def initialise(module: nn.Module, last_layers: Iterable[nn.Linear], depth: int) 
 
 
 def states_and_mask(projections: nn.ModuleList, norm: nn.LayerNorm, condition: Condition) -> tuple[Tensor, Tensor]:
-    """(B, L, width), the text streams projected and side by side, and (B, 1, 1, L), True = a word."""
+    """(B, L, width), the text streams projected and side by side, and (B, 1, 1, L), True = a word. UserError where a stream has
+    not the width that it is projected from."""
+    reads, given = [projection.in_features for projection in projections], [states.shape[-1] for states in condition.states]
+    if reads != given:
+        raise UserError(f"the network reads text states of the widths {reads}, and is given such of {given}: it was trained beside another "
+                        "text encoder")  # fmt: skip
     text = torch.cat([project(s) for project, s in zip(projections, condition.states, strict=True)], dim=1)
     return norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
 

@@ -210,6 +210,9 @@ def test_what_is_no_critic_of_these_tokens_is_refused(strategy):
     other = TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1, heads=2).double()
     with pytest.raises(UserError, match="the critic reads .*size=12.*, the generator draws .*size=11"):
         decoded(strategy(other))
+    reader = TokenCritic(SPEC, (6,), width=16, depth=1, heads=2).double()
+    with pytest.raises(UserError, match=r"reads text states of the widths \[6\], and is given such of \[8\]: it was trained beside another"):
+        decoded(strategy(reader))
 
 
 def test_a_critic_is_a_folder_too(tmp_path):

@@ -88,6 +88,12 @@ def test_two_streams_of_text():
         assert not torch.allclose(other, whole, atol=1e-3), f"stream {stream} is not read"
 
 
+def test_other_streams_of_text_are_an_error():
+    for widths in ((7,), (6, 6)):
+        with pytest.raises(UserError, match="trained beside another text encoder"):
+            network().prepare(condition(widths=widths))
+
+
 def test_positions_can_be_given():
     net, tokens = network(), state()
     prepared = net.prepare(condition())
