@@ -48,27 +48,40 @@ class Broken(Exception):
 
 
 class _Hashing:
-    """A file that knows the sha256 of what was written to it."""
+    """A file that knows the sha256 of what was written to it, and why no more could be."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+        self.file, self.digest, self.bytes, self.failed = file, hashlib.sha256(), 0, None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Save tensors and plain values, down to the disk; what the manifest says of the file."""
-    with open(path, "wb") as file:
-        hashing = _Hashing(file)
-        torch.save(content, hashing)
-        file.flush()
-        os.fsync(file.fileno())
+    """Save tensors and plain values, down to the disk; what the manifest says of the file. Raises OSError with the path where it
+    cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            hashing = _Hashing(file)
+            try:
+                torch.save(content, hashing)
+            except RuntimeError:  # torch then closes its archive, and says only that it is too short
+                if hashing.failed is None:
+                    raise
+                raise hashing.failed from None
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
 
 
