@@ -25,10 +25,11 @@ from nar_t2i.evaluation.comparison import paired_interval
 from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.prompt_generator import PER_CATEGORY, generate
 from nar_t2i.evaluation.scene_accuracy import verdicts, wilson
-from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, take
+from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt, committed, take
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.generate import contact_sheet, shipped_model
 from nar_t2i.hardware import fast_precision, usable_cores
+from nar_t2i.hashing import weights_hash
 from nar_t2i.inference import BestOf
 from nar_t2i.parts import build
 from nar_t2i.pipeline import TextToImage
@@ -57,27 +58,34 @@ def main() -> int:
     parsed = parser.parse_args()
     out = Path(parsed.out)
     out.mkdir(parents=True, exist_ok=True)
-    judged: dict[str, dict[str, Any]] = {}
     for name in parsed.only:
-        path = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        judged[name] = judge(name, parsed.prompts, parsed.sets, path)
-        results.write(out / "few-passes.json", rows(judged), prompts_a_category=parsed.prompts)
-    for row in rows(judged):
+        judge(name, parsed.prompts, parsed.sets, kept(out, name))
+    files = {name: read_json(kept(out, name)) for name in ENTRIES if kept(out, name).exists()}
+    judged = {name: entry for name, entry in files.items() if len(entry.get("seen", ())) == parsed.prompts * len(CATEGORIES)}
+    found = rows(judged) if judged else []
+    results.write(out / "few-passes.json", found, prompts_a_category=parsed.prompts)
+    for row in found:
         print(row)
     return 0
 
 
-def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -> dict[str, Any]:
-    """Draw the prompts of the sets that are not there yet, and write what each picture was found to be, and a sheet."""
+def kept(out: Path, name: str) -> Path:
+    """The file of an entry's verdicts."""
+    return out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+
+
+def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -> None:
+    """Draw the prompts of the sets that are not there yet, and write what each picture was found to be, and a sheet. Ends where
+    those that are there are of other prompts, weights or settings."""
     folder, how = ENTRIES[name]
-    found: dict[str, Any] = read_json(path) if path.exists() else {"recipe": how}
-    left = [which for which in sets if which not in found]
-    if not left:
-        return found
     t2i, model = TextToImage.from_pretrained(folder or shipped_model()), recipe.load(how).config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
-    found["parameters"] = sum(p.numel() for p in t2i.network.parameters())
-    for which in left:
+    made_by = {"recipe": how, "prompts": prompts_a_category * len(CATEGORIES), "weights": weights_hash(t2i.network),
+               "inference": model["inference"], "guidance": model["guidance"]}  # fmt: skip
+    found: dict[str, Any] = read_json(path) if path.exists() else {"made_by": made_by, "parameters": sum(p.numel() for p in t2i.network.parameters())}
+    if found["made_by"] != made_by:
+        sys.exit(f"{path}: was made by {found['made_by']}, and this is {made_by}; name another folder with --out, or delete it")
+    for which in (which for which in sets if which not in found):
         prompts = further(prompts_a_category) if which == "further" else take(committed(which), prompts_a_category)
         drawn = draw_prompts(
             t2i, prompts, batch_size=64, bf16=fast_precision() != "32-true", workers=usable_cores(), name=f"{name}, {which}"
@@ -90,7 +98,6 @@ def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -
             sheet = contact_sheet([Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8)
             sheet.save(path.with_suffix(".png"))
         write_json(path, found)
-    return found
 
 
 def further(prompts_a_category: int) -> list[ScenePrompt]:
@@ -101,16 +108,16 @@ def further(prompts_a_category: int) -> list[ScenePrompt]:
 
 
 def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One an entry. deficit: the reference's accuracy less the entry's, a mean of paired differences with its 95% interval, on
+    """One an entry. deficit: the first one's accuracy less the entry's, a mean of paired differences with its 95% interval, on
     seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them."""
-    reference = next(iter(judged.values()))
+    reference_name, reference = next(iter(judged.items()))
     found = []
     for name, entry in judged.items():
         seen = np.array(entry["seen"], dtype=float)
         every = [*entry["seen"], *entry.get("further", [])]
         deficit = paired_interval(np.array(reference["seen"], dtype=float)[None] - seen)
         found.append({
-            "entry": name, "recipe": entry["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
+            "entry": name, "compared_with": reference_name, "recipe": entry["made_by"]["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
             "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
             "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high,
             "further": float(np.mean(entry["further"])) if "further" in entry else None,

@@ -77,15 +77,21 @@ def main(arguments: argparse.Namespace) -> int:
     for entry in entries:  # what is there was made with these settings, or nothing is added to it
         check_settings(entry, out, arguments.equal, arguments.prompts)
     failed: list[Entry] = []
+    untrained: set[Path] = set()  # runs that failed
     for entry in entries if arguments.task is None else tasks[arguments.task]:
         try:
-            if entry.run in {other.run for other in failed}:
+            if entry.run in untrained:
                 raise UserError(f"the run {entry.run} failed")
             if status := done(entry, out, arguments):
                 return status
-        except UserError as error:
-            print(f"✗ {entry.name}, seed {entry.seed}: {error}", file=sys.stderr, flush=True)
+        except (UserError, RuntimeError) as error:  # of which a device that is out of memory is one
+            if not isinstance(error, UserError) and os.environ.get("NAR_T2I_TRACEBACK") == "1":
+                raise
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            print(f"✗ {entry.name}, seed {entry.seed}: {reason}", file=sys.stderr, flush=True)
             failed.append(entry)
+            if not trained(entry):
+                untrained.add(entry.run)
     if failed:
         names = ", ".join(f"{entry.name} (seed {entry.seed})" for entry in failed)
         raise UserError(f"not done: {names}; why is said above. The same command goes on with them, and one without their recipes "
@@ -111,8 +117,8 @@ def folder_of(entry: Entry, out: Path) -> Path:
 def check_settings(entry: Entry, out: Path, equal: str, prompts: int) -> None:
     """UserError where a run that has begun, or verdicts, of this entry were made with other settings."""
     begun = any((entry.run / name).is_dir() for name in ("checkpoints", "model"))
-    if begun and (trained := entry.run / "ablation.json").exists():  # it is not where nar-t2i fit has trained the run
-        check_same(trained, {"training": entry.training, "equal": equal})
+    if begun and (how := entry.run / "ablation.json").exists():  # it is not where nar-t2i fit has trained the run
+        check_same(how, {"training": entry.training, "equal": equal})
     if (settings := folder_of(entry, out) / "settings.json").exists():
         check_same(settings, {"config": entry.config, "prompts": prompts})
 
@@ -191,12 +197,17 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
     return entries
 
 
+def trained(entry: Entry) -> bool:
+    """Whether the run of an entry is at its end."""
+    return (entry.run / "model/config.json").exists()
+
+
 def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     """Train the run of an entry, or go on with it; the exit status."""
     from nar_t2i.training.command import run
 
     steps = entry.config["trainer"]["max_steps"]
-    if (entry.run / "model/config.json").exists():
+    if trained(entry):
         return 0
     own = {
         "run_dir": str(entry.run),
@@ -252,8 +263,11 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
 
 
 def _steps(run: Path) -> int:
-    """Optimizer steps that a run has taken."""
+    """Optimizer steps that a run has taken: those of its newest checkpoint or, where it has none left, the last that it logged."""
     from nar_t2i.evaluation.report_curves import read_curves
+    from nar_t2i.training.checkpoints import latest, step_of
 
+    if newest := latest(run):
+        return step_of(newest)
     curves = read_curves(run / "metrics.csv")
     return int(max(steps[-1] for steps, _ in curves.values())) + 1

@@ -65,8 +65,11 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
             raise UserError(f"{metric.name} needs {NEEDS[metric.features]}; nothing stands in for its weights")
         if arguments.data is None:
             raise UserError(f"{metric.name} needs --data: captions to draw, and their pictures to compare with")
-    if arguments.data is not None and not protocol.metrics:
-        raise UserError("--data: none of the metrics uses it; name others with --metrics")
+    used = {metric.features for metric in protocol.metrics}
+    for name, value, has_use in (("data", arguments.data, used), ("count", arguments.count, used),
+                                 *((kind, getattr(arguments, kind), kind in used) for kind in NEEDS)):  # fmt: skip
+        if value is not None and not has_use:
+            raise UserError(f"--{name}: none of the metrics uses it; name others with --metrics")
     if not protocol.scene_accuracy and (arguments.prompts or arguments.per_category):
         raise UserError("--prompts and --per-category are for scene_accuracy, which is none of the metrics")
     if arguments.per_category is not None and arguments.per_category < 1:
@@ -122,6 +125,7 @@ class Evaluation:
         self.features: list[Features] = []
         self.drawn: Chosen | None = None
         self.real: Chosen | None = None
+        self.image_size: int | None = None  # of what is drawn, and compared with
 
     def work(self) -> None:
         """Draw all that is missing. All ranks must call it."""
@@ -174,6 +178,7 @@ class Evaluation:
         if not self.protocol.metrics:
             return
         protocol = self.protocol
+        self.image_size = image_size
         source = open_data(self.arguments.data, protocol.count, image_size)
         self.drawn = Chosen(source, protocol.count, protocol.choice_seed, protocol.caption)
         if any(metric.needs_real for metric in protocol.metrics):
@@ -188,7 +193,7 @@ class Evaluation:
             "seed": self.protocol.seed,
             "prompts": {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()},
             "data": self.drawn and self.drawn.identity(), "reference": self.protocol.reference,
-            "features": {features.name: features.protocol for features in self.features},
+            "features": {features.name: features.protocol for features in self.features},  # all of what each can say is kept
         }  # fmt: skip
 
     def _make_folder(self) -> None:
@@ -221,14 +226,12 @@ class Evaluation:
         images, facts = draw(texts, samples)
         self._sheet(name, "captions", images, texts, samples)
         tensors = {features.name: features.of_images(images) for features in self.features}
-        wanted = {metric.features for metric in self.protocol.metrics if metric.needs_texts}
-        tensors |= {f"{features.name}-texts": features.of_texts(texts) for features in self.features if features.name in wanted}
+        tensors |= {f"{features.name}-texts": features.of_texts(texts) for features in self.features if features.has_texts}
         return Piece(tensors, facts)
 
     def _real_piece(self, samples: range, size: int) -> Piece:
         images = self.real.images(samples, size)
-        wanted = {metric.features for metric in self.protocol.metrics if metric.needs_real}
-        return Piece({features.name: features.of_images(images) for features in self.features if features.name in wanted}, {})
+        return Piece({features.name: features.of_images(images) for features in self.features}, {})
 
     def _sheet(self, name: str, kind: str, images: torch.Tensor, texts: list[str], samples: range) -> None:
         if samples.start == 0:
@@ -270,7 +273,7 @@ class Evaluation:
         told: dict[str, Any] = {"name": protocol.name, "seed": protocol.seed}
         if self.drawn is not None:
             told["data"] = {key: value for key, value in self.drawn.identity().items() if key != "blocks"}
-            told["real"] = {"which": protocol.reference, "resize": RESIZE} if self.real is not None else None
+            told["real"] = {"which": protocol.reference, "resize": RESIZE, "pixels": self.image_size} if self.real is not None else None
             told["features"] = {features.name: features.protocol for features in self.features}
         if self.arguments.prompts:
             told["scene_prompts"] = {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()}

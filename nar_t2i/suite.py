@@ -98,10 +98,12 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
 
 
 def _settle(path: Path, settings: dict[str, Any], out: Path) -> None:
-    if path.exists() and out.is_dir() and any(out.iterdir()):  # something was drawn by them
+    if not (out.is_dir() and any(out.iterdir())):
+        write_json(path, settings)
+    elif path.exists():
         check_same(path, settings)
     else:
-        write_json(path, settings)
+        raise UserError(f"{out}: holds files, and nothing says what drew them, since {path} is missing; name another folder with --out")
 
 
 def _write(suite: Suite, out: Path, work: Path, item: Item, files: dict[str, list[int]], images: Sequence[Image.Image]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nar_t2i.ablate import apart, leaving_on_signals, plan
 from nar_t2i.cli import main
@@ -18,6 +19,7 @@ from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.comparison import changes, compare, paired_interval, seeds_interval, share_interval
 from nar_t2i.evaluation.scene_accuracy import wilson
+from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
@@ -167,6 +169,33 @@ def test_a_recipe_that_trains_otherwise_needs_a_run_of_its_own(tmp_path):
     assert first.run == second.run and first.config != second.config
     with pytest.raises(UserError, match="other.yaml trains otherwise than learning/masked, but has its run_dir"):
         plan(["learning/masked", str(other)], None, 1, [], tmp_path)
+
+
+def test_steps_are_those_that_were_taken_however_often_they_are_logged(beside_a_quickstart, monkeypatch):
+    monkeypatch.chdir(beside_a_quickstart)
+    seldom = ["--override", "trainer.log_every_n_steps=3", "--override", "trainer.max_steps=8", "--out", "seldom"]
+    assert main(["ablate", "learning/masked", "learning/unrolled", *LINE, *seldom]) == 0
+    content = json.loads(Path("seldom/comparison.json").read_text())
+    assert [row["steps"] for row in content["rows"]] == [8, 4] and [row["forward_passes"] for row in content["rows"]] == [8, 8]
+    assert content["prompts"]["seen"] == dict.fromkeys(CATEGORIES, 1)
+
+
+def test_a_way_to_decode_that_fails_ends_neither_its_run_nor_others(beside_a_quickstart, monkeypatch, capsys):
+    import nar_t2i.ablate as module
+
+    judge = module.judge
+
+    def failing(entry, folder, prompts):
+        if entry.name == "halton":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        judge(entry, folder, prompts)
+
+    monkeypatch.chdir(beside_a_quickstart)
+    monkeypatch.setattr(module, "judge", failing)
+    assert main(["ablate", "learning/masked", "inference/halton", "inference/one_step", *LINE, "--out", "halting"]) == 2
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert "✗ halton, seed 0: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in lines
+    assert "not done: halton (seed 0); " in last and Path("halting/judged/one_step-0/settings.json").exists()
 
 
 def test_a_mistake_in_the_last_recipe_is_told_before_the_first_is_trained(beside_a_quickstart, monkeypatch, capsys):

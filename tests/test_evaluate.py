@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_the_pictures_and_their_protocol_is_told(place,
     assert result["fid"]["samples"] == result["fid"]["real_samples"] == 23
     assert result["decoding"] == {**result["decoding"], "steps": 2, "seed": 7, "decoder_passes": 2, "guidance_scale": 3.0}
     assert told["features"]["inception"]["file"] == "inception.pt" and len(told["features"]["inception"]["sha256"]) == 64
-    assert told["data"]["samples"] == 23 and "Lanczos" in told["real"]["resize"] and told["seed"] == 7
+    assert told["data"]["samples"] == 23 and "Lanczos" in told["real"]["resize"] and told["seed"] == 7 and told["real"]["pixels"] == 16
     assert "NOT FID" in result["scene_frechet"]["protocol"]["about"]
     assert (tmp_path / "out.work/sheet-model-captions.png").is_file() and found["kind"] == "evaluation"
 
@@ -186,12 +186,26 @@ def test_a_run_without_averaged_weights_says_so(place, run, tmp_path, capsys):
     assert main([*line, "--weights", "raw"]) == 0
 
 
+def test_more_metrics_of_the_same_features_need_no_drawing(place, clip, tmp_path, monkeypatch):  # noqa: F811
+    line = ("--data", "@shards", "--clip", str(clip))
+    for before, after in (("clip_score", "clip_score,cmmd"), ("cmmd", "cmmd,clip_score"), ("clip_score,scene_frechet", "cmmd,scene_frechet")):
+        out = tmp_path / before / "out.json"
+        out.parent.mkdir()
+        evaluate(place, out, "--metrics", before, *line)
+        fresh = evaluate(place, out.with_name("fresh.json"), "--metrics", after, *line)
+        with monkeypatch.context() as patch:
+            patch.setattr(TextToImage, "sample", None)
+            assert numbers(evaluate(place, out, "--metrics", after, *line)) == numbers(fresh)
+
+
 @pytest.mark.parametrize("options, said", [
     (["--metrics", "fid", "--data", "@shards"], "fid needs --inception FILE; nothing stands in for its weights"),
     (["--metrics", "cmmd", "--data", "@shards"], "cmmd needs --clip FOLDER"),
     (["--metrics", "scene_frechet"], "scene_frechet needs --data"),
     (["--metrics", "fiddle"], "'fiddle' is no metric; there are scene_accuracy, fid, kid"),
     (["--data", "@shards"], "--data: none of the metrics uses it"),
+    (["--count", "3"], "--count: none of the metrics uses it"), (["--clip", "nowhere"], "--clip: none of the metrics uses it"),
+    (["--metrics", "scene_frechet", "--data", "@shards", "--inception", "@inception.pt"], "--inception: none of the metrics uses it"),
     (["--metrics", "scene_frechet", "--data", "@shards", "--per-category", "2"], "are for scene_accuracy"),
     (["--metrics", "scene_frechet", "--data", "@shards", "--count", "24"], "holds 23 samples, and 24 are asked for"),
     (["--metrics", "scene_frechet", "--data", "@nowhere"], "shards do not exist"),

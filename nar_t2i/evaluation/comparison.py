@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,9 @@ def write_comparison(out: Path, judged: dict[str, list[Path]]) -> Path:
     rows = compare(verdicts)
     machines = {_machine(found["machine"]) for seeds in verdicts.values() for found in seeds}
     machine = "; and ".join(sorted(machines))
+    first = next(iter(verdicts.values()))[0]
     write_json(out / "comparison.json", {
+        "prompts": {which: Counter(first[which]["category"]) for which in ("seen", "held_out")},
         "machine": machine, "judged": {name: [os.path.relpath(folder.resolve(), out.resolve()) for folder in folders] for name, folders in judged.items()},
         "rows": [row._asdict() for row in rows],
     })  # fmt: skip

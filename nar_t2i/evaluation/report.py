@@ -49,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     for folder in folders:
         _check(folder)
     for folder in folders:
-        if not (folder / "metrics.json").exists():
+        if (folder / "metrics.csv").exists() or not (folder / "metrics.json").exists():  # a run may have gone on since
             write_json(folder / "metrics.json", collect_metrics(folder))
         print(f"{write_report(folder)}\n{folder / 'metrics.json'}")
     if len(paths) > 1 or not folders or arguments.out is not None:

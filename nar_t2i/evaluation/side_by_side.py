@@ -184,14 +184,17 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
 
 def _suite(path: Path, content: Mapping[str, Any]) -> Entry:
     name = str(content.get("suite"))
-    numbers = {f"{name}: {key}": Number(value) for key, value in _numbers(content.get("scores"))}
+    counts = {"counts": content.get("counts")}
+    numbers = {f"{name}: {key}": Number(value, protocol=counts) for key, value in _numbers(content.get("scores"))}
     return Entry(path.stem, str(path), numbers, {key: content.get(key) for key in ("about", "counts", "source")})
 
 
 def _ablation(path: Path) -> list[Entry]:
-    entries = []
-    for row in read_json(path / "comparison.json")["rows"]:
-        numbers = {f"scene accuracy, {which.replace('_', ' ')}: overall": Number(*row[which]) for which in ("seen", "held_out")}
+    content, entries = read_json(path / "comparison.json"), []
+    prompts = _mapping(content.get("prompts"))
+    told = {which: {"prompts": prompts[which], "seed": 0, "hash": None} if which in prompts else None for which in ("seen", "held_out")}
+    for row in content["rows"]:
+        numbers = {f"scene accuracy, {which.replace('_', ' ')}: overall": Number(*row[which], told[which]) for which in told}
         numbers |= {"decoder passes": Number(row["passes"]), "training steps": Number(row["steps"])}
         entries.append(Entry(row["name"], str(path), numbers, row["strategy"]))
     return entries

@@ -240,6 +240,11 @@ def test_a_single_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert metrics == {"steps": 10, "last": {"loss": 1.25, "psnr": 20.5}}
     text = page_of(tmp_path / "run").text
     assert "1.25" in text and "20.5" in text
+    with open(tmp_path / "run/metrics.csv", "a") as file:
+        file.write("90,0,0.75,31.5\n")  # it went on
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text()) == {"steps": 90, "last": {"loss": 0.75, "psnr": 31.5}}
+    assert "31.5" in page_of(tmp_path / "run").text
 
 
 @pytest.mark.parametrize("settings, command", [

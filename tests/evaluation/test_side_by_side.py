@@ -60,6 +60,16 @@ def test_numbers_by_other_protocols_are_marked_and_say_in_what(tmp_path):
     found = differing(entries)
     assert found["scene_frechet"] == {"c": ["data.samples", "data.source", "seed"], "d": ["features.weights_hash"]}
     assert found["scene accuracy, seen: overall"] == {"c": ["seed"]} and "steps" not in found
+    suites = [{"kind": "suite", "suite": "geneval", "scores": {"overall": 0.5}, "counts": {"images": count}} for count in (40, 2212)]
+    for name, content in zip("fg", suites):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    row = {"name": "halton", "seen": [0.5, 0.4, 0.6], "held_out": [0.5, 0.4, 0.6], "passes": 16, "steps": 100, "strategy": {}}
+    (tmp_path / "ablation").mkdir()
+    comparison = {"rows": [row], "prompts": {which: {"colors": 167} for which in ("seen", "held_out")}}
+    (tmp_path / "ablation/comparison.json").write_text(json.dumps(comparison))
+    of_other_counts = differing([entry for name in ("a.json", "ablation", "f.json", "g.json") for entry in read_entries(tmp_path / name)])
+    assert of_other_counts["geneval: overall"] == {"g": ["counts.images"]}
+    assert "prompts.colors" in of_other_counts["scene accuracy, seen: overall"]["halton"]
     assert main(["report", *map(str, paths), "--out", str(tmp_path / "new/table.html")]) == 0
     text = (tmp_path / "new/table.html").read_text()
     assert text.count("†</td>") == 4 and "data.samples, data.source, seed" in text

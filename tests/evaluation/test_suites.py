@@ -98,6 +98,9 @@ def test_drawing_goes_on_and_other_settings_are_refused(place, tmp_path, capsys)
     capsys.readouterr()
     assert draw(place, tmp_path / "out", "geneval", "--seed", "5") == 2
     assert "was made with seed 0, and now it is 5" in capsys.readouterr().err
+    (tmp_path / "out.work/settings.json").unlink()
+    assert draw(place, tmp_path / "out", "geneval", "--seed", "5") == 2
+    assert "nothing says what drew them" in capsys.readouterr().err and lost.read_bytes() == expected
     assert draw(place, tmp_path / "other", "geneval", "--steps", "0") == 2  # before anything was drawn
     assert draw(place, tmp_path / "other", "geneval", "--steps", "2") == 0
 
