@@ -21,7 +21,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build, with_defaults
-from nar_t2i.pipeline import TextToImage
+from nar_t2i.pipeline import TextToImage, seeds_of
 from nar_t2i.pixels import to_uint8
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import InferenceStrategy, Known, Step, TokenCodec
@@ -120,7 +120,7 @@ def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[E
     if arguments.variation is not None:
         if arguments.mask is not None:
             raise UserError("generate: give --mask or --variation, not both")
-        noise = Noise(0, torch.arange(arguments.seed, arguments.seed + rows, device=t2i.device))
+        noise = Noise(0, seeds_of(arguments.seed, rows).to(t2i.device))
         image = read_image(arguments.image, t2i.tokenizer.image_size)
         return None, known_share(t2i.tokenizer, image, arguments.variation, noise)
     edit = read_edit(arguments.image, arguments.mask, t2i.tokenizer.image_size)

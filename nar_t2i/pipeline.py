@@ -154,15 +154,18 @@ class TextToImage:
             raise UserError("no prompt was given")
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        seeds = _seeds(seed, len(prompts))
+        seeds = seeds_of(seed, len(prompts))
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts] * len(prompts)
         if negative_prompts and len(negative_prompts) != len(prompts):
             raise UserError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
+        if known is not None and len(known.mask) != len(prompts):
+            raise UserError(f"known tokens of {len(known.mask)} images for {len(prompts)} prompts")
         inference, guidance = self.decoding(steps, guidance_scale, temperature, candidates)
         for part in (self.tokenizer, self.text, self.null, self.network):
             part.eval()
         images, tokens = [], []
+        passes = rows_an_image = 0
         at_once = max(1, batch_size // getattr(inference, "candidates", 1))
         for start in range(0, len(prompts), at_once):
             rows = slice(start, start + at_once)
@@ -174,9 +177,10 @@ class TextToImage:
                 decoded = self.graphs.decode(inference, self.network, condition, null, noise, guidance)
             else:
                 decoded = inference.decode(self.network, condition, null, noise, guidance, given, on_step)
+            passes, rows_an_image = max(passes, decoded.passes), max(rows_an_image, decoded.rows)
             tokens.append(decoded.tokens)
             images.append(to_uint8(self.tokenizer.decode(decoded.tokens, condition=condition)))
-        return Samples(torch.cat(images), torch.cat(tokens), decoded.passes, decoded.rows)
+        return Samples(torch.cat(images), torch.cat(tokens), passes, rows_an_image)
 
     def _null(self, condition: Condition, negative_prompts: list[str] | None) -> Condition:
         return self.text(negative_prompts) if negative_prompts else self.null(condition)
@@ -210,7 +214,7 @@ def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrat
     return changed(inference, **changes)
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> Tensor:
+def seeds_of(seed: int | Sequence[int], count: int) -> Tensor:
     """(count,) int64: from an integer on, or as they are given."""
     try:
         seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]

@@ -8,6 +8,7 @@ training alone can draw from: it need not reach 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,13 +87,20 @@ def masked_counts(schedule: MaskSchedule, steps: int, unknown: Tensor) -> list[T
     return counts
 
 
+RAMPS: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance `u + s·(c − u)`.
 
     scale: s; 1 is the conditional model and evaluates no unconditional rows.
     start, stop: the part of decoding, 0 to 1, inside of which guidance acts; outside, no unconditional rows are evaluated.
-    ramp: how s grows from 1 to `scale` over decoding.
+    ramp: how s grows from 1 to `scale` over decoding. Where there is only one pass, it has all of `scale`.
     """
 
     scale: float = 3.0
@@ -103,10 +111,20 @@ class Guidance:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise UserError(f"guidance scale must be a finite number, not {self.scale}")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise UserError(f"guidance acts from a start to a stop, 0 to 1 of decoding, not from {self.start} to {self.stop}")
+        if self.ramp not in RAMPS:
+            raise UserError(f"guidance ramp {self.ramp!r} is none of {', '.join(RAMPS)}")
 
-    def at(self, progress: float) -> float:
-        """s at a point of decoding, 0 = first step, 1 = last step."""
+    def at(self, progress: float | None) -> float:
+        """s at a point of decoding: see `pass_progress`."""
+        if progress is None:
+            return self.scale
         if self.scale == 1 or not self.start <= progress <= self.stop:
             return 1.0
-        weight = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.ramp]
-        return 1 + (self.scale - 1) * weight
+        return 1 + (self.scale - 1) * RAMPS[self.ramp](progress)
+
+
+def pass_progress(step: int, steps: int) -> float | None:
+    """0 at the first of several passes, 1 at the last, None where there is only one."""
+    return step / (steps - 1) if steps > 1 else None

@@ -153,11 +153,13 @@ class KVCache(Protocol):
 
 class TokenNetwork(nn.Module):
     """Tokens + text → a prediction. `spec` says which tokens; `causal` whether slot i sees only slots before it;
-    `self_conditioning` whether it reads `TokenState.guess`; `static` whether its shapes follow from those of its inputs,
-    so that a call can be recorded (see InferenceStrategy)."""
+    `judges` whether it says of each token if it is wrong, instead of which it is; `self_conditioning` whether it reads
+    `TokenState.guess`; `static` whether its shapes follow from those of its inputs, so that a call can be recorded (see
+    InferenceStrategy)."""
 
     spec: TokenSpec
     causal: bool = False
+    judges: bool = False
     self_conditioning: bool = False
     static: bool = True
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import BestOf, GibbsSweeps, Likelihood, OneStep
+from nar_t2i.inference import BestOf, EntropyBounded, GibbsSweeps, Likelihood, OneStep
 from nar_t2i.pipeline import PARTS, TextToImage
 from nar_t2i.types import Known
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -244,6 +244,21 @@ def test_known_tokens_stay_and_the_rest_is_drawn(t2i: TextToImage) -> None:
     assert torch.equal(edited.tokens[mask], first[mask])
     assert not torch.equal(edited.tokens[~mask], first[~mask])
     assert torch.equal(edited.tokens[4], t2i.sample(PROMPTS, seed=70, batch_size=3).tokens[4])
+
+
+def test_known_tokens_are_a_row_a_prompt(t2i: TextToImage) -> None:
+    first = t2i.sample(PROMPTS[:1])
+    with pytest.raises(UserError, match="known tokens of 1 images for 3 prompts"):
+        t2i.sample(PROMPTS[:3], known=Known(torch.ones_like(first.tokens, dtype=torch.bool), first.tokens))
+
+
+def test_passes_are_those_of_the_longest_batch(exact: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "inference", EntropyBounded(0.5))
+    alone = {i: exact.sample([prompt], seed=i) for i, prompt in enumerate(PROMPTS)}
+    longest_first = sorted(alone, key=lambda i: -alone[i].passes)
+    first, last = (alone[longest_first[end]] for end in (0, -1))
+    found = exact.sample([PROMPTS[i] for i in longest_first], seed=longest_first, batch_size=1)
+    assert (found.passes, found.rows) == (first.passes, first.rows) and first.passes > last.passes
 
 
 def test_every_step_of_every_batch_is_told(t2i: TextToImage) -> None:

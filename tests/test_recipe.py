@@ -221,6 +221,12 @@ def test_emage_is_as_large_as_the_paper_says():
     assert sum(p.numel() for p in codec.parameters()) == pytest.approx(38e6, rel=0.01)
 
 
+@pytest.mark.parametrize("path", sorted((shipped() / "learning").glob("*.yaml")), ids=lambda path: path.stem)
+def test_learning_strategies_teach_networks_of_one_size(path):
+    network = load(path).config["model"]["init_args"]["network"]["init_args"]
+    assert {key: network[key] for key in ("width", "depth", "heads")} == {"width": 1024, "depth": 13, "heads": 16}
+
+
 def test_amused_is_as_large_as_the_paper_says():
     """603M parameters at 256 px and 608M at 512 px; one embedding a code and one for MASK, where theirs has 8,256 rows."""
     import torch

@@ -11,7 +11,7 @@ from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.networks.attention import StaticCache
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import Guidance, pass_progress
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState
 
 
@@ -49,7 +49,7 @@ class Autoregressive(InferenceStrategy):
             here = torch.full((len(tokens), 1), slot, device=tokens.device)
             previous = slice(max(slot - 1, 0), max(slot, 1))
             state = TokenState(tokens[:, previous], masked[:, previous], positions=here)
-            prediction = guided(state, slot / max(last, 1), cache=cache)
+            prediction = guided(state, pass_progress(slot, last + 1), cache=cache)
             sampled = prediction.sample(noise.at(slot, here), self.temperature, **self.truncation)
             drawn = torch.where(masked[:, slot].view(-1, *[1] * (tokens.ndim - 2)), sampled.values[:, 0], tokens[:, slot])
             tokens, masked = tokens.clone(), masked.clone()

@@ -13,7 +13,7 @@ from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.inference.scheduled import Scheduled, a_row, fill, guessed, lowest_first, no_guess, to_fill
 from nar_t2i.noise import Noise, gumbel
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance, MaskSchedule
+from nar_t2i.schedules import Guidance, MaskSchedule, pass_progress
 from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenSpec, TokenState, beside
 
 
@@ -73,7 +73,7 @@ class CriticGuided(Scheduled):
         for step, left in enumerate(self.counts(unknown)):
             if int(remaining.max()) == 0:
                 break
-            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), pass_progress(step, self.steps), slots)
             tokens, _ = fill(tokens, masked, slots, self.draw(prediction, noise.at(step, slots), step).values, masked)
             guess = guessed(guess, slots, tokens)
             if step + 1 == self.steps:

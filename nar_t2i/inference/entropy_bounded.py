@@ -13,7 +13,7 @@ from nar_t2i.inference.scheduled import fill, guessed, no_guess
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import Guidance, pass_progress
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Step, TokenNetwork, TokenState
 
 
@@ -53,7 +53,7 @@ class EntropyBounded(InferenceStrategy):
             slots = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
             open_slots = masked.gather(1, slots)
             # How far decoding is, is known of each image alone; guidance stands where the pass does.
-            prediction = guided(TokenState(tokens, masked, guess=guess), step / max(self.most_steps - 1, 1), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), pass_progress(step, self.most_steps), slots)
             sampled = prediction.sample(noise.at(step, slots), self.temperature)
             guess = guessed(guess, slots, sampled.values)
             filled = open_slots if step == self.most_steps - 1 else self.certain(entropy(prediction), open_slots)

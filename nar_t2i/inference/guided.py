@@ -62,9 +62,9 @@ class GuidedNetwork:
         return self.network.prepare(paired(self._condition, self._null))
 
     def __call__(
-        self, state: TokenState, progress: float, read: Tensor | None = None, cache: KVCache | None = None
+        self, state: TokenState, progress: float | None, read: Tensor | None = None, cache: KVCache | None = None
     ) -> Prediction:
-        """The guided prediction at `read`; progress, 0 to 1, says where guidance stands."""
+        """The guided prediction at `read`; progress says where guidance stands, see `pass_progress`."""
         if self.network.causal != (cache is not None):
             sees = "only what stands before: Autoregressive decodes it, or Particles" if self.network.causal else "all slots at once: not Autoregressive"
             raise UserError(f"{type(self.network).__name__} sees {sees}")

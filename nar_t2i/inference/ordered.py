@@ -11,7 +11,7 @@ from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.inference.scheduled import Scheduled, a_row, fill, lowest_first, to_fill
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import Guidance, pass_progress
 from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenSpec, TokenState
 
 
@@ -45,7 +45,7 @@ class Ordered(Scheduled):
                 break
             start, end = (int(x) for x in ((total - unknown).min(), (total - left).max()))
             slots = queue[:, start:end]
-            prediction = guided(TokenState(tokens, masked), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked), pass_progress(step, self.steps), slots)
             sampled = self.draw(prediction, noise.at(step, slots), step)
             place = torch.arange(start, end, device=slots.device)
             filled = (place >= a_row(total - unknown, known, slots.device)) & (place < a_row(total - left, known, slots.device))

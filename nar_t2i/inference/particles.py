@@ -13,7 +13,7 @@ from nar_t2i.networks.attention import StaticCache
 from nar_t2i.networks.prefix import PrefixDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import Guidance, pass_progress
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Step, TokenNetwork, TokenState
 
 
@@ -83,7 +83,7 @@ class Particles(InferenceStrategy):
             together = before[1:]  # the first of a stage was drawn from all before it
             slots = torch.cat([before, together, here]).expand(len(tokens), -1)
             asked = torch.arange(slots.shape[1], device=slots.device).expand_as(slots) >= len(before)
-            said = guided(TokenState(tokens[:, slots[0]], asked, slots), step / (len(stages) - 1), cache=cache)
+            said = guided(TokenState(tokens[:, slots[0]], asked, slots), pass_progress(step, len(stages)), cache=cache)
             cache.crop(start)
             if len(together):
                 likely = self._log_prob(said[:, len(before) : -size], tokens[:, together])

@@ -11,7 +11,7 @@ from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.inference.scheduled import Scheduled, a_row, fill, guessed, lowest_first, no_guess, to_fill
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
-from nar_t2i.schedules import Guidance, MaskSchedule
+from nar_t2i.schedules import Guidance, MaskSchedule, pass_progress
 from nar_t2i.types import Condition, Decoded, Known, Step, TokenNetwork, TokenState
 
 
@@ -59,7 +59,7 @@ class ProgressiveStages(Scheduled):
         for step, left in enumerate(self.counts(unknown)):
             if known is not None and not int(free.sum(1).max()):
                 break
-            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), pass_progress(step, self.steps), slots)
             sampled = self.draw(prediction, noise.at(step, slots), step)
             guess = guessed(guess, slots, sampled.values)
             if sampled.log_prob is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.noise import Noise, SlotNoise
-from nar_t2i.schedules import Guidance, MaskSchedule, masked_counts
+from nar_t2i.schedules import Guidance, MaskSchedule, masked_counts, pass_progress
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Sampled, Step, TokenNetwork, TokenState
 
 
@@ -33,8 +33,8 @@ class Scheduled(InferenceStrategy):
         top_k: int = 0,
         top_p: float = 1.0,
     ):
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, not {steps}")
+        if steps < 1 or steps != int(steps):
+            raise UserError(f"steps must be a whole number, at least 1, not {steps}")
         if not (temperature >= 0 and (final_temperature is None or final_temperature >= 0)):
             raise UserError(f"temperatures must be at least 0, not {temperature} and {final_temperature}")
         if top_k < 0 or not 0 < top_p <= 1:
@@ -53,11 +53,7 @@ class Scheduled(InferenceStrategy):
 
     def temperature_at(self, step: int) -> float:
         last = self.temperature if self.final_temperature is None else self.final_temperature
-        return self.temperature + (last - self.temperature) * self.progress(step)
-
-    def progress(self, step: int) -> float:
-        """0 at the first pass, 1 at the last."""
-        return step / max(self.steps - 1, 1)
+        return self.temperature + (last - self.temperature) * (pass_progress(step, self.steps) or 0.0)
 
     def score(self, prediction: Prediction, sampled: Sampled, draws: SlotNoise, step: int) -> Tensor:
         """(B, M): the slots of the highest scores keep their tokens."""
@@ -83,7 +79,7 @@ class Scheduled(InferenceStrategy):
             if most == 0:
                 break
             slots = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            prediction = guided(TokenState(tokens, masked, guess=guess), self.progress(step), slots)
+            prediction = guided(TokenState(tokens, masked, guess=guess), pass_progress(step, self.steps), slots)
             draws = noise.at(step, slots)
             sampled = self.draw(prediction, draws, step)
             guess = guessed(guess, slots, sampled.values)

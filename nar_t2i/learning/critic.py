@@ -25,7 +25,8 @@ class CriticOf(LearningStrategy):
     its run with `init_from`. schedule: of the share that is hidden. temperature: of the draws. label: "drawn", hidden
     tokens are wrong whatever was drawn (both papers'); "changed", those that differ from the truth (our choice). redraw:
     "hidden", visible tokens stay (Token-Critic's); "all", they are drawn too (TCTS's, for generators that have learned to
-    predict visible tokens).
+    predict visible tokens). A critic is never asked without a caption: it is trained with caption_dropout 0, so that its generator
+    is shown no null caption but its own.
     """
 
     draws = False
@@ -40,6 +41,8 @@ class CriticOf(LearningStrategy):
     ):
         super().__init__()
         self._generator = [frozen_network(generator)]  # in a list: no part of this module
+        if self._generator[0].causal:
+            raise UserError("CriticOf: the generator draws hidden tokens from all visible ones at once, and this one sees only what stands before")
         self.schedule, self.temperature, self.label, self.redraw = schedule, temperature, label, redraw
 
     @torch.no_grad()

@@ -47,6 +47,8 @@ class Progressive(LearningStrategy):
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         if batch.error is None:
             raise UserError("Progressive sorts tokens by their quantisation error, and this tokenizer gives none")
+        if self.stages > network.spec.length:
+            raise UserError(f"Progressive: {self.stages} stages of {network.spec.length} tokens leave some empty")
         stages = stage_of(batch.error if self.first == "low" else -batch.error, self.stages)
         drawn = noise.integers("stage", self.stages)[:, None]
         masked = stages >= drawn

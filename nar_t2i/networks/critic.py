@@ -29,6 +29,8 @@ class Doubt(nn.Module):
 class TokenCritic(EncoderDecoder):
     """EncoderDecoder that reads tokens and text and predicts one bit a slot: 1 = wrong. The arguments are EncoderDecoder's."""
 
+    judges = True
+
     def __init__(
         self,
         spec: TokenSpec,

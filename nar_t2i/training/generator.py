@@ -93,6 +93,12 @@ class GeneratorModule(TrainedModule):
         if self.network.causal != learning.causal:
             sees = "only what stands before, which Causal teaches, and Prefixes" if self.network.causal else "all slots at once"
             raise UserError(f"learning {type(learning).__name__} does not teach {type(self.network).__name__}, which sees {sees}")
+        if self.network.judges == learning.draws:
+            does = "says of each token whether it is wrong, which CriticOf teaches" if self.network.judges else "predicts tokens"
+            raise UserError(f"learning {type(learning).__name__} does not teach {type(self.network).__name__}, which {does}")
+        if self.network.judges and caption_dropout:
+            raise UserError(f"caption_dropout {caption_dropout}: a critic is never asked without a caption, and its generator would be shown a null "
+                            "caption that is not its own; set it to 0")  # fmt: skip
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
@@ -201,6 +207,8 @@ class GeneratorModule(TrainedModule):
         ranks, total = self.trainer.world_size, len(self.scene_prompts)
         # As many on every rank: under ZeRO-3 their passes must meet.
         indices = [i % total for i in range(self.global_rank, -(-total // ranks) * ranks, ranks)]
+        if not self.inference.static and getattr(self.trainer.strategy, "stage", 0) == 3:
+            indices = list(range(total))  # how many passes it takes may depend on the prompts: every rank draws all of them
         prompts = [self.scene_prompts[i] for i in indices]
         images = self.pipeline().sample([prompt.prompt for prompt in prompts], seed=indices).images
         right = torch.full((total,), -1.0, device=self.device)

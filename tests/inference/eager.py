@@ -47,7 +47,7 @@ class Eager:
             progress = step / max(strategy.steps - 1, 1)
             ratio = float(mask_ratio(strategy.schedule, torch.tensor((step + 1) / strategy.steps, dtype=torch.float64)))
             stay = max(min(int(unknown * ratio + 1e-9), left - 1), 0) if step + 1 < strategy.steps else 0
-            log_probs = self.log_probs(tokens, masked, progress)
+            log_probs = self.log_probs(tokens, masked, progress if strategy.steps > 1 else None)
             change = 0 if strategy.final_temperature is None else strategy.final_temperature - strategy.temperature
             temperature = strategy.temperature + change * progress
             luck = gumbel(self.uniform("choice", step))

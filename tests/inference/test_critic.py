@@ -8,13 +8,15 @@ from nar_t2i.inference import BestOf, Confidence, CriticGuided, CriticScore
 from nar_t2i.inference.critic_guided import differing_neighbours
 from nar_t2i.learning import CriticOf
 from nar_t2i.learning.masked import draw_masks
-from nar_t2i.networks import EncoderDecoder, TokenCritic
+from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
+from nar_t2i.training import GeneratorModule
 from nar_t2i.types import Known, TokenBatch, TokenNetwork, TokenSpec
 from tests.inference.test_confidence import SPEC, make_condition
 from tests.inference.test_strategies import make_network, some_known
+from tests.toys import ToyCodec, ToyMasked, ToyText
 
 ANSWER = torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(5))
 
@@ -188,6 +190,20 @@ def test_a_critic_learns_and_another_generators_tokens_are_refused():
     assert loss.item() < 0.85 * first and terms["critic_accuracy"].total / 200 > 0.6
     with pytest.raises(UserError, match="the critic reads"):
         learning.loss(TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1), even, Noise(0, torch.arange(200)), 0.0)
+
+
+def test_a_critic_is_taught_on_what_its_generator_would_draw():
+    causal = CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2)
+    with pytest.raises(UserError, match="sees only what stands before"):
+        CriticOf(causal)
+
+    def module(**how):
+        made = ToyCodec(), ToyText(), lambda spec, widths: TokenCritic(spec, widths, width=16, depth=1, heads=2)
+        return GeneratorModule(*made, CriticOf(ToyMasked(ToyCodec().spec, ToyText().widths)), **how)
+
+    with pytest.raises(UserError, match="caption_dropout 0.1: a critic is never asked without a caption"):
+        module()
+    assert module(caption_dropout=0.0).network.judges
 
 
 def test_a_critic_that_is_a_network_keeps_its_weights(tmp_path):

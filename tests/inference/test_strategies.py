@@ -174,6 +174,16 @@ def test_a_network_that_knows_the_answer_is_believed(strategy):
     assert torch.equal(decoded(strategy, network=Oracle()).tokens, Oracle.answer)
 
 
+@pytest.mark.parametrize("strategy", [OneStep(), Halton(1), EntropyBounded(most_steps=1), Purity(1)], ids=named)
+@pytest.mark.parametrize("ramp", ["constant", "linear", "cosine"])
+def test_a_single_pass_is_guided_whatever_the_ramp(strategy, ramp):
+    condition, null = make_condition(3, torch.float64)
+    found = [strategy.decode(make_network(torch.float64), condition, null, Noise(0, torch.arange(3), torch.float64), guidance)
+             for guidance in (Guidance(4.0, ramp=ramp), Guidance(4.0), Guidance(1.0))]  # fmt: skip
+    assert torch.equal(found[0].tokens, found[1].tokens) and not torch.equal(found[0].tokens, found[2].tokens)
+    assert [decoded.rows for decoded in found] == [2, 2, 1]
+
+
 def test_entropy_decides_how_many_tokens_a_pass_fills():
     counts = {}
     for bound in (0.0, 3.0, 8.0, 1e9):
@@ -271,7 +281,7 @@ def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
         lambda: Confidence(0), lambda: Confidence(temperature=-1.0), lambda: Confidence(top_p=0.0), lambda: Confidence(top_k=-1),
         lambda: Purity(sharpness=-1.0), lambda: Moment(choice_temperature=0.0), lambda: EntropyBounded(-1.0),
         lambda: EntropyBounded(most_steps=0), lambda: ProgressiveStages(revise=1.5), lambda: GibbsSweeps(sweeps=0), lambda: GibbsSweeps(block=0), lambda: Halton(0),
-        lambda: Confidence(final_temperature=-0.1), lambda: Confidence(choice_temperature=float("nan")),
+        lambda: Confidence(final_temperature=-0.1), lambda: Confidence(4.5), lambda: Confidence(choice_temperature=float("nan")),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_are_errors(wrong):

@@ -233,6 +233,12 @@ def test_a_stage_is_predicted_from_the_ones_before_it(first):
         Progressive().loss(network, TokenBatch(given.tokens, given.condition), noise, 1.0)
 
 
+def test_more_stages_than_tokens_are_refused():
+    with pytest.raises(UserError, match="65 stages of 64 tokens leave some empty"):
+        lost(Progressive(65))
+    assert lost(Progressive(64)).isfinite()
+
+
 def test_no_gradient_flows_through_the_draws():
     """The gradient of two passes is that of two losses with the second's input held fixed."""
     network, given = Watched(), batch(16)
