@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import errno
 import importlib
 import os
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nar_t2i import __version__
-from nar_t2i.errors import UserError
+from nar_t2i.errors import UNWRITABLE, UserError
 
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
@@ -34,7 +33,6 @@ MODULES = {
 }
 SUITES = ("geneval", "dpg", "t2i-compbench", "hpsv2")
 INTERRUPTED = 130
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 RECIPE_HELP = """\
 usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
 

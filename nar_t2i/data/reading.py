@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,7 +100,8 @@ class BatchReader(Dataset):
     """Reads the batch at an array of positions; it lives in the workers.
 
     order: positions → sample indices of training, where an unreadable sample is replaced by the next readable one.
-    None: positions are indices (validation), and an unreadable sample is left out.
+    None: positions are indices (validation), and an unreadable sample is left out; where nothing else is left of a batch, since
+    all ranks must have as many, the next readable one takes their place.
     """
 
     def __init__(self, source: Source, view: View, order: Order | None):
@@ -126,6 +129,9 @@ class BatchReader(Dataset):
             tried = len(indices)
             ids = ids[torch.tensor([s is not None for s in samples], dtype=torch.bool)]
             samples = [s for s in samples if s is not None]
+            if not samples:
+                samples, read = self._next_readable(int(indices[-1]))
+                ids = torch.tensor(read)
         if not samples or None in samples:
             return Read(None, tried, len(losses), losses)
         batch = self._batch(samples, ids)
@@ -149,6 +155,14 @@ class BatchReader(Dataset):
             except SampleError as error:
                 losses.append(error.loss)
         return None, losses, index
+
+    def _next_readable(self, index: int) -> tuple[list[Sample], list[int]]:
+        """The sample after an index that can be read, and its index; nothing where there is none nearby."""
+        for step in range(1, min(MAX_REPLACEMENTS, len(self._source))):
+            found = (index + step) % len(self._source)
+            with suppress(SampleError):  # which is told where its own turn comes
+                return [self._source.read(found)], [found]
+        return [], []
 
     def _read_tokens(self, ids: torch.Tensor, indices: np.ndarray) -> Read:
         """A batch from a cache, gathered as arrays: no image is opened and no sample object is made."""
@@ -195,7 +209,7 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View, choice: Cho
         place = (float(choice.top[row]), float(choice.left[row]))
         fitted = fit(sample.image, view.size, place, bool(choice.flip[row]))
         pixels.append(fitted.pixels)
-        height, width = sample.image.shape[:2]
+        height, width = (_or(sample.scalars.get(f"original_{side}"), pixels) for side, pixels in zip(("height", "width"), sample.image.shape))
         rows.append(
             {
                 **{name: sample.scalars.get(name, float("nan")) for name in view.scalars},
@@ -205,6 +219,11 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View, choice: Cho
     images = torch.from_numpy(np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)))
     scalars = {name: torch.from_numpy(column) for name, column in scalar_columns(rows).items()}
     return Batch(ids, [s.key for s in samples], captions, images, None, scalars)
+
+
+def _or(said: float | None, measured: int) -> float:
+    """What a sample says of its original, which was larger where it was shrunk on its way here; else what it measures."""
+    return measured if said is None or math.isnan(said) else said
 
 
 def reads(loader: DataLoader) -> Iterator[Read]:

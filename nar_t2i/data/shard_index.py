@@ -12,9 +12,11 @@ import hashlib
 import json
 import logging
 import mmap
+import os
 import struct
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -265,4 +267,10 @@ def open_index(tar: Path) -> ShardIndex:
             f"{tar} has {size} bytes, its index was made for {index.tar_size}: the tar is truncated or was replaced. "
             f"Restore it, or delete {path.name} to index what is there"
         )
+    if tar.stat().st_mtime_ns > path.stat().st_mtime_ns:  # copied in this order, or written again: tars are padded to few sizes
+        log.info("%s is newer than its index; comparing them", tar)
+        if ShardIndex(encode_index(*scan_tar(tar), size)).identity != index.identity:
+            raise UserError(f"{tar} holds other samples than {path.name} says: it was replaced. Delete {path.name} to index what is there")
+        with suppress(OSError):
+            os.utime(path)
     return index

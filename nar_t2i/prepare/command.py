@@ -9,14 +9,21 @@ import re
 import sys
 from collections.abc import Callable
 
-from nar_t2i.errors import UserError
+from nar_t2i.errors import UNWRITABLE, UserError
 
 
 def run(work: Callable[[], object]) -> int:
     """Do the work and print what it returns. Exit status: 0; 2 for bad input; 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(work())
+        # Names of files need not be text.
+        print(str(work()).encode("utf-8", "backslashreplace").decode())
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; the same command goes on where it can", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -29,6 +36,30 @@ def run(work: Callable[[], object]) -> int:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+
+    number.__name__ = "whole number"  # as argparse calls it where it is none
+    return number
+
+
+def add_device(arguments: argparse.ArgumentParser) -> None:
+    import torch
+
+    def device(text: str) -> torch.device:
+        try:
+            return torch.zeros(1, device=text).device
+        except (RuntimeError, AssertionError) as error:
+            raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+
+    arguments.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if there is one")
 
 
 def add_shard_range(arguments: argparse.ArgumentParser) -> None:

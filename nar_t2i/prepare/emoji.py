@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from nar_t2i.data.images import fit
 from nar_t2i.data.source import Loss, Sample, SampleError, Source
 from nar_t2i.errors import UserError
-from nar_t2i.prepare.command import add_shard_range, parser, run
+from nar_t2i.prepare.command import add_shard_range, at_least, parser, run
 from nar_t2i.prepare.rendering import write_source
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -196,12 +196,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("out", help="folder for the shards")
     arguments.add_argument("--split", choices=["train", "held_out", "unseen"], default="train")
-    arguments.add_argument("--image-size", type=int, default=64, help="pixels a side; default: 64")
+    arguments.add_argument("--image-size", type=at_least(1), default=64, help="pixels a side; default: 64")
     arguments.add_argument("--font", default=FONT, help=f"default: {FONT}")
     arguments.add_argument("--unicode", default=UNICODE, help=f"emoji-test.txt; default: {UNICODE}")
     arguments.add_argument("--cldr", default=CLDR, help=f"folder of annotations; default: {CLDR}")
-    arguments.add_argument("--samples-per-shard", type=int, default=500, help="default: 500")
-    arguments.add_argument("--workers", type=int, default=0, help="processes that draw; default: 0")
+    arguments.add_argument("--samples-per-shard", type=at_least(1), default=500, help="default: 500")
+    arguments.add_argument("--workers", type=at_least(0), default=0, help="processes that draw; default: 0")
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """A folder of images with side-by-side captions → shards.
 
-`cat.jpg` takes its captions from `cat.txt`: UTF-8, one caption a line. Folders are searched at any depth; hidden ones
-are skipped. Run the same command again after an interruption.
+`cat.jpg` takes its captions from `cat.txt`: UTF-8, one caption a line. Folders are searched at any depth, linked ones, too, but
+not twice; hidden ones are skipped. Run the same command again after an interruption.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ def find_items(images: str | Path) -> list[Item]:
     root = Path(images)
     if not root.is_dir():
         raise UserError(f"{images} is not a folder")
-    pictures, texts = [], set()
-    for folder, inner, names in os.walk(root):
+    pictures, texts, seen = [], set(), set()
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+    for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inner[:] = []
+            continue
+        seen.add(real)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)

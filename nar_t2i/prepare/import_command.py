@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nar_t2i.data.shards import ShardSource
-from nar_t2i.prepare.command import add_shard_range, run
+from nar_t2i.prepare.command import add_shard_range, at_least, run
 from nar_t2i.prepare.importing import Options, Summary
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 
@@ -16,12 +16,12 @@ VOCABULARY = "vocabulary.model"
 
 def add_import_options(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("out", help="folder for the shards")
-    arguments.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    arguments.add_argument("--max-size", type=int, help="shrink larger images to this shorter side, in pixels")
-    arguments.add_argument("--workers", type=int, default=4, help="threads that read images; default: 4")
+    arguments.add_argument("--samples-per-shard", type=at_least(1), default=1000, help="default: 1000")
+    arguments.add_argument("--max-size", type=at_least(1), help="shrink larger images to this shorter side, in pixels")
+    arguments.add_argument("--workers", type=at_least(1), default=4, help="threads that read images; default: 4")
     add_shard_range(arguments)
     arguments.add_argument(
-        "--vocab-size", type=int, metavar="N", help=f"also train a SentencePiece model of N pieces: OUT/{VOCABULARY}"
+        "--vocab-size", type=at_least(1), metavar="N", help=f"also train a SentencePiece model of N pieces: OUT/{VOCABULARY}"
     )
 
 

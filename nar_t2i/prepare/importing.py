@@ -29,7 +29,7 @@ from nar_t2i.prepare.shards import ShardFile, is_finished
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are stored as PNG
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
 SUMMARY = "summary.json"
 
@@ -151,7 +151,10 @@ def write_json(path: Path, value: object) -> None:
 def _fingerprint(items: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
-        size = item.path.stat().st_size if item.path.is_file() else -1
+        try:
+            size = item.path.stat().st_size if item.path.is_file() else -1
+        except OSError:  # a name that no file can have
+            size = -1
         digest.update(repr((item.name, item.captions, item.problem, size)).encode())
     return digest.hexdigest()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from nar_t2i.data.captions import RenderedScenes
-from nar_t2i.prepare.command import add_shard_range, parser, run
+from nar_t2i.prepare.command import add_shard_range, at_least, parser, run
 from nar_t2i.prepare.rendering import write_source
 
 
@@ -19,12 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("out", help="folder for the shards")
     arguments.add_argument("--split", choices=["train", "validation", "all"], default="train")
-    arguments.add_argument("--count", type=int, default=20_000, help="scenes; default: 20000")
+    arguments.add_argument("--count", type=at_least(1), default=20_000, help="scenes; default: 20000")
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--image-size", type=int, default=64, help="pixels a side; default: 64")
-    arguments.add_argument("--captions", type=int, default=2, help="wordings of each scene; default: 2")
-    arguments.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    arguments.add_argument("--workers", type=int, default=0, help="processes that draw; default: 0")
+    arguments.add_argument("--image-size", type=at_least(1), default=64, help="pixels a side; default: 64")
+    arguments.add_argument("--captions", type=at_least(1), default=2, help="wordings of each scene; default: 2")
+    arguments.add_argument("--samples-per-shard", type=at_least(1), default=1000, help="default: 1000")
+    arguments.add_argument("--workers", type=at_least(0), default=0, help="processes that draw; default: 0")
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
     source = RenderedScenes(parsed.split, parsed.count, parsed.seed, parsed.image_size, parsed.captions)

@@ -39,7 +39,7 @@ class ShardFile:
         fields = {"key": key, "name": name, "caption": captions[0], "captions": captions, **scalars}
         offset = self._member(f"{key}.{suffix}", image)
         self._member(f"{key}.txt", captions[0].encode())
-        self._member(f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
+        self._member(f"{key}.json", json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         self._rows.append(Row(key, offset, len(image), captions, scalars))
 
     def finish(self) -> None:

@@ -28,7 +28,7 @@ from nar_t2i.data.text_cache import FORMAT, MANIFEST, Packed, Stored, pack_state
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, read_json
 from nar_t2i.parts import build
-from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
+from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
 from nar_t2i.text import ScratchTextEncoder
 from nar_t2i.types import Condition, TextEncoder
@@ -200,8 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("model", help="folder of a text encoder, or of a model or run that has one, or a recipe")
     arguments.add_argument("out", help="folder for the states")
     arguments.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16", help="of stored states")
-    arguments.add_argument("--batch-size", type=int, default=64, help="captions a pass; default: 64")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--batch-size", type=at_least(1), default=64, help="captions a pass; default: 64")
+    add_device(arguments)
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
 

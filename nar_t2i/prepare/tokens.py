@@ -27,7 +27,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.hashing import weights_hash
 from nar_t2i.pixels import to_float
-from nar_t2i.prepare.command import add_shard_range, parser, run, shard_range
+from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
 from nar_t2i.prepare.importing import write_json
 from nar_t2i.types import Batch, TokenCodec, TokenSpec
 
@@ -183,13 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("shards", help="folder, file or pattern of shards")
     arguments.add_argument("tokenizer", help="folder of a saved tokenizer, or of a model that has one")
     arguments.add_argument("out", help="folder for the tokens")
-    arguments.add_argument("--batch-size", type=int, default=64, help="images a pass; default: 64")
-    arguments.add_argument("--workers", type=int, default=0, help="processes that read; default: 0")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--batch-size", type=at_least(1), default=64, help="images a pass; default: 64")
+    arguments.add_argument("--workers", type=at_least(0), default=0, help="processes that read; default: 0")
+    add_device(arguments)
     arguments.add_argument(
         "--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens"
     )
-    arguments.add_argument("--crops", type=int, default=1, help="an image, odd, spread along its longer side; default: 1")
+    arguments.add_argument("--crops", type=at_least(1), default=1, help="an image, odd, spread along its longer side; default: 1")
     arguments.add_argument("--flip-safe", action="store_true", help="mirrored images too: no caption says left or right")
     arguments.add_argument("--errors", action="store_true", help="squared quantisation errors too")
     add_shard_range(arguments)

@@ -94,10 +94,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
         if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
             Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
-        print(
-            f"nar-t2i: {cli.signals.meaning}; the same command goes on from the checkpoint in {cli.config.run_dir}",
-            file=sys.stderr,
-        )
+        how = "the same command" if cli.config.ckpt_path is None else f"the same command with --ckpt_path=null, not {cli.config.ckpt_path},"
+        print(f"nar-t2i: {cli.signals.meaning}; {how} goes on from the checkpoint in {cli.config.run_dir}", file=sys.stderr)
         return status
     if dist.is_initialized():
         dist.destroy_process_group()

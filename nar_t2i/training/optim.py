@@ -97,9 +97,31 @@ def _factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
     return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Schedule(LambdaLR):
+    """One factor for all groups. A run that goes on keeps the rates, decays and betas of its recipe, in which they may have been changed
+    since, and not those that its checkpoint restores."""
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]):
+        super().__init__(optimizer, factor)
+        self._asked = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "_asked"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, here = state_dict["base_lrs"], self.base_lrs
+        super().load_state_dict({**state_dict, "base_lrs": here})
+        factor = self.lr_lambdas[0](self.last_epoch)
+        for group, asked, old, new in zip(self.optimizer.param_groups, self._asked, before, here, strict=True):
+            group.update(asked)
+            if new != old:
+                group["lr"] = new * factor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
 def build(
     config: OptimizerConfig, groups: list[dict[str, Any]], total_steps: int | Callable[[], int]
-) -> tuple[Optimizer, LambdaLR]:
+) -> tuple[Optimizer, Schedule]:
     """The optimizer over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
 
     total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. The scheduler follows `learning_rate_at`, scaled by the group.
@@ -111,14 +133,14 @@ def build(
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
         optimizer: Optimizer = MuonWithAdamW(_divided(groups, config), betas=betas, eps=config.eps)
-        return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total(), config))
+        return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= set(_FUSED_DEVICES) if config.fused is None else config.fused
     optimizer = AdamW(groups, betas=betas, eps=config.eps, fused=fused)
     # A fused AdamW offers to unscale fp16 gradients itself, and Lightning then refuses to clip them, in bf16 too.
     # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
     optimizer._step_supports_amp_scaling = False
-    return optimizer, LambdaLR(optimizer, lambda step: _factor(step, total(), config))
+    return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
 
 
 def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:

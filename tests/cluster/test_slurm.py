@@ -58,9 +58,11 @@ def test_a_job_of_two_ranks_finishes(cluster, tmp_path, strategy, nodes):
     assert (snapshot / "recipe.yaml").is_file() and (snapshot / "nar_t2i/training/preemption.py").is_file()
 
 
-@pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal=USR1"])
-def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how):
-    number = submit(cluster, tmp_path, SLOW)
+@pytest.mark.parametrize(("how", "begin"), [
+    ("scontrol requeue", "null"), ("scancel --signal=USR1", "null"), ("scancel --signal=USR1", "fresh"),
+])  # fmt: skip
+def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how, begin):
+    number = submit(cluster, tmp_path, SLOW, f"--ckpt_path={begin}")
     wait_for_step(tmp_path, 3)
     cluster.call(*how.split(), number)
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED")

@@ -1,6 +1,7 @@
 """The data module: what batches hold, what is lost, and where a run goes on."""
 
 import logging
+from collections import Counter
 from types import SimpleNamespace
 
 import lightning
@@ -45,6 +46,13 @@ def test_a_batch_holds_what_was_stored(tmp_path):
         assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), fit(pixels(number), 8).pixels)
         assert batch.scalars["score"][row] == number and torch.isnan(batch.scalars["no"][row])
         assert (batch.scalars["original_width"][row], batch.scalars["original_height"][row]) == (16, 12)
+
+
+def test_what_a_sample_says_of_its_original_counts(tmp_path):
+    write_tar(tmp_path / "0.tar", members("a", 0, original_width=4000, original_height=3000) + members("b", 1))
+    batch = take(CaptionedImages(str(tmp_path), 8, 2), 1)[0]
+    sizes = dict(zip(batch.keys, zip(batch.scalars["original_width"].tolist(), batch.scalars["original_height"].tolist())))
+    assert sizes == {"a": (4000, 3000), "b": (16, 12)}
 
 
 def test_an_epoch_is_every_sample_once(tmp_path):
@@ -186,6 +194,13 @@ def test_validation_leaves_out_what_is_lost_and_says_so(tmp_path):
     data = hurt(tmp_path, max_lost_share=0.5)
     keys = [key for batch in data.val_dataloader() for key in batch.keys]
     assert sorted(keys) == sorted(f"g{n}" for n in range(16)) and {loss.key for loss in data.losses} == HURT
+
+
+def test_a_validation_batch_of_which_nothing_is_left_takes_the_next_sample(tmp_path):
+    hurt(tmp_path)
+    data = CaptionedImages(str(tmp_path), 8, 4, 1, validation=str(tmp_path), max_lost_share=0.5)
+    keys = Counter(key for batch in data.val_dataloader() for key in batch.keys)
+    assert set(keys) == {f"g{n}" for n in range(16)} and sorted(keys.values()) == [1] * 15 + [2]  # for the broken JPEG
 
 
 def test_no_validation_is_allowed(tmp_path):

@@ -1,5 +1,6 @@
 """Local shards: nothing is lost silently, nothing is executed, nothing is written where a name says."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -104,6 +105,27 @@ def test_a_tar_that_is_not_the_indexed_one_is_refused(tmp_path, change):
         ShardSource(str(folder))
     index_path(tar).unlink()
     ShardSource(str(folder))
+
+
+def test_a_tar_of_the_same_size_that_was_written_again_is_refused(tmp_path, caplog):
+    """Tars are padded, so that another caption, or another order, leaves the size as it was."""
+    first, second = members("a", 0, "a red square"), members("b", 1, "a green square")
+    tar = write_tar(tmp_path / "0.tar", first + second)
+    ShardSource(str(tmp_path))
+    size, past = tar.stat().st_size, index_path(tar).stat().st_mtime_ns
+    for changed in (members("a", 0, "a blue square") + second, second + first):
+        write_tar(tar, changed)
+        os.utime(index_path(tar), ns=(past - 10**9, past - 10**9))
+        with pytest.raises(UserError, match="holds other samples than 0.index.safetensors says"):
+            ShardSource(str(tmp_path))
+    assert tar.stat().st_size == size
+    write_tar(tar, first + second)  # as it was, and only newer, as copies are
+    os.utime(index_path(tar), ns=(past - 10**9, past - 10**9))
+    for scans in (1, 0):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert ShardSource(str(tmp_path)).read_text(0).captions == ["a red square"]
+        assert sum("newer than its index" in record.getMessage() for record in caplog.records) == scans
 
 
 def test_a_broken_index_is_refused(tmp_path):

@@ -14,9 +14,11 @@ from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.folders import save_part
-from nar_t2i.prepare import scenes, tokens
+from nar_t2i.prepare import folder, scenes, tokens
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.tokenizers import VQGAN, VectorQuantizer
+from tests.data.making_shards import encoded, pixels
+from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +67,42 @@ def test_every_script_starts(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0 and f"usage: {script.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("script", "options", "words"), [
+    ("from_folder", ["IN", "OUT", "--workers", "0"], "--workers: must be at least 1, not 0"),
+    ("from_folder", ["IN", "OUT", "--max-size", "0"], "--max-size: must be at least 1"),
+    ("from_folder", ["IN", "OUT", "--samples-per-shard", "few"], "invalid whole number value: 'few'"),
+    ("encode_tokens", ["IN", "IN", "OUT", "--batch-size", "0"], "--batch-size: must be at least 1"),
+    ("encode_tokens", ["IN", "IN", "OUT", "--device", "abacus"], "--device: abacus: "),
+    ("render_scenes", ["OUT", "--samples-per-shard", "0"], "--samples-per-shard: must be at least 1"),
+    ("from_folder", ["IN", "FILE"], "FILE: File exists"),
+    ("from_table", ["LONG", "OUT"], "e.g. a long caption"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, script, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("IN").mkdir()
+    Path("IN/a.png").write_bytes(encoded(pixels(0)))
+    Path("IN/a.txt").write_text("a star")
+    Path("FILE").write_text("")
+    Path("LONG.csv").write_text(f"path,caption\n{'a long caption ' * 40},a.png\n")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *("LONG.csv" if word == "LONG" else word for word in options)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "data_prep" / f"{script}.py"), run_name="__main__")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and words in error
+
+
+def test_a_full_disk_is_one_line_and_the_import_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("IN").mkdir()
+    for n in range(4):
+        Path(f"IN/{n}.png").write_bytes(encoded(pixels(n, 64, 64)))
+        Path(f"IN/{n}.txt").write_text("noise")
+    with files_of_at_most(20_000):
+        assert folder.main(["IN", "OUT"]) == 2
+    assert "File too large; the same command goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert folder.main(["IN", "OUT"]) == 0 and len(ShardSource("OUT")) == 4
 
 
 def test_an_error_is_one_line_and_status_2(tmp_path):

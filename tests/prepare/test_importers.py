@@ -260,6 +260,42 @@ def test_other_tables_are_one_clear_error(tmp_path, name, content, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_names_need_not_be_text(tmp_path):
+    root = images(tmp_path / "in", 1)
+    strange = os.fsencode(root) + b"/caf\xe9"
+    for suffix, content in ((b".png", encoded(pixels(1))), (b".txt", b"coffee")):
+        with open(strange + suffix, "wb") as file:
+            file.write(content)
+    with open(os.fsencode(root) + b"/lost\xe9.png", "wb") as file:
+        file.write(b"")
+    script = [sys.executable, str(ROOT / "data_prep/from_folder.py"), str(root), str(tmp_path / "out")]
+    strict = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(script, capture_output=True, text=True, env=strict)
+    assert done.returncode == 0 and "lost\\udce9.png: no caption file" in done.stdout, done.stderr
+    assert stored(tmp_path / "out") == {0: ["caption 0", "another 0"], 1: ["coffee"]}
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    root, other = images(tmp_path / "in", 1), tmp_path / "other"
+    other.mkdir()
+    (other / "im9.png").write_bytes(encoded(pixels(9)))
+    (other / "im9.txt").write_text("linked")
+    (root / "link").symlink_to(other)
+    (other / "circle").symlink_to(root)
+    import_folder(root, tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["caption 0", "another 0"], 9: ["linked"]}
+
+
+def test_pictures_of_several_pictures_keep_their_bytes(tmp_path):
+    """As many phones write them."""
+    (tmp_path / "in").mkdir()
+    image = Image.fromarray(pixels(0, 64, 64))
+    image.save(tmp_path / "in/a.jpg", "MPO", save_all=True, append_images=[image])
+    (tmp_path / "in/a.txt").write_text("noise")
+    import_folder(tmp_path / "in", tmp_path / "out")
+    assert ShardSource(str(tmp_path / "out")).read_bytes(0) == (tmp_path / "in/a.jpg").read_bytes()
+
+
 def test_rotated_images_keep_their_bytes_and_read_upright(tmp_path):
     (tmp_path / "in").mkdir()
     exif = Image.Exif()

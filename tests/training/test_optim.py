@@ -1,5 +1,6 @@
 """The optimizer: which parameters are decayed, how the learning rate moves, and that `build` does both."""
 
+import copy
 import math
 
 import pytest
@@ -68,6 +69,31 @@ def test_build_follows_the_schedule_in_every_group():
         main(torch.ones(1, 3)).sum().backward()
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_that_goes_on_takes_the_rates_of_its_recipe(kind):
+    def made(**changed):
+        torch.manual_seed(0)
+        net = nn.Linear(20, 20)
+        return net, *build(OptimizerConfig(kind=kind, warmup_steps=2, clip_norm=0, **changed), parameter_groups(net, changed.get("weight_decay", 0.05)), 12)
+
+    def stepped(net, optimizer, scheduler, steps):
+        for _ in range(steps):
+            net(torch.ones(1, 20)).square().sum().backward()
+            optimizer.step(), scheduler.step(), optimizer.zero_grad()
+        return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    whole = made(learning_rate=1e-2)
+    stepped(*whole, 5)
+    states = copy.deepcopy([part.state_dict() for part in whole])
+    for changed in ({"learning_rate": 1e-2}, {"learning_rate": 1e-4, "weight_decay": 0.3, "beta2": 0.9}):
+        again, asked = made(**changed), made(**changed)
+        for part, state in zip(again, states):
+            part.load_state_dict(copy.deepcopy(state))
+        assert stepped(*again, 3) == stepped(*asked, 8)  # what such a run has after as many steps
+        same = torch.equal(again[0].weight, stepped(*whole, 3) and whole[0].weight) if changed == {"learning_rate": 1e-2} else None
+        assert same in (True, None)
 
 
 def test_fused_and_plain_agree_and_are_adamw():
