@@ -3,7 +3,8 @@
 import errno
 
 # Disks that are full or read-only, and names that lead nowhere.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+              errno.ENAMETOOLONG)  # fmt: skip
 
 
 class UserError(Exception):
