@@ -29,9 +29,9 @@ def test_everything_stands_in_one_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluation(tmp_path / "one.json", kinds=("ema", "raw"))
     (tmp_path / "suite.json").write_text(json.dumps({"kind": "suite", "suite": "dpg", "scores": {"overall": 71.5}, "about": "percent"}))
-    for name in ("a", "b"):
-        (tmp_path / name / "run").mkdir(parents=True)
-        (tmp_path / name / "run/metrics.csv").write_text("step,epoch,loss\n1,0,2.0\n5,0,1.5\n")
+    for folder in ("a/run/generator", "b/run"):  # a quickstart's and a run's
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.csv").write_text("step,epoch,loss\n1,0,2.0\n5,0,1.5\n")
     (tmp_path / "a/run/metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "out").mkdir()
     interval = [0.5, 0.4, 0.6]
