@@ -34,7 +34,7 @@ class Scheduled(InferenceStrategy):
         top_p: float = 1.0,
     ):
         if steps < 1 or steps != int(steps):
-            raise UserError(f"steps must be a whole number, at least 1, not {steps}")
+            raise UserError(f"steps must be at least 1, and whole, not {steps}")
         if not (temperature >= 0 and (final_temperature is None or final_temperature >= 0)):
             raise UserError(f"temperatures must be at least 0, not {temperature} and {final_temperature}")
         if top_k < 0 or not 0 < top_p <= 1:
