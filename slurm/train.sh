@@ -73,14 +73,14 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_TH
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 # A ckpt_path of the recipe is where the job begins; once it has a checkpoint of its own, it goes on from that.
-again=()
-[ ! "$run/checkpoints/last.ckpt/manifest.json" -nt "$snapshot/recipe.yaml" ] || again=(--ckpt_path=null)
+again=
+[ ! "$run/checkpoints/last.ckpt/manifest.json" -nt "$snapshot/recipe.yaml" ] || again=--ckpt_path=null
 
 echo "train.sh: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_JOB_NUM_NODES nodes × $tasks ranks, $run"
 before=$(readlink "$run/checkpoints/last.ckpt" || true)
 status=0
 # Ranks that leave with a status of their own do so within moments of each other; after a minute the rest is stuck.
-srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" "${again[@]}" || status=$?
+srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
 
 if [ "$status" -eq "$REQUEUE" ]; then
   # A run that gets no further between two requeues never would.
