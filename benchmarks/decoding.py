@@ -2,6 +2,7 @@
 
     python benchmarks/decoding.py --out docs/results/bench/decoding.json           # 346M, 1,024 tokens, a CUDA GPU
     python benchmarks/decoding.py --small --out runs/decoding.json                 # the same in small, on any machine
+    python benchmarks/decoding.py --floors 788 4300                                # what TFLOP/s and GB/s alone would take
 
 Networks have the geometry of recipes/emage and random weights, in bf16; prompts have 32 words; guidance is on. Every part is
 timed by itself, cold (the first timed call; of a graph, the one that records it) and warm (median and 95th percentile), with and without CUDA
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, share, summary, weight_bytes
+from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
@@ -47,9 +48,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20, help="warm calls of each part; default: 20")
     parser.add_argument("--twin-repeats", type=int, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
     parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
+    parser.add_argument("--floors", type=float, nargs=2, metavar=("TFLOPS", "GB_S"), help="measure nothing: print the floors of a GPU with these rates")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/decoding.json")
     parsed = parser.parse_args()
+    if parsed.floors:
+        return print_floors(*parsed.floors, parsed.batch)
     device, budget = best_device(), Budget(parsed.minutes)
     if device.type != "cuda" and not parsed.small:
         raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
@@ -63,6 +67,30 @@ def main() -> int:
         if parsed.twin_repeats:
             run.add(f"{TWIN}, batch {batch}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
     return run.finish()
+
+
+def print_floors(tflops: float, gb_s: float, batches: list[int]) -> int:
+    """Of both networks at full size, in bf16, with both roofs given."""
+    bench = Bench(Given(tflops, gb_s), False, False, torch.bfloat16)
+    for batch in batches:
+        floors = {}
+        for name in (PARALLEL, TWIN):
+            with bench.device:
+                network = bench.built(recipe.load(name).config["model"]["init_args"]["network"]).to(torch.bfloat16)
+            floors[name] = bench.floor(name, batch, network)
+            print(line({"system": name, "batch": batch} | floors[name]))
+        print(f"batch {batch}: the twin's is {floors[TWIN]['floor_ms'] / floors[PARALLEL]['floor_ms']:.2f} times the other")
+    return 0
+
+
+class Given(Roofline):
+    """A machine that is not at hand."""
+
+    def __init__(self, tflops: float, gb_s: float):
+        self.device, self.copy_rate, self._matrix_rate = torch.device("meta"), 1e9 * gb_s, 1e12 * tflops
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        return self._matrix_rate
 
 
 class Bench:
@@ -94,8 +122,8 @@ class Bench:
         torch.nn.init.normal_(network.head.logits.weight, std=0.02)  # which starts at zero: all codes alike
         return self.place(network)
 
-    def built(self, described: dict[str, Any]) -> TokenNetwork:
-        spec_and_text = {"spec": self.spec, "text_widths": (self.bert.config.hidden_size,)}
+    def built(self, described: dict[str, Any], spec: TokenSpec | None = None) -> TokenNetwork:
+        spec_and_text = {"spec": spec or self.spec, "text_widths": (self.bert.config.hidden_size,)}
         return build({"class_path": described["class_path"], "init_args": self.sizes(described) | spec_and_text})
 
     def condition(self, batch: int) -> Condition:
@@ -124,7 +152,7 @@ class Bench:
         with compiled(network.blocks if compiles else ()):
             cold = self.clock.once(lambda: drawn.append(plain()))
             (expected,) = drawn
-            floor = self.floor(name, batch, network, inference, guidance, expected.passes)
+            floor = self.floor(name, batch, network)
             known = {
                 "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": compiles,
                 "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes,
@@ -134,21 +162,41 @@ class Bench:
                 arguments = (inference, network, condition, null, noise, guidance)
                 yield known | recorded(self, Graphs(), arguments, expected, repeats, floor, name)
 
-    def floor(
-        self, name: str, batch: int, network: TokenNetwork, inference: InferenceStrategy, guidance: Guidance, passes: int
-    ) -> dict[str, float]:
-        """Its operations are those of one image, counted on a device without memory, where nothing is compiled."""
-        described, meta = recipe.load(name).config["model"]["init_args"]["network"], torch.device("meta")
+    def floor(self, name: str, batch: int, network: TokenNetwork) -> dict[str, float]:
+        """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for those that
+        prepare the text, which are read once, and for tables, of which a row is looked up here and there."""
+        model = recipe.load(name).config["model"]["init_args"]
+        sizes, passes = self.sizes(model["network"]), self.spec.length if network.causal else model["inference"]["init_args"]["steps"]
         if name not in self._operations:
-            with meta:
-                alike = self.built(described).to(self.dtype)
-            condition, null = (told.map(lambda x: x.to(meta)) for told in self.told(1))
-            with operation_counter() as counter:
-                inference.decode(alike, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), guidance)
-            self._operations[name] = counter.get_total_flops()
-        sizes = self.sizes(described)
-        kept = cache_bytes(sizes["width"], sizes["depth"], self.spec.length, 2 * batch, self.dtype) if network.causal else 0
-        return self.roofline.floor(batch * self._operations[name], passes * weight_bytes(network) + kept, self.dtype)
+            self._operations[name] = self.operations(model, network.causal)
+        of_text = weight_bytes(network.text, *(block.cross_attention.kv for block in network.blocks))
+        tables = weight_bytes(network.embedding.value) + network.embedding.position.numel() * self.dtype.itemsize
+        moved = of_text + passes * (weight_bytes(network) - of_text - tables)
+        if network.causal:
+            moved += cache_bytes(sizes["width"], sizes["depth"], self.spec.length, 2 * batch, self.dtype)
+        return self.roofline.floor(batch * self._operations[name], moved, self.dtype)
+
+    def operations(self, model: dict[str, Any], causal: bool) -> float:
+        """Of one image, counted on a device without memory, where nothing is compiled. Token by token they grow with the square of the
+        length, so that three short sequences tell of one for which counting would take a minute."""
+        if not causal:
+            return self.counted(model, self.spec)
+        short = [self.counted(model, TokenSpec((1, length), self.spec.kind, self.spec.size)) for length in (4, 8, 12)]
+        n, first, second = self.spec.length, short[1] - short[0], short[2] - 2 * short[1] + short[0]
+        return short[0] + first * (n - 4) / 4 + second * (n - 4) * (n - 8) / 32
+
+    @torch.no_grad()
+    def counted(self, model: dict[str, Any], spec: TokenSpec) -> float:
+        meta = torch.device("meta")
+        with meta:
+            network = self.built(model["network"], spec).to(self.dtype)
+        inference, guidance = build({"init_args": {}, **model["inference"]}), Guidance(**model["guidance"])
+        states = torch.empty(1, WORDS, self.bert.config.hidden_size, dtype=self.dtype, device=meta)
+        condition = Condition((states,), (torch.ones(1, WORDS, dtype=torch.bool, device=meta),))
+        null = NullCaption((self.bert.config.hidden_size,)).to(meta, self.dtype)(condition)
+        with operation_counter() as counter:
+            inference.decode(network, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), guidance)
+        return counter.get_total_flops()
 
     @torch.no_grad()
     def text(self, batch: int, repeats: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 #   MEMORY=1 benchmarks/gpu.sh     # memory.py as well, which takes minutes more
 #
 # peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 and 512 px, in bf16 and fp32, at batch 1, 8 and 64, plainly
-#              launched, as a graph, and at 256 px compiled; `generate` on a Llama, our twin of its size, our parallel network.
+#              launched, as a graph, and at 256 px compiled; our parallel network, its twin, `generate` on a Llama of their size.
 # training.py: steps of the 346M recipe at the largest micro-batch, and what each of its options brings.
 # decoding.py: Emage's text encoder, its image decoder, and its decoder with torch.compile.
 # memory.py:   the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
@@ -25,8 +25,8 @@ status=0
 measure() { timeout --kill-after=2 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
 amused=(benchmarks/peers.py --systems amused --batch 1 8 64 --dtypes bf16 fp32 --repeats 10)
 measure 130 "${amused[@]}" --geometry 256 --minutes 1.5 --out "$out/peers-256.json"
-measure 105 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.2 --out "$out/peers-size.json"
-measure 150 benchmarks/training.py --minutes 2 --out "$out/training.json"
+measure 115 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.35 --out "$out/peers-size.json"
+measure 140 benchmarks/training.py --minutes 1.8 --out "$out/training.json"
 measure 75 "${amused[@]}" --geometry 512 --minutes 0.7 --out "$out/peers-512.json"
 measure 80 benchmarks/peers.py --systems amused --geometry 256 --batch 1 64 --dtypes bf16 --repeats 5 --compile --minutes 0.8 \
   --out "$out/peers-256-compiled.json"

@@ -125,7 +125,8 @@ def launch(count: int, strategies: list[str], precision: str) -> list[dict[str, 
         told = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         done = subprocess.run(line, env=os.environ | told, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{count} ranks ended with status {done.returncode}: {done.stderr[-2000:]}")
+            said = done.stderr[max(0, done.stderr.find("Traceback")) :]  # the first is a rank's, the last the launcher's
+            raise UserError(f"{count} ranks ended with status {done.returncode}: {said[:2000]}")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
 
 

@@ -84,13 +84,17 @@ class Roofline:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.copy_rate = copy_rate(device)
 
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second."""
+        return matrix_rate(self.device, dtype)
+
     def rates(self, dtype: torch.dtype) -> dict[str, float]:
         """matrix_tflops, a second; copy_gb_s, read and written."""
-        return {"matrix_tflops": matrix_rate(self.device, dtype) / 1e12, "copy_gb_s": self.copy_rate / 1e9}
+        return {"matrix_tflops": self.matrix_rate(dtype) / 1e12, "copy_gb_s": self.copy_rate / 1e9}
 
     def floor(self, operations: float, moved: float, dtype: torch.dtype) -> dict[str, float]:
         """The least time, in ms, that floating-point operations and bytes moved take, each and both at once."""
-        compute, memory = 1000 * operations / matrix_rate(self.device, dtype), 1000 * moved / self.copy_rate
+        compute, memory = 1000 * operations / self.matrix_rate(dtype), 1000 * moved / self.copy_rate
         return {"compute_floor_ms": compute, "memory_floor_ms": memory, "floor_ms": max(compute, memory)}
 
 
@@ -170,9 +174,12 @@ def compiled(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for part in parts:
             part._compiled_call_impl = None
+        torch._dynamo.reset()  # or the next batch size would be compiled for any
 
 
 def free() -> None:
+    """Memory, and what was compiled, by us or by a peer."""
+    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

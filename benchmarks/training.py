@@ -82,7 +82,7 @@ def main() -> int:
                 "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
                 "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
         chosen = variants(device.type == "cuda", not parsed.no_compile)
-        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, lambda rows: results.write(parsed.out, rows, **told))
+        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, lambda rows, left_out: results.write(parsed.out, rows, left_out=left_out, **told))
     for row in rows:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
     return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
@@ -122,15 +122,18 @@ class Bench:
             return random_generator(self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")})
 
     def compare(
-        self, chosen: dict[str, dict[str, Any]], size: int, largest: int | None, rounds: int, deadline: float, save: Callable[[Any], None]
+        self, chosen: dict[str, dict[str, Any]], size: int, largest: int | None, rounds: int, deadline: float, save: Callable[[Any, list[str]], None]
     ) -> list[dict[str, Any]]:
-        """A row a variant: medians over the rounds. save: is given the rows so far. UserError where losses differ."""
+        """A row a variant: medians over the rounds. save: is given the rows so far, and the names of those that are not there. UserError where losses differ."""
         found: dict[str, list[dict[str, Any]]] = {}
         first: list[float] = []
         at_largest: list[dict[str, Any]] = []
 
         def rows() -> list[dict[str, Any]]:
             return [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
+
+        def missing() -> list[str]:
+            return [name for name in chosen if name not in found] + ["everything, largest micro-batch"] * (largest is not None and not at_largest)
 
         for name, means in [*chosen.items()] * rounds:
             if time.monotonic() > deadline:
@@ -142,10 +145,10 @@ class Bench:
             if losses:
                 check_losses(name, losses, first)
             found.setdefault(name, []).append(row)
-            save(rows())
-            if largest and not at_largest and time.monotonic() < deadline:
-                at_largest.append({"row": "everything, largest micro-batch", **self.run(largest, means)[0]})
-                save(rows())
+            save(rows(), missing())
+            if largest and not at_largest and len(found) >= 3 and time.monotonic() < deadline:  # which is compiled once more
+                at_largest.append({"row": "everything, largest micro-batch", **self.run(largest, chosen["everything"])[0]})
+                save(rows(), missing())
         return rows()
 
     def run(self, size: int, means: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:

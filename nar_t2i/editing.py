@@ -29,7 +29,8 @@ class Edit(NamedTuple):
 def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
     """The middle square of an image, scaled to `size` pixels, and its mask.
 
-    mask: an image of the same size, light where something new is to come; None takes what is transparent. A pixel of the
+    mask: an image of the same size, light where something new is to come, and dark or transparent elsewhere; None takes what is
+    transparent. A pixel of the
     square that holds any such part is drawn anew. Raises UserError where a file does not decode, sizes differ, or there is
     nothing to draw anew.
     """
@@ -40,6 +41,8 @@ def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
             raise UserError(f"--image {image}: nothing in it is transparent; say with --mask what is to be drawn anew")
     else:
         redraw = _read(mask).mean(-1) >= OPAQUE
+        if (transparent := _transparent(mask)) is not None:  # strokes on a layer of their own
+            redraw &= ~transparent
     if redraw.shape != pixels.shape[:2]:
         raise UserError(f"--mask {mask}: {_size(redraw)} pixels, but {image} has {_size(pixels)}")
     fitted = _scaled(redraw, size, Image.Resampling.BOX) > 0  # whatever holds any of it; Lanczos would ring
@@ -103,9 +106,9 @@ def composited(images: Tensor, edit: Edit) -> Tensor:
 
 def _tokens(codec: TokenCodec, image: Tensor) -> Tensor:
     """(1, N, …)."""
-    device = next(iter(codec.state_dict().values())).device
+    weights = next(value for value in codec.state_dict().values() if value.is_floating_point())
     with torch.no_grad():
-        return codec.encode(to_float(image[None].to(device))).tokens
+        return codec.encode(to_float(image[None].to(weights.device)).to(weights.dtype)).tokens
 
 
 def _read(path: str | Path) -> np.ndarray:

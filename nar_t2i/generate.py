@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError("generate: give --prompt TEXT or --prompts FILE")
     t2i = TextToImage.from_pretrained(arguments.model or shipped_model()).to(best_device())
     if arguments.recipe:
-        config = recipes.load(arguments.recipe).config
+        config = recipes.load(arguments.recipe, option="--recipe").config
         if "inference" not in config.get("model", {}).get("init_args", {}):
             raise UserError(f"--recipe {arguments.recipe}: says no way to decode (key model.init_args.inference)")
         decode_by(t2i, config)

@@ -68,6 +68,11 @@ class TextToImage:
         trusted: further packages whose classes the folder may name.
         """
         folder = Path(folder)
+        if not (folder / "config.json").exists():
+            if (folder / "model/config.json").exists():
+                raise UserError(f"{folder}: a run's folder, whose model is {folder / 'model'}")
+            if (folder / "checkpoints").exists():
+                raise UserError(f"{folder}: a run that has not ended; nar-t2i export {folder} MODEL makes a model of its newest checkpoint")
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")

@@ -54,16 +54,16 @@ class Recipe:
         return UserError(f"{self.source(key)}: key {key}: {reason}")
 
 
-def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), option: str = "--config") -> Recipe:
     """Read recipes (later ones on top), lay `overrides` ("a.b.c=value", the value in YAML) over them, and resolve.
 
-    A name that is no file is looked up among the recipes that travel with the package.
+    A name that is no file is looked up among the recipes that travel with the package. option: of the command, that names them.
     """
     names = [paths] if isinstance(paths, (str, Path)) else list(paths)
     config: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for name in names:
-        _read(_find(str(name), None, "", "--config"), (), config, sources)
+        _read(_find(str(name), None, "", option), (), config, sources)
     _merge(config, _parse_overrides(overrides), "", COMMAND_LINE, sources)
     recipe = Recipe(config, sources, str(names[0]) if names else COMMAND_LINE)
     return Recipe(_resolve(recipe), sources, recipe.name)

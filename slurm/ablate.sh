@@ -54,8 +54,8 @@ done
 python=${NAR_T2I_PYTHON:-.venv/bin/python}
 
 if $judged; then
-  tasks=$("$python" -m nar_t2i ablate "${recipes[@]}" "${ablation[@]}" --count)
-  exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" "${options[@]}" slurm/ablate.sh --task "${recipes[@]}" "${ablation[@]}"
+  tasks=$("$python" -m nar_t2i ablate "${recipes[@]}" ${ablation[@]+"${ablation[@]}"} --count)
+  exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" ${options[@]+"${options[@]}"} slurm/ablate.sh --task "${recipes[@]}" ${ablation[@]+"${ablation[@]}"}
 fi
 for recipe in "${recipes[@]}"; do
   [ -f "$recipe" ] || { echo "ablate.sh: there is no recipe $recipe" >&2; exit 2; }
@@ -66,5 +66,5 @@ folders=$(for recipe in "${recipes[@]}"; do
 done)
 twice=$(sort <<<"$folders" | uniq -d)
 [ -z "$twice" ] || { echo "ablate.sh: several recipes have the run_dir $twice; give each its own" >&2; exit 2; }
-exec sbatch --job-name=nar-t2i --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" "${options[@]}" \
+exec sbatch --job-name=nar-t2i --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" ${options[@]+"${options[@]}"} \
   slurm/train.sh --one-of "${recipes[@]}"

@@ -57,6 +57,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
   snapshot=$run/slurm/$SLURM_JOB_ID
   mkdir -p "$snapshot" runs/.slurm
   cp -r nar_t2i "$snapshot"
+  git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
   find "$snapshot" -name __pycache__ -prune -exec rm -rf {} +
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
   printf '%s\n' "$run" > "$pointer.part"
@@ -79,8 +80,9 @@ again=
 echo "train.sh: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_JOB_NUM_NODES nodes × $tasks ranks, $run"
 before=$(readlink "$run/checkpoints/last.ckpt" || true)
 status=0
-# Ranks that leave with a status of their own do so within moments of each other; after a minute the rest is stuck.
-srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
+# Ranks that leave with a status of their own do so within moments of each other, but for the first, which tells W&B; after four minutes,
+# of the five that Slurm gives, the rest is stuck.
+srun --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
 
 if [ "$status" -eq "$REQUEUE" ]; then
   # A run that gets no further between two requeues never would.

@@ -22,7 +22,7 @@ def test_rows_and_their_ratios(tmp_path):
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows) == ["everything", "nothing", "head at all slots", "unfused optimizer", "fp32"]
     assert rows["everything"]["over_everything"] == 1 and rows["nothing"]["over_everything"] != 1
-    assert found["parameters"] > 1e6 and found["recipe"] == "emage/346m-256, in small"
+    assert found["left_out"] == [] and found["parameters"] > 1e6 and found["recipe"] == "emage/346m-256, in small"
     for row in rows.values():
         rate = found["bf16_matrix_rate" if row["precision"] == "bf16-mixed" else "fp32_matrix_rate"]
         work = 3 * found["forward_flops_an_image"] * row["images_per_second"]  # the same for a head that reads all slots

@@ -36,6 +36,26 @@ def test_decoding_of_emage_and_its_twin(tmp_path):
     assert 10 < parallel["compute_floor_ms"] / twin["compute_floor_ms"] < 20
 
 
+def test_operations_of_a_long_sequence_follow_from_short_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import decoding
+
+    bench = decoding.Bench(decoding.Given(100, 1000), small=True, compile=False, dtype=torch.bfloat16)
+    model = decoding.recipe.load(decoding.TWIN).config["model"]["init_args"]
+    for length in (8, 20, 33):
+        bench.spec = decoding.TokenSpec((1, length), "categorical", bench.spec.size)
+        assert bench.operations(model, causal=True) == bench.counted(model, bench.spec)
+
+
+def test_floors_of_a_machine_that_is_not_at_hand():
+    done = run("decoding.py", "--floors", 100, 1000, "--batch", 1)
+    assert done.returncode == 0, done.stderr
+    parallel, twin, ratio = done.stdout.splitlines()
+    # 16 passes of some 240M parameters over 1,024 tokens and two rows, and 1,024 passes over those that are read in each.
+    assert 130 < float(re.search(r" floor_ms ([\d.]+)", parallel)[1]) < 180 and "passes" not in ratio
+    assert 400 < float(re.search(r" floor_ms ([\d.]+)", twin)[1]) < 480
+
+
 def test_peers_side_by_side(tmp_path):
     done = run("peers.py", "--small", "--geometry", "tiny", "--batch", 1, "--repeats", 2, "--twin-repeats", 1, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,20 @@ def test_what_is_transparent_is_painted(codec):
     assert np.array_equal(drawn()[kept], edit.image.permute(1, 2, 0).numpy()[kept])
 
 
+def test_strokes_on_a_transparent_layer_are_a_mask(codec):
+    layer = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (8, 20, 16, 30))
+    layer.save("layer.png")
+    assert torch.equal(read_edit("scene.png", "layer.png", 64).redraw, read_edit("scene.png", "mask.png", 64).redraw)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_type_read_images_too(dtype):
+    t2i = TextToImage.from_pretrained(shipped_model()).to(dtype=dtype)
+    known = known_outside(t2i.tokenizer, read_edit("scene.png", "mask.png", 64), 1)
+    assert t2i.sample("a red circle", known=known).tokens[known.mask].equal(known.tokens[known.mask])
+
+
 @pytest.mark.parametrize("side", [64, 96, 160])
 def test_what_stands_under_the_mask_does_not_reach_what_is_kept(side):
     """A plain square in another plain one stays plain to its edge, whatever scaling mixes."""

@@ -45,6 +45,17 @@ def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return captured.err
 
 
+def test_a_runs_folder_is_told_from_a_model(model: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("run/checkpoints").mkdir(parents=True)
+    assert "run: a run that has not ended; nar-t2i export run MODEL" in failure(capsys, "--model", "run", "--prompt", "a star")
+    shutil.copytree(model, "run/model")
+    assert "run: a run's folder, whose model is run/model" in failure(capsys, "--model", "run", "--prompt", "a star")
+
+
+def test_a_recipe_that_is_not_there_is_named_with_its_option(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "--recipe: recipe 'nope' does not exist" in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", "nope")
+
+
 def test_pictures_and_a_contact_sheet(model: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(model, "--prompt", "a red star", "--prompt", "two blue squares", "--seed", "7") == 0
     files = sorted(path.name for path in Path("out").iterdir())

@@ -242,10 +242,10 @@ def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:
         file.write(encode_index(rows, losses, tar.stat().st_size))
 
 
-def open_index(tar: Path) -> ShardIndex:
+def open_index(tar: Path, compared: bool = False) -> ShardIndex:
     """The index of a tar; one is made where there is none (kept in memory where the folder is read-only).
 
-    Raises UserError when the tar is not the one that was indexed.
+    compared: a tar that is newer than its index was compared with it before. Raises UserError when the tar is not the one that was indexed.
     """
     path = index_path(tar)
     if not path.exists():
@@ -267,7 +267,7 @@ def open_index(tar: Path) -> ShardIndex:
             f"{tar} has {size} bytes, its index was made for {index.tar_size}: the tar is truncated or was replaced. "
             f"Restore it, or delete {path.name} to index what is there"
         )
-    if tar.stat().st_mtime_ns > path.stat().st_mtime_ns:  # copied in this order, or written again: tars are padded to few sizes
+    if not compared and tar.stat().st_mtime_ns > path.stat().st_mtime_ns:  # copied in this order, or written again: tars are padded to few sizes
         log.info("%s is newer than its index; comparing them", tar)
         if ShardIndex(encode_index(*scan_tar(tar), size)).identity != index.identity:
             raise UserError(f"{tar} holds other samples than {path.name} says: it was replaced. Delete {path.name} to index what is there")

@@ -31,6 +31,7 @@ class ShardSource(Source):
         self._stems = Counter(tar.stem for tar in self._tars)
         self._max_pixels = max_pixels
         self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
+        self._compared: set[int] = set()  # shards that were, with their index
         self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
         self._lengths, self._identities, self._lost = [], [], []
         for shard in range(len(self._tars)):
@@ -115,7 +116,8 @@ class ShardSource(Source):
         while len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][1])
         path = self._tars[shard]
-        index = self._in_memory.get(shard) or open_index(path)
+        index = self._in_memory.get(shard) or open_index(path, compared=shard in self._compared)
+        self._compared.add(shard)
         if index.in_memory:
             self._in_memory[shard] = index
         self._open[shard] = index, os.open(path, os.O_RDONLY)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
@@ -43,9 +46,18 @@ class Autoregressive(InferenceStrategy):
             raise UserError(f"{type(network).__name__} has an order in stages: Particles decodes it, not Autoregressive")
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
-        cache = StaticCache(network.spec.length)
-        last = network.spec.length - 1
-        for slot in range(network.spec.length):
+        # cuDNN's attention would be planned anew for each length of the cache.
+        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if tokens.is_cuda else nullcontext()
+        with kernels:
+            tokens = self._drawn(guided, tokens, masked, noise, on_step)
+        return Decoded(tokens, guided.passes, guided.rows)
+
+    def _drawn(
+        self, guided: GuidedNetwork, tokens: Tensor, masked: Tensor, noise: Noise, on_step: Callable[[Step], None] | None
+    ) -> Tensor:
+        spec = guided.network.spec
+        cache, last = StaticCache(spec.length), spec.length - 1
+        for slot in range(spec.length):
             here = torch.full((len(tokens), 1), slot, device=tokens.device)
             previous = slice(max(slot - 1, 0), max(slot, 1))
             state = TokenState(tokens[:, previous], masked[:, previous], positions=here)
@@ -56,4 +68,4 @@ class Autoregressive(InferenceStrategy):
             tokens[:, slot], masked[:, slot] = drawn, False
             if on_step:
                 on_step(Step(slot, tokens, masked))
-        return Decoded(tokens, guided.passes, guided.rows)
+        return tokens

@@ -6,6 +6,7 @@ launch. What a strategy must keep to is said by `InferenceStrategy.static`, and 
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -114,10 +115,15 @@ class CudaRecorder:
             torch.cuda.synchronize()
             # The matrix library's scratch memory must belong to neither another recording nor, after this, to plain launches.
             torch._C._cuda_clearCublasWorkspaces()
+            collects = gc.isenabled()
+            gc.collect()
+            gc.disable()  # a recording that is freed breaks off the one that is made
             try:
                 with torch.cuda.graph(graph, pool=self._memory, stream=stream):
                     result = run()
             finally:
+                if collects:
+                    gc.enable()
                 torch.cuda.set_stream(before)  # where a recording fails, torch stays on its stream
                 torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, result

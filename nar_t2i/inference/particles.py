@@ -73,20 +73,21 @@ class Particles(InferenceStrategy):
 
         guided = GuidedNetwork(network, condition.map(each), null.map(each), guidance)
         tokens, unknown = start_state(network.spec, images * count, noise.ids.device, known and Known(*map(each, known)))
-        draws, cache = noise.copies(count), StaticCache(length + sum(network.stages))
+        draws, cache = noise.copies(count), StaticCache(length)
         likelihood = torch.zeros(len(tokens), device=tokens.device)  # of what stands so far, each token after those before it
         weights = torch.zeros_like(likelihood)
         before = apart = network.order[:0]
         start = 0
         for step, size in enumerate(stages):
             here = network.order[start : start + size]
-            together = before[1:]  # the first of a stage was drawn from all before it
-            slots = torch.cat([before, together, here]).expand(len(tokens), -1)
+            asks = here if step == 0 else here[1:]  # about the first asks the token before it
+            slots = torch.cat([before, asks]).expand(len(tokens), -1)
             asked = torch.arange(slots.shape[1], device=slots.device).expand_as(slots) >= len(before)
             said = guided(TokenState(tokens[:, slots[0]], asked, slots), pass_progress(step, len(stages)), cache=cache)
             cache.crop(start)
-            if len(together):
-                likely = self._log_prob(said[:, len(before) : -size], tokens[:, together])
+            if len(before) > 1:
+                together = before[1:]  # the first of a stage was drawn from all before it
+                likely = self._log_prob(said[:, :-size], tokens[:, together])
                 likelihood = likelihood + likely.sum(1)
                 weights = weights + (likely - apart[:, 1:] * unknown[:, together]).sum(1)
                 rows = resampled(weights.view(images, count), noise.uniform("resampled", step))
@@ -94,7 +95,7 @@ class Particles(InferenceStrategy):
                 cache.reorder(guided.both(rows))
             said = said[:, -size:]
             last = step == len(stages) - 1
-            sampled = said.sample(draws.at(step, slots[:, -size:]), self.final_temperature if last else self.temperature, **self.truncation)
+            sampled = said.sample(draws.at(step, here.expand(len(tokens), -1)), self.final_temperature if last else self.temperature, **self.truncation)
             free = unknown[:, here].view(len(tokens), size, *[1] * (tokens.ndim - 2))
             tokens = tokens.index_copy(1, here, torch.where(free, sampled.values, tokens[:, here]))
             if not last:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_t2i.errors import UserError
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen, or numbers
@@ -20,6 +22,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def checked(heads: int, width: int) -> int:
+    """UserError where that many heads do not divide the width."""
+    if heads < 1 or width % heads:
+        raise UserError(f"heads: {heads} do not divide a width of {width}")
+    return heads
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -58,7 +67,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = checked(heads, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -80,7 +89,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = checked(heads, width)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)

@@ -37,47 +37,41 @@ def lattice_order(shape: tuple[int, ...]) -> list[int]:
     return sorted(range(len(places)), key=lambda slot: rank(tuple(places[slot])))
 
 
-def doubling_stages(length: int) -> list[int]:
-    """1, 1, 2, 4, … slots, together a quarter of `length` or, where that is no power of two, a little less."""
+def lattice_stages(length: int) -> list[int]:
+    """1, 3, 4, 8, 16, … slots, together half of `length` or, where that is no power of two, less: each but the first doubles what
+    stands, and on a grid the last stage has neighbours on all sides."""
     stages = [1]
-    while 2 * sum(stages) <= length // 4:
-        stages.append(sum(stages))
+    while (more := 3 if len(stages) == 1 else sum(stages)) + sum(stages) <= length // 2:
+        stages.append(more)
     return stages
 
 
 class Layout(NamedTuple):
-    """Entries of a sequence. slots: (M,) of the grid. asked: (M,), True = predicted, and seen by no other; False = its token is
-    read. places: (N,) or (Q,), where in the sequence the predictions of interest are. told: (T,), where the tokens are."""
+    """Entries of a sequence. slots: (M,) where they stand on the grid. asked: (M,), True = a question, which asks about its slot and
+    is seen by no other; False = its token is read, and it asks about the next slot of the order. questions: the entries that
+    are each stage's questions, as ranges, in the order of the stages."""
 
     slots: Tensor
     asked: Tensor
-    places: Tensor
-    told: Tensor
+    questions: tuple[range, ...]
 
-
-def _layout(order: Sequence[int], entries: list[tuple[int, bool]], places: Sequence[int]) -> Layout:
-    slots, asked = torch.tensor([order[rank] for rank, _ in entries]), torch.tensor([asked for _, asked in entries])
-    return Layout(slots, asked, torch.tensor(places), (~asked).nonzero()[:, 0])
-
-
-def scan_layout(order: Sequence[int], scanned: int) -> Layout:
-    """Each slot from all before it, and those behind the first `scanned` from these alone; `places` are in the slots' order."""
-    entries = [(rank, asked) for rank in range(scanned) for asked in (True, False)]
-    entries += [(rank, True) for rank in range(scanned, len(order))]
-    where = {order[rank]: place for place, (rank, asked) in enumerate(entries) if asked}
-    return _layout(order, entries, [where[slot] for slot in range(len(order))])
+    def take(self, entries: Tensor) -> Layout:
+        return Layout(self.slots[entries], self.asked[entries], ())
 
 
 def training_layout(order: Sequence[int], stages: Sequence[int]) -> Layout:
-    """The scan, and each slot of a stage from what stood before the stage, too: all that drawing by stages asks."""
-    entries: list[tuple[int, bool]] = []
+    """All that drawing by stages asks: each slot of a stage from what stood before the stage, and from the token before it."""
+    ranks, asked, questions = [0], [True], []
     start = 0
-    for size in stages:
-        entries += [(rank, True) for rank in range(start + 1, start + size)]  # the first of a stage is in the scan
-        entries += [(rank, asked) for rank in range(start, start + size) for asked in (True, False)]
+    for size in (*stages, len(order) - sum(stages)):
+        questions.append(range(len(ranks), len(ranks) + size - 1))  # about the first of a stage asks the token before
+        ranks += range(start + 1, start + size)
+        asked += [True] * (size - 1)
         start += size
-    entries += [(rank, True) for rank in range(start, len(order))]
-    return _layout(order, entries, [place for place, (_, asked) in enumerate(entries) if asked])
+        if start < len(order):
+            ranks += range(start - size, start)
+            asked += [False] * size
+    return Layout(torch.tensor([order[rank] for rank in ranks]), torch.tensor(asked), tuple(questions))
 
 
 _CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions read
@@ -86,9 +80,9 @@ _CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions re
 class Places(NamedTuple):
     """How the M entries of a sequence stand to what they may see, the same for all rows.
 
-    told: which entries are tokens, (T,); None = any may be. near: (M, K) by how far an entry lies from the tokens, those in a cache first,
-    as indices of SeenConvolution's weights. apart: (M, S) by how far it lies from all that a token may be, as indices of
-    PrefixBlock's biases. unseen: (M, S), True = may not be seen.
+    told: which entries are tokens, (T,); None = any may be. near: (M, K) by how far the slot that an entry asks about lies from the
+    tokens, those in a cache first, as indices of SeenConvolution's weights. apart: (M, S) by how far it lies from all that may
+    be a token, as indices of PrefixBlock's biases. unseen: (M, S), True = may not be seen.
     """
 
     told: Tensor | None
@@ -98,8 +92,8 @@ class Places(NamedTuple):
 
 
 class SeenConvolution(nn.Module):
-    """A depthwise convolution over the tokens that an entry sees, by where on the grid they stand, added to the entry: up to two
-    slots away along each side. Trained from zero, as GridConvolution is."""
+    """A depthwise convolution over the tokens that an entry sees, by how far they stand from the slot it asks about, added to the
+    entry: up to two slots away along each side. Trained from zero, as GridConvolution is."""
 
     REACH = 2
 
@@ -171,12 +165,13 @@ def flat(digits: Tensor, sizes: Sequence[int]) -> Tensor:
 class PrefixDecoder(EncoderDecoder):
     """EncoderDecoder whose tokens come in a fixed order, from coarse to fine, in stages.
 
-    A sequence holds tokens that are read, each of which sees those before it, and questions, which see the tokens before them
-    and are seen by none (the two streams of XLNet, Yang et al., arXiv 1906.08237; with any-subset models, Guo & Ermon, arXiv
-    2504.20456, it shares that one pass draws many tokens and also says how likely they are together). So one pass of training
-    asks about every slot from the prefix that it is drawn from and from all that comes before it. Order, stages and biases: our choice.
+    A sequence holds tokens that are read, each of which sees those before it and asks about the next slot of the order, and
+    questions, which see the tokens before them, are seen by none, and ask about slots further on (with any-subset models, Guo &
+    Ermon, arXiv 2504.20456, it shares that one pass draws many tokens and also says how likely they are together). So one pass of
+    training asks about every slot from the prefix that it is drawn from and from all that comes before it. Like CausalDecoder's,
+    positions are those of the slots that are asked about. Order, stages and biases: our choice.
 
-    stages: slots of each stage but the last, which is the rest; None = see `doubling_stages`. What those of the last stage are, is
+    stages: slots of each stage but the last, which is the rest; None = see `lattice_stages`. What those of the last stage are, is
     taken to follow from the others: they are never read. The other arguments are EncoderDecoder's.
     """
 
@@ -200,7 +195,7 @@ class PrefixDecoder(EncoderDecoder):
             spec, text_widths, width, depth, heads, mlp_ratio, activation, code_width=code_width,
             activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
-        self.stages = list(stages or doubling_stages(spec.length))
+        self.stages = list(stages or lattice_stages(spec.length))
         if min(self.stages) < 1 or sum(self.stages) >= spec.length:
             raise UserError(f"stages {self.stages}: each needs a slot, and the last stage too, of {spec.length}")
         order = lattice_order(spec.shape)
@@ -208,20 +203,33 @@ class PrefixDecoder(EncoderDecoder):
         apart = offsets(spec.shape) + torch.tensor(spec.shape) - 1  # from 0 along each side
         self.register_buffer("apart", flat(apart, [2 * n - 1 for n in spec.shape]), persistent=False)
         self.register_buffer("near", SeenConvolution.window(spec.shape), persistent=False)
-        for name, layout in (("scan", scan_layout(order, sum(self.stages))), ("lesson", training_layout(order, self.stages))):
-            for field, value in layout._asdict().items():
-                self.register_buffer(f"{name}_{field}", value, persistent=False)
+        following = torch.tensor(order).scatter(0, torch.tensor(order), torch.tensor([*order[1:], order[-1]]))
+        self.register_buffer("following", following, persistent=False)  # the slot that comes after each
+        lesson = training_layout(order, self.stages)
+        self.register_buffer("lesson_slots", lesson.slots, persistent=False)
+        self.register_buffer("lesson_asked", lesson.asked, persistent=False)
+        self.questions = lesson.questions
         plain, grid = self.blocks, spec.shape if grid_convolution else None
         self.blocks = nn.ModuleList(PrefixBlock(width, heads, mlp_ratio, activation, grid) for _ in plain)
         self.blocks.load_state_dict(plain.state_dict(), strict=False)  # they are initialised
 
     @property
-    def scan(self) -> Layout:
-        return Layout(self.scan_slots, self.scan_asked, self.scan_places, self.scan_told)
+    def lesson(self) -> Layout:
+        """See `training_layout`."""
+        return Layout(self.lesson_slots, self.lesson_asked, self.questions)
 
     @property
-    def lesson(self) -> Layout:
-        return Layout(self.lesson_slots, self.lesson_asked, self.lesson_places, self.lesson_told)
+    def scan(self) -> Layout:
+        """Each slot from all tokens before it, and those behind the first of the last stage from these alone: entry i asks about
+        slot i of the order."""
+        read = sum(self.stages)
+        ranks = torch.arange(self.spec.length, device=self.order.device)
+        asked = (ranks == 0) | (ranks > read)
+        return Layout(self.order[torch.where(asked, ranks, ranks - 1)], asked, ())
+
+    def about(self, slots: Tensor, asked: Tensor) -> Tensor:
+        """The slots that entries ask about."""
+        return torch.where(asked, slots, self.following[slots])
 
     def along(self, layout: Layout, values: Tensor) -> TokenState:
         """The tokens of whole images (B, N, …) as a sequence."""
@@ -232,20 +240,22 @@ class PrefixDecoder(EncoderDecoder):
         self, state: TokenState, prepared: PreparedText, read: Tensor | None = None, cache: KVCache | None = None
     ) -> Prediction:
         """Without `positions`: whole images, each slot from those before it. With them: a sequence, the same in all rows, of
-        tokens and questions (`masked`). With a cache: tokens of the order that follow on those in the cache, then questions;
-        the caller crops the cache to the tokens."""
+        tokens in their order and, anywhere behind the tokens that they see, questions (`masked`); predictions are of the slots
+        that the entries ask about. With a cache: tokens of the order that follow on those in the cache, then questions; the
+        caller crops the cache to the tokens."""
         if state.positions is None:
-            state = self.along(self.scan, state.values)
-            x = self._hidden(state, prepared, None, self.scan_told)[:, self.scan_places]
-        else:
-            told = None if cache is not None else (~state.masked[0]).nonzero()[:, 0]
-            x = self._hidden(state, prepared, cache, told)
+            told = torch.arange(1, 1 + sum(self.stages), device=self.order.device)
+            x = self._hidden(self.along(self.scan, state.values), prepared, None, told)[:, self.order.argsort()]
+        else:  # to find the tokens is less work, but a GPU's host would wait for it
+            find = cache is None and state.masked.device.type == "cpu"
+            x = self._hidden(state, prepared, cache, (~state.masked[0]).nonzero()[:, 0] if find else None)
         return self.head(select(x, read))
 
     def _hidden(self, state: TokenState, prepared: PreparedText, cache: KVCache | None, told: Tensor | None) -> Tensor:
         """told: the entries that are tokens; None = they stand anywhere."""
-        places = self._places(state.positions[0], state.masked[0], 0 if cache is None else cache.length, told)
-        x = self.embedding(state)
+        about = self.about(state.positions, state.masked)
+        places = self._places(state.positions[0], state.masked[0], about[0], 0 if cache is None else cache.length, told)
+        x = self.embedding(state._replace(positions=about))
         for layer, (block, keys_and_values) in enumerate(zip(self.blocks, prepared.keys_and_values, strict=True)):
             arguments = (x, keys_and_values, prepared.mask, places, cache, layer)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -254,14 +264,13 @@ class PrefixDecoder(EncoderDecoder):
                 x = block(*arguments)
         return x
 
-    def _places(self, slots: Tensor, asked: Tensor, old: int, told: Tensor | None) -> Places:
+    def _places(self, slots: Tensor, asked: Tensor, about: Tensor, old: int, told: Tensor | None) -> Places:
         """Of entries behind the first `old` tokens of the order."""
         count = len(slots)
-        rank = self.order.argsort()[slots]
-        before = torch.ones(count, count, dtype=torch.bool, device=slots.device).tril(-1) & (rank[None] < rank[:, None]) & ~asked
-        seen = torch.cat([before.new_ones(count, old), before | torch.eye(count, dtype=torch.bool, device=slots.device)], dim=1)
-        past = self.order[:old]
-        tokens, read = (slots, before) if told is None else (slots[told], before[:, told])
-        near = self.near[slots][:, torch.cat([past, tokens])]
-        near = near.where(torch.cat([before.new_ones(count, old), read], dim=1), (2 * SeenConvolution.REACH + 1) ** len(self.spec.shape))
-        return Places(told, near, self.apart[slots][:, torch.cat([past, slots])], ~seen)
+        every = torch.ones(count, old, dtype=torch.bool, device=slots.device)
+        tokens_seen = torch.cat([every, every.new_ones(count, count).tril() & ~asked], dim=1)
+        itself = torch.cat([every.new_zeros(count, old), torch.eye(count, dtype=torch.bool, device=slots.device)], dim=1)
+        standing = torch.cat([self.order[:old], slots])
+        apart, near = self.apart[about][:, standing], self.near[about][:, standing]
+        near = near.where(tokens_seen, (2 * SeenConvolution.REACH + 1) ** len(self.spec.shape))
+        return Places(told, near if told is None else near[:, told], apart, ~(tokens_seen | itself))

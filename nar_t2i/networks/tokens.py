@@ -15,7 +15,7 @@ class CodeVectors(nn.Module):
     """What the tokenizer knows of its codes: the codebook's vectors, (K, width), which say which codes look alike.
 
     Beside a free embedding of each code, a projection of these lets what is learned of one code hold for its like (our
-    choice). They are taken over from the codec once, by `adopt`, and saved with the network.
+    choice). They are taken over from the codec once, by `adopt`, saved with the network, and by `init_from` left as they are.
     """
 
     def __init__(self, codes: int, width: int):
@@ -27,6 +27,7 @@ class CodeVectors(nn.Module):
         if vectors.shape != self.vectors.shape:
             raise UserError(f"code_width: the tokenizer has codes {tuple(vectors.shape)}, not {tuple(self.vectors.shape)}")
         self.vectors.copy_(vectors / vectors.square().mean().sqrt())
+        self.vectors.of_tokenizer = True
 
 
 class TokenEmbedding(nn.Module):

@@ -100,12 +100,14 @@ class ScratchTextEncoder(TextEncoder):
         self.mask_padding = mask_padding
         self.embedding = nn.Embedding(self._pieces.get_piece_size(), width)
         self.position = nn.Parameter(0.02 * torch.randn(max_length, width))
-        self.position.no_decay = True
+        self.position.no_decay = self.position.position_counts = True
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, word_reach) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         choose_trained(trainable, self, self.blocks, [self.norm])
         self._frozen = trainable == "none"
+        for p in self.parameters():
+            p.from_elsewhere = not p.requires_grad
 
     def fingerprint(self) -> dict[str, str]:
         return {

@@ -102,7 +102,7 @@ class LocalEncoder(nn.Module):
         return patches
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.project(self.describe(self.fold(images)).contiguous(memory_format=torch.channels_last))
+        x = self.project(self.describe(self.fold(images)).to(images.dtype).contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = x + block(x)
         return self.out(x)

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -82,10 +83,26 @@ class TrainedModule(lightning.LightningModule):
         raise NotImplementedError
 
     def on_fit_end(self) -> None:
-        """On all ranks: the averaged weights, whole, are written by the first."""
+        """On all ranks: the averaged weights, whole, are written by the first, for which the others wait."""
         with self.ema.applied(self) if self.ema is not None else nullcontext(), gathered(self):
             if self.global_rank == 0:
                 self.write(Path(self.trainer.default_root_dir) / "model")
+        self.trainer.strategy.barrier()
+        super().cpu()
+
+    def cpu(self) -> TrainedModule:
+        """Where it is, while a fit ends: Lightning moves the module away before `on_fit_end`, and averages, ZeRO's buffers and the
+        batches of a validation that is made up for would stay behind. `on_fit_end` does it afterwards."""
+        trainer = self._trainer
+        ending = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
+        return self if ending else super().cpu()
+
+    def validate_by_steps(self, accumulation: int) -> None:
+        """Make a whole `trainer.val_check_interval`, which Lightning counts in micro-batches, one of optimizer steps."""
+        trainer = self.trainer
+        trainer.steps_between_validations = getattr(trainer, "steps_between_validations", trainer.val_check_interval)
+        if isinstance(trainer.steps_between_validations, int) and trainer.check_val_every_n_epoch is None:
+            trainer.val_check_interval = trainer.steps_between_validations * accumulation
 
     @property
     def strict_loading(self) -> bool:

@@ -31,7 +31,7 @@ from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.guard import Guard, GuardConfig
-from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.init_from import check_frozen, load_weights
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import REQUEUE, Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
@@ -77,8 +77,11 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     # A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds.
     if cli.config.init_from and (checkpoint is None or has_frozen(cli.model)):
         report = load_weights(cli.model, cli.config.init_from)
+        check_frozen(cli.model, report)
         if checkpoint is None:
             print(report, file=sys.stderr)
+    else:
+        check_frozen(cli.model, None)
     arguments: dict[str, Any] = {"datamodule": cli.datamodule, "ckpt_path": checkpoint, "weights_only": True}
     if subcommand == "predict":
         arguments["return_predictions"] = False

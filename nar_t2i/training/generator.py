@@ -127,6 +127,7 @@ class GeneratorModule(TrainedModule):
         if stage == "fit":
             self._cached_truncated = None if datamodule.streams else datamodule.source("train").truncated
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
+            self.validate_by_steps(self.trainer.accumulate_grad_batches)
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
 
     def configure_optimizers(self) -> Any:

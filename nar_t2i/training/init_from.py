@@ -31,7 +31,8 @@ class LoadReport:
     """What `load_weights` did, by the names of the module's own state; `str` is the summary for a person.
 
     loaded: taken over as they were. resized: position embeddings fitted to another length or grid.
-    missing: the module has them, the source does not. unexpected: the other way round.
+    missing: the module has them, the source does not. unexpected: the other way round. kept: the module's own, from its tokenizer,
+    which is another than the source's.
     wrong_shape: name → (the source's shape, the module's).
     """
 
@@ -41,11 +42,13 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shapes = [f"{name} {old} → {new}" for name, (old, new) in self.wrong_shape.items()]
-        kinds = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        kinds = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes,
+                 "kept, of another tokenizer": self.kept}  # fmt: skip
         averaged = " (averaged)" if self.averaged else ""
         lines = [f"init_from {self.source}: {len(self.loaded)} tensors taken over{averaged}"]
         return "\n".join(lines + [f"  {kind}: {_listed(names)}" for kind, names in kinds.items() if names])
@@ -57,9 +60,11 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), a pipeline folder (all its
     .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`), or one part of such a folder
     (MODEL/text: the module's `text` alone). Position embeddings (named
-    `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated. Frozen parameters may
-    be missing, without mention. averaged: prefer averaged weights where there are some. Raises UserError where the source
-    cannot be read or nothing fits.
+    `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated, or, with an attribute
+    `position_counts = True`, as that of words, cut off or followed by the module's own. What the module has from its tokenizer
+    (`of_tokenizer = True`) stays. Frozen parameters may be missing, without mention, but for those that come from nowhere else
+    (`from_elsewhere = True`, see `check_frozen`). averaged: prefer averaged weights where there are some. Raises UserError where
+    the source cannot be read or nothing fits.
     """
     source, averaged = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
@@ -71,11 +76,15 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     for name, value in target.items():
         found = next((candidate for candidate in _spellings(name) if candidate in source), None)
         if found is None:
-            if not isinstance(value, nn.Parameter) or value.requires_grad:
+            if not isinstance(value, nn.Parameter) or value.requires_grad or getattr(value, "from_elsewhere", False):
                 report.missing.append(name)
             continue
         used.add(found)
         fitting = source[found]
+        if getattr(value, "of_tokenizer", False):
+            same = fitting.shape == value.shape and torch.equal(fitting.to(value), value)
+            (report.loaded if same else report.kept).append(name)
+            continue
         if fitting.shape != value.shape:
             fitting = _resize_position(fitting, value) if _is_position(name, value) else None
         if fitting is None:
@@ -91,6 +100,17 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
             f"the model has {_listed(list(target))}"
         )
     return report
+
+
+def check_frozen(module: nn.Module, report: LoadReport | None) -> None:
+    """UserError where frozen weights that only another run can bring came from none. report: of `load_weights`, None = nothing was
+    loaded."""
+    needed = [name for name, p in module.named_parameters() if getattr(p, "from_elsewhere", False)]
+    absent = needed if report is None else [name for name in needed if name in {*report.missing, *report.wrong_shape}]
+    if absent:
+        source = "init_from names none" if report is None else f"{report.source} has none that fit"
+        raise UserError(f"init_from: frozen weights that start at random stay so, and {source} for {_listed(absent)}; name a run or a "
+                        "model that has them, or train them (trainable: all)")  # fmt: skip
 
 
 def _read(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
@@ -170,7 +190,7 @@ def _resize_position(source: Tensor, target: Tensor) -> Tensor | None:
     """`source` (…, N, D) interpolated to the shape of `target`; None if they differ in more than N.
 
     A target with `position_grid` (H, W) is a grid in row order: bicubic, smoothed where it shrinks (as ViT checkpoints
-    are resized, arXiv 2010.11929, section 3.2). Otherwise linear along the length.
+    are resized, arXiv 2010.11929, section 3.2). With `position_counts` each place keeps its own. Otherwise linear along the length.
     """
     if source.ndim != target.ndim or source.ndim < 2 or source.shape[-1] != target.shape[-1]:
         return None
@@ -178,6 +198,10 @@ def _resize_position(source: Tensor, target: Tensor) -> Tensor | None:
     length, new_length = source.numel() // width, target.numel() // width
     flat = source.reshape(length, width).T.float()
     grid = getattr(target, "position_grid", None)
+    if getattr(target, "position_counts", False):
+        fitted = target.detach().clone()
+        fitted[..., :length, :] = source[..., :new_length, :]
+        return fitted
     if grid is None:
         return F.interpolate(flat[None], size=new_length, mode="linear").squeeze(0).T.reshape(target.shape)
     rows = round(math.sqrt(length * grid[0] / grid[1]))

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import matrix_rate, operation_counter
-from nar_t2i.training.guard import loss_scale
 
 STARTED = "started.json"  # when the run was first started, and how often
 
@@ -98,7 +97,7 @@ class Monitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if pl_module.automatic_optimization and self._norm is None and trainer._logger_connector.should_update_logs and not hasattr(trainer.strategy, "deepspeed_engine"):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients) / loss_scale(trainer)
+            self._norm = torch.nn.utils.get_total_norm(gradients)  # which Lightning has unscaled
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -310,10 +310,12 @@ def _installed(name: str) -> bool:
 
 
 def _git_commit() -> str | None:
-    """The checkout's commit, with "+changes" where the working tree differs; None where the package is installed."""
+    """The checkout's commit, with "+changes" where the working tree differs; of a job's copy of the code what slurm/train.sh wrote beside
+    it; None where the package is installed."""
     root = Path(nar_t2i.__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        copied = root / "commit"
+        return copied.read_text(encoding="utf-8").strip() or None if copied.is_file() else None
     try:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

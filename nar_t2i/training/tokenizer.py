@@ -34,7 +34,8 @@ from nar_t2i.types import Batch
 class TokenizerModule(TrainedModule):
     """Trains a VQGAN (Esser et al., arXiv 2012.09841).
 
-    codec: the model. optimizer: of the codec; the discriminator's is the same with `discriminator_learning_rate`.
+    codec: the model. optimizer: of the codec; the discriminator's is AdamW (β 0.5 and 0.9, VQGAN's) at
+    `discriminator_learning_rate` throughout.
     l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no such loss.
     discriminator: None trains without. discriminator_start: the share of training (`progress`) from which on it takes
     part, in both its roles. discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see
@@ -73,8 +74,12 @@ class TokenizerModule(TrainedModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
+        if stage == "fit":
+            self.validate_by_steps(self.trainer.datamodule.accumulation(self.trainer.world_size))
         if isinstance(strategy, DeepSpeedStrategy):
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
+        if getattr(strategy.precision_plugin, "scaler", None) is not None:
+            raise UserError("trainer.precision: a tokenizer has two optimizers, which a scaler for fp16 does not serve; use bf16-mixed or 32-true")
         if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
             # Each of the two backward passes leaves the other's parameters without a gradient.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -91,7 +96,7 @@ class TokenizerModule(TrainedModule):
         if self.discriminator is None:
             return [optimizer], [scheduler]
         other = torch.optim.AdamW(self.discriminator.parameters(), self.discriminator_learning_rate, (0.5, 0.9))
-        return [optimizer, other], [scheduler]
+        return [optimizer, other], [scheduler, optim.Schedule(other, lambda step: 1.0)]
 
     def on_train_start(self) -> None:
         self._accumulated, self._discriminating = 0, False
@@ -157,7 +162,8 @@ class TokenizerModule(TrainedModule):
         if index == 0:
             self.gradient_norm = norm
             optimizer.step()
-            self.lr_schedulers().step()
+            schedulers = self.lr_schedulers()
+            (schedulers[0] if isinstance(schedulers, list) else schedulers).step()
         else:
             # Past Lightning's wrapper, which would count this step, too, as one of `trainer.max_steps`.
             optimizer.optimizer.step()

@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 
+import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import Callback
 
 from nar_t2i.training import checkpoints
@@ -54,6 +56,13 @@ class StallAt(Callback):
     def on_train_batch_start(self, trainer, *arguments) -> None:
         while trainer.global_step == self.step and trainer.global_rank == self.rank:
             time.sleep(60)
+
+
+class Moved(Callback):
+    """Where Lightning takes a module to the CPU, it gets new tensors, as it does when it comes from a GPU."""
+
+    def setup(self, trainer, module, stage) -> None:
+        _DeviceDtypeModuleMixin.cpu = lambda module: module._apply(torch.clone)
 
 
 class Slow(Callback):

@@ -2,12 +2,10 @@
 
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.cluster.forks import ROOT, Process
 
 
 @dataclass
@@ -18,21 +16,15 @@ class Ended:
     errors: list[str]
 
 
-def start(ranks: int, arguments: list[str], folder: Path) -> list[subprocess.Popen]:
+def start(ranks: int, arguments: list[str], folder: Path) -> list[Process]:
     """`python arguments` on each rank, in `folder`; output goes to rank-N.log there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "DS_ACCELERATOR": "cpu"}  # fmt: skip
-    processes = []
-    for rank in range(ranks):
-        environment = {**os.environ, **{name: str(value) for name, value in shared.items()}, "LOCAL_RANK": str(rank)}
-        with open(folder / f"rank-{rank}.log", "a") as log:
-            processes.append(
-                subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment, stdout=log, stderr=log)
-            )
-    return processes
+    environment = {**os.environ, **{name: str(value) for name, value in shared.items()}}
+    return [Process(arguments, folder, {**environment, "LOCAL_RANK": str(rank)}, folder / f"rank-{rank}.log") for rank in range(ranks)]
 
 
 def run(ranks: int, arguments: list[str], folder: Path, timeout: float = 150) -> Ended:

@@ -85,13 +85,15 @@ def test_a_scaler_that_looks_for_its_scale_is_left_alone(tmp_path):
     from lightning.pytorch.plugins import MixedPrecision
 
     from nar_t2i.training.guard import Guard, GuardConfig
+    from nar_t2i.training.monitor import Monitor
     from tests.cluster import tiny
 
     guard = Guard(GuardConfig(spike=3.0))
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
-    trainer = tiny.trainer("auto", 1, 40, default_root_dir=tmp_path, plugins=[precision], callbacks=[guard])
+    trainer = tiny.trainer("auto", 1, 40, default_root_dir=tmp_path, plugins=[precision], callbacks=[guard, Monitor(tmp_path)], log_every_n_steps=1)
     trainer.fit(tiny.Generator(), datamodule=tiny.data())
-    assert precision.scaler.get_scale() < 2.0**40  # it did overflow
+    assert 2.0**10 < precision.scaler.get_scale() < 2.0**40  # it did overflow
+    assert trainer.callback_metrics["gradient_norm"] > 0.01  # of the loss itself
     assert 0 < guard.mean < 10
 
 

@@ -15,6 +15,7 @@ from nar_t2i.training import checkpoints
 from tests.cluster import ranks
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+MOVED = json.dumps([{"class_path": "tests.cluster.faults.Moved"}])
 KILL = json.dumps([{"class_path": "tests.cluster.faults.KillAt", "init_args": {"step": 8}}])
 STEPS = 12
 
@@ -58,9 +59,9 @@ def assert_closely(found, expected):
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def runs(request, tmp_path_factory):
-    """The same run on two ranks, uninterrupted, and killed at step 8."""
+    """The same run on two ranks, uninterrupted, at whose end the module moves, and killed at step 8."""
     whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
-    went_well(fit(whole, 2, request.param))
+    went_well(fit(whole, 2, request.param, f"--trainer.callbacks={MOVED}"))
     ended = fit(killed, 2, request.param, f"--trainer.callbacks={KILL}")
     assert ended.status == [-9, -9], ended.errors
     assert [checkpoints.step_of(path) for path in checkpoints.newest_first(killed / "run/checkpoints")] == [6, 3]

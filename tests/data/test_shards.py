@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 
+from nar_t2i.data import shards
 from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_tar
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import SampleError
@@ -126,6 +127,20 @@ def test_a_tar_of_the_same_size_that_was_written_again_is_refused(tmp_path, capl
         with caplog.at_level(logging.INFO):
             assert ShardSource(str(tmp_path)).read_text(0).captions == ["a red square"]
         assert sum("newer than its index" in record.getMessage() for record in caplog.records) == scans
+
+
+def test_where_nothing_can_be_written_a_newer_tar_is_compared_once(tmp_path, monkeypatch, caplog):
+    folder = write_shards(tmp_path, [2, 2, 2])
+    for tar in folder.glob("*.tar"):
+        open_index(tar)
+        os.utime(tar, ns=(2**62, 2**62))
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with caplog.at_level(logging.INFO):
+        source = ShardSource(str(folder))
+        for index in (0, 2, 4, 0, 2, 4):
+            assert source.read_text(index).captions
+    assert sum("newer than its index" in record.getMessage() for record in caplog.records) == 3
 
 
 def test_a_broken_index_is_refused(tmp_path):

@@ -76,6 +76,7 @@ def test_a_critic_and_one_token_at_a_time_touch_no_value(monkeypatch):
         prefix = PrefixDecoder(SPEC, (8,), width=16, depth=2, heads=2, grid_convolution=grid)
         for likeliest in (False, True):
             assert decode_without_memory(Particles(3, likeliest), prefix).passes == 4
+        assert decode_without_memory(BestOf(Particles(3), 2), prefix).passes == 5
 
 
 def test_what_reads_values_is_not_recorded():

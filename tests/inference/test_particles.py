@@ -32,10 +32,11 @@ def plainly(strategy, network, row, rows=3, scale=2.0, known=None):
     stages = [*network.stages, network.spec.length - sum(network.stages)]
 
     def guided(tokens, ranks, seen):
-        """Logits at some ranks given the first `seen` tokens."""
+        """Logits at some ranks given the first `seen` tokens, the last of which asks about the one that follows."""
         slots = torch.tensor([order[:seen] + [order[rank] for rank in ranks]])
         asked = torch.arange(slots.shape[1])[None] >= seen
-        c, u = (network(TokenState(tokens[slots], asked, slots), network.prepare(x)).logits[0, seen:] for x in (condition, null))
+        entries = [seen - 1 if seen and rank == seen else seen + i for i, rank in enumerate(ranks)]
+        c, u = (network(TokenState(tokens[slots], asked, slots), network.prepare(x)).logits[0, entries] for x in (condition, null))
         return u + scale * (c - u)
 
     def log_prob(logits, value):

@@ -1,4 +1,4 @@
-"""Learning from prefixes: the mean over all questions, of which a step asks some of the last stage."""
+"""Learning from prefixes: the mean over all questions, of which a step asks some of each stage."""
 
 import pytest
 import torch
@@ -24,31 +24,30 @@ def test_the_loss_is_the_mean_over_all_questions():
     """With stages of one slot these are the tokens, each given those before it."""
     network, tokens = make_network(stages=[1] * 5), tokens_of()
     nll = torch.nn.functional.cross_entropy(whole(network, tokens).flatten(0, 1), tokens.flatten())
-    assert lost(Prefixes(1.0), network) == pytest.approx(nll.item(), rel=1e-9)
-    assert lost(Prefixes(1.0), make_network(stages=[1, 1, 3])) != pytest.approx(nll.item(), rel=1e-3)
+    assert lost(Prefixes(16), network) == pytest.approx(nll.item(), rel=1e-9)
+    assert lost(Prefixes(16), make_network(stages=[1, 1, 3])) != pytest.approx(nll.item(), rel=1e-3)
 
 
-def test_a_share_of_the_last_stage_stands_for_all_of_it():
+def test_some_of_a_stage_stand_for_all_of_it():
     network = make_network()
-    everything, parts = lost(Prefixes(1.0), network), [lost(Prefixes(0.3), network, step / 400) for step in range(400)]
+    everything, parts = lost(Prefixes(16), network), [lost(Prefixes(3), network, step / 400) for step in range(400)]
     mean, spread = torch.tensor(parts).mean(), torch.tensor(parts).std()
     assert spread > 0.01 and abs(mean - everything) < 4 * spread / 20
-    assert lost(Prefixes(0.3), network, 0.25) == lost(Prefixes(0.3), network, 0.25)
+    assert lost(Prefixes(3), network, 0.25) == lost(Prefixes(3), network, 0.25)
 
 
 def test_validation_asks_about_all():
-    assert lost(Prefixes(0.3).eval(), make_network()) == lost(Prefixes(1.0), make_network())
+    assert lost(Prefixes(3).eval(), make_network()) == lost(Prefixes(16), make_network())
 
 
-@pytest.mark.parametrize("last", [0.0, -0.1, 1.5])
-def test_a_share_that_is_none_is_refused(last):
-    with pytest.raises(UserError, match="last"):
-        Prefixes(last)
+def test_asking_about_none_is_refused():
+    with pytest.raises(UserError, match="most 0"):
+        Prefixes(0)
 
 
 def test_a_last_stage_of_one_slot_is_asked_about():
     network = make_network(stages=[15])
-    assert lost(Prefixes(0.3), network) == lost(Prefixes(1.0), network)
+    assert lost(Prefixes(14), network) == lost(Prefixes(16), network)
 
 
 @pytest.mark.parametrize(("network", "learning"), [

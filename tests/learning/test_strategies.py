@@ -74,7 +74,7 @@ def test_no_strategy_is_another_one():
     prefixes, critic = (kind(spec, widths, width=16, depth=1, heads=2) for kind in (PrefixDecoder, TokenCritic))
     for network in (prefixes, critic):
         torch.nn.init.normal_(network.head.logits.weight)
-    losses += [lost(strategy, prefixes).item() for strategy in (Prefixes(), Prefixes(1.0))]
+    losses += [lost(strategy, prefixes).item() for strategy in (Prefixes(4), Prefixes())]
     losses += [lost(CriticOf(Watched(), **how), critic).item() for how in ({}, {"label": "changed"}, {"redraw": "all"})]
     for (i, a), (j, b) in itertools.combinations(enumerate(losses), 2):
         assert a != pytest.approx(b, abs=1e-9), (i, j)

@@ -226,3 +226,9 @@ def test_keys_and_values_made_once_are_those_of_torch():
             else:
                 given = cross(x, cross.keys_and_values(text), mask[:, None, None])
                 torch.testing.assert_close(given, theirs(x, text, text, key_padding_mask=~mask)[0])
+
+
+@pytest.mark.parametrize("heads", [3, 0])
+def test_heads_divide_the_width(heads):
+    with pytest.raises(UserError, match=f"heads: {heads} do not divide a width of 32"):
+        EncoderDecoder(TokenSpec((4, 4), "categorical", 7), (8,), width=32, depth=1, heads=heads)

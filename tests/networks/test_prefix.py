@@ -6,7 +6,7 @@ import torch
 from nar_t2i.errors import UserError
 from nar_t2i.networks import PrefixDecoder
 from nar_t2i.networks.attention import StaticCache
-from nar_t2i.networks.prefix import doubling_stages, lattice_order
+from nar_t2i.networks.prefix import lattice_order, lattice_stages
 from nar_t2i.types import TokenSpec, TokenState
 from tests.inference.test_confidence import make_condition
 
@@ -49,9 +49,9 @@ def test_the_order_goes_from_coarse_to_fine():
     assert ((grid // 8) % 2 == 0).all() and ((grid % 8) % 2 == 0).all()
 
 
-def test_stages_double_up_to_a_quarter():
-    assert doubling_stages(64) == [1, 1, 2, 4, 8] and sum(doubling_stages(1024)) == 256
-    assert doubling_stages(5) == [1] and sum(doubling_stages(100)) <= 25
+def test_stages_double_up_to_a_half():
+    assert lattice_stages(64) == [1, 3, 4, 8, 16] and sum(lattice_stages(1024)) == 512
+    assert lattice_stages(5) == lattice_stages(2) == [1] and sum(lattice_stages(100)) <= 50
 
 
 def test_a_slot_is_told_from_those_before_it(network):
@@ -68,36 +68,46 @@ def test_a_slot_is_told_from_those_before_it(network):
 
 def test_a_lesson_asks_from_the_stage_before_and_from_all_before(network):
     tokens, lesson, order = tokens_of(), network.lesson, network.order.tolist()
-    asked = lesson.slots[lesson.places]
-    assert sorted(order.index(slot) for slot in asked.tolist()) == sorted([*range(16), 3, 4])
-    read = lesson.places.expand(2, -1)
-    told = network(network.along(lesson, tokens), prepared(network), read).logits
+    about = network.about(lesson.slots, lesson.asked).tolist()
+    assert sorted(order.index(slot) for slot in about) == sorted([*range(16), 3, 4])
+    assert [[order.index(about[entry]) for entry in stage] for stage in lesson.questions] == [[], [], [3, 4], [*range(6, 16)]]
+    told = network(network.along(lesson, tokens), prepared(network)).logits
     scan = whole(network, tokens)
-    seen_twice = {order[3], order[4]}
-    for place, slot in enumerate(asked.tolist()):
-        if slot not in seen_twice:
-            torch.testing.assert_close(told[:, place], scan[:, slot], rtol=1e-9, atol=1e-9)
-    early = [place for place, slot in enumerate(asked.tolist()) if slot in seen_twice][:2]  # the stage's own come first
+    from_the_stage_before = list(lesson.questions[2])
+    for entry, slot in enumerate(about):
+        if entry not in from_the_stage_before:
+            torch.testing.assert_close(told[:, entry], scan[:, slot], rtol=1e-9, atol=1e-9)
     for rank in range(5):
         changed = tokens.clone()
         changed[:, order[rank]] = (changed[:, order[rank]] + 1) % 7
-        now = network(network.along(lesson, changed), prepared(network), read).logits
-        assert ((now != told).any(-1).any(0)[early] == (rank < 2)).all()
+        now = network(network.along(lesson, changed), prepared(network)).logits
+        assert ((now != told).any(-1).any(0)[from_the_stage_before] == (rank < 2)).all()
 
 
 @pytest.mark.parametrize("stages", [[1, 1, 3], [1] * 5, [2, 3]])
 def test_a_cache_changes_nothing(network, stages):
+    """Of what a token says about the next slot, and of questions about those behind it."""
     tokens, order = tokens_of(), network.order
     logits, cache, start, before = whole(network, tokens), StaticCache(32), 0, order[:0]
     for size in [*stages, 16 - sum(stages)]:
         here = order[start : start + size]
-        slots = torch.cat([before, here])
+        slots = torch.cat([before, here if start == 0 else here[1:]])
         asked = torch.arange(len(slots)) >= len(before)
         state = TokenState(tokens[:, slots], asked.expand(2, -1), slots.expand(2, -1))
-        first = network(state, prepared(network), cache=cache).logits[:, len(before)]
-        torch.testing.assert_close(first, logits[:, here[0]], rtol=1e-9, atol=1e-9)
+        said = network(state, prepared(network), cache=cache).logits
+        known = [*before[1:], here[0]] if start else [here[0]]
+        torch.testing.assert_close(said[:, : len(known)], logits[:, known], rtol=1e-9, atol=1e-9)
+        all_slots = torch.cat([order[:start], here])
+        state = TokenState(tokens[:, all_slots], (torch.arange(len(all_slots)) >= start).expand(2, -1), all_slots.expand(2, -1))
+        torch.testing.assert_close(said[:, len(known) :], network(state, prepared(network)).logits[:, start + 1 :], rtol=1e-9, atol=1e-9)
         cache.crop(start)
         start, before = start + size, here
+
+
+def test_tokens_need_not_be_found(network):
+    state, text = network.along(network.lesson, tokens_of()), prepared(network)
+    found = network(state, text).logits
+    torch.testing.assert_close(network.head(network._hidden(state, text, None, None)).logits, found, rtol=1e-9, atol=1e-9)
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -8,8 +8,9 @@ from torch import nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import write_json
+from nar_t2i.networks.tokens import CodeVectors
 from nar_t2i.training import checkpoints
-from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.init_from import check_frozen, load_weights
 
 
 class Net(nn.Module):
@@ -72,6 +73,40 @@ def test_lengths_are_interpolated_linearly(tmp_path):
     at = (np.arange(8) + 0.5) / 2 - 0.5
     expected = np.stack([np.interp(at, np.arange(4), column) for column in source.position.detach().numpy().T], 1)
     np.testing.assert_allclose(target.position.detach(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [2, 7])
+def test_a_word_keeps_its_place(tmp_path, length):
+    source, target = Net(length=4), Net(length=length)
+    target.position.position_counts = True
+    before = target.position.detach().clone()
+    assert load_weights(target, checkpoint(tmp_path, source)).resized == ["position"]
+    both = min(4, length)
+    assert torch.equal(target.position[:both], source.position[:both]) and torch.equal(target.position[both:], before[both:])
+
+
+def test_what_the_tokenizer_says_of_its_codes_stays(tmp_path):
+    source, target = nn.Module(), nn.Module()
+    for module, scale in ((source, 1.0), (target, 2.0)):
+        module.linear, module.codes = nn.Linear(2, 2), CodeVectors(3, 2)
+        module.codes.adopt(torch.tensor([[scale, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    kept = target.codes.vectors.clone()
+    report = load_weights(target, checkpoint(tmp_path, source))
+    assert report.kept == ["codes.vectors"] and "kept, of another tokenizer: codes.vectors" in str(report)
+    assert torch.equal(target.codes.vectors, kept) and torch.equal(target.linear.weight, source.linear.weight)
+    assert load_weights(source, checkpoint(tmp_path, source)).kept == []
+
+
+def test_frozen_weights_that_come_from_nowhere_are_refused(tmp_path):
+    target = Net(extra=True)
+    for p in target.extra.requires_grad_(False).parameters():
+        p.from_elsewhere = True
+    check_frozen(target, load_weights(target, checkpoint(tmp_path, Net(extra=True))))
+    check_frozen(Net(), None)
+    with pytest.raises(UserError, match="a.ckpt has none that fit for extra.weight, extra.bias"):
+        check_frozen(target, load_weights(target, checkpoint(tmp_path, Net())))
+    with pytest.raises(UserError, match="init_from names none for extra.weight"):
+        check_frozen(target, None)
 
 
 def test_grids_are_interpolated_in_two_dimensions(tmp_path):

@@ -3,12 +3,15 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
 from nar_t2i.pixels import to_float
 from nar_t2i.tokenizers import VQGAN, VectorQuantizer
@@ -176,10 +179,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert equal(whole, resumed) and resumed.codec.quantizer.updates == 6
 
 
+def test_a_run_that_goes_on_takes_the_rate_of_its_recipe(tmp_path):
+    fit(made(start=0.0), tmp_path, 6, data(8), callbacks=[Record(3)]).save_checkpoint(tmp_path / "half.ckpt")
+    rates = {}
+    for rate in (5e-4, 0.0):
+        resumed = made(start=0.0, discriminator_learning_rate=rate)
+        fit(resumed, tmp_path, 6, data(8), tmp_path / "half.ckpt")
+        rates[rate] = resumed.discriminator.layers[0].weight.detach()
+    before = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]["discriminator.layers.0.weight"]
+    assert torch.equal(rates[0.0], before) and not torch.equal(rates[5e-4], before)
+
+
+def test_a_scaler_of_gradients_is_refused(tmp_path):
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match="trainer.precision: .* use bf16-mixed"):
+        fit(made(), tmp_path, 2, plugins=[precision])
+
+
 def test_the_checkpoint_holds_the_codebook(tmp_path):
     fit(made(), tmp_path, 2).save_checkpoint(tmp_path / "a.ckpt")
     names = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert {f"codec.quantizer.{name}" for name in ("codebook", "sums", "counts", "updates")} <= set(names)
+
+
+def test_the_average_is_whole_where_the_module_moves_at_the_end(tmp_path, monkeypatch):
+    """From a GPU to the CPU buffers become new tensors; the codebook is one."""
+    monkeypatch.setattr(_DeviceDtypeModuleMixin, "cpu", lambda module: module._apply(torch.clone))
+    module = made()
+    before = module.codec.quantizer.codebook
+    fit(module, tmp_path, 4)
+    assert module.codec.quantizer.codebook is not before, "it did not move"
+    codebook = load_part(tmp_path / "model").quantizer.codebook
+    assert torch.equal(codebook, module.ema.average["codec.quantizer.codebook"].to(codebook))
+    assert not torch.equal(codebook, module.codec.quantizer.codebook)
+
+
+@pytest.mark.parametrize("micro", [16, 4])
+def test_validation_comes_after_as_many_steps_whatever_the_micro_batches(tmp_path, micro):
+    steps = []
+
+    class Validated(Callback):
+        def on_validation_start(self, trainer, module):
+            steps.append(trainer.global_step)
+
+    trainer = Trainer(max_steps=6, val_check_interval=2, check_val_every_n_epoch=None, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                      limit_val_batches=1, use_distributed_sampler=False, callbacks=[Validated()])  # fmt: skip
+    trainer.fit(made(discriminator=False), datamodule=data(micro))
+    assert steps == [2, 4, 6]
 
 
 def test_what_validation_logs_writes_and_exports(tmp_path):
