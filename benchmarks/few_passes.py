@@ -36,9 +36,11 @@ from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
 
 LONG = "runs/long-ablation/runs/0"
+LONGER = "runs/longer-ablation/runs/0"
 ENTRIES = {
     "twin, 64 passes": (f"{LONG}/autoregressive/model", "ablations/twin_long"),
     "prefixes, 6 passes": (f"{LONG}/prefixes/model", "learning/prefixes"),
+    "prefixes trained twice as long, 6 passes": (f"{LONGER}/prefixes/model", "learning/prefixes"),
     "long, 6 passes, one": (f"{LONG}/exponential/model", "ablations/few_passes_single"),
     "long, 6 passes, of 32": (f"{LONG}/exponential/model", "ablations/few_passes_of_32"),
     "long, 16 passes, one": (f"{LONG}/exponential/model", "ablations/growing_16"),
