@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nar_t2i import recipe
 from nar_t2i.data.captions import RenderedScenes
-from nar_t2i.errors import UserError
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt
@@ -46,7 +45,7 @@ def main() -> int:
     parsed = parser.parse_args()
     t2i = TextToImage.from_pretrained(parsed.model)
     if not isinstance(t2i.network, PrefixDecoder):
-        raise UserError(f"{parsed.model}: {type(t2i.network).__name__} has no order in stages")
+        sys.exit(f"{parsed.model}: {type(t2i.network).__name__} has no order in stages")
     model = recipe.load("learning/prefixes").config["model"]["init_args"]
     changes = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in parsed.change)}
     t2i.guidance = Guidance(**model["guidance"] | {"scale": changes.pop("guidance_scale", model["guidance"]["scale"])})

@@ -1,6 +1,7 @@
 """Benchmarks run in small, and report what they are for."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,6 +11,11 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
+from nar_t2i.generate import shipped_model
+from nar_t2i.inference import Particles
+from nar_t2i.networks import PrefixDecoder
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.schedules import Guidance
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,3 +150,30 @@ def test_the_full_size_needs_a_gpu(script, tmp_path):
     if not torch.cuda.is_available():
         done = run(script, "--out", tmp_path / "found.json")
         assert done.returncode != 0 and "--small runs anywhere" in done.stderr
+
+
+def test_what_a_network_of_prefixes_knows(tmp_path):
+    shipped = TextToImage.from_pretrained(shipped_model())
+    torch.manual_seed(0)
+    network = PrefixDecoder(shipped.tokenizer.spec, shipped.text.widths, width=16, depth=1, heads=2, grid_convolution=True).eval()
+    TextToImage(shipped.tokenizer, shipped.text, shipped.null, network, Particles(2), Guidance(1.5)).save_pretrained(tmp_path / "model")
+    done = run("prefix_stages.py", tmp_path / "model", "--scenes", 4, "--prompts", 1, "--drawings", 2, "--change", "candidates=2")
+    assert done.returncode == 0, done.stderr
+    nats = re.findall(r"stage of (\d+): ([\d.]+) nats apart(?:, ([\d.]+) together)?", done.stdout)
+    assert [int(size) for size, *_ in nats] == [1, 3, 4, 8, 16, 32] and nats[-1][2] == ""
+    code = math.log(shipped.tokenizer.spec.size)  # each of these, before training
+    assert float(nats[-1][1]) == pytest.approx(31 * code, rel=1e-3) and float(nats[2][2]) == pytest.approx(3 * code, rel=1e-2)
+    assert re.search(r"right: [\d.]+ of 6; .*\nof 2 drawings of 3 prompts: each right in ", done.stdout)
+    refused = run("prefix_stages.py", shipped_model())
+    assert refused.returncode == 1 and refused.stderr == f"{shipped_model()}: TwoWayDecoder has no order in stages\n"
+
+
+def test_the_distance_of_spoilt_scenes(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scene_frechet
+
+    monkeypatch.setattr(scene_frechet, "COUNT", 60)
+    assert scene_frechet.main() == 0
+    rows = dict(re.findall(r"\| (.+) \| ([\d.]+) \|", capsys.readouterr().out))
+    assert len(rows) == 15
+    assert float(rows["other real scenes"]) < float(rows["noise of 15 levels"]) < float(rows["noise of 30 levels"])
