@@ -23,8 +23,9 @@ quickstart-short: $(STAMP)
 test: $(STAMP) $(MODELS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -x -q -n 2 --dist loadfile tests --ignore tests/cluster
 
+# Slurm's come first: it lets a job that it takes back wait for two minutes, in which others run.
 test-cluster: $(STAMP)
-	$(VENV)/bin/python -m pytest -x -q tests/cluster
+	$(VENV)/bin/python -m pytest -x -q -n 2 --dist loadfile --no-loadscope-reorder tests/cluster/test_slurm.py tests/cluster
 
 bench: $(STAMP)
 	NAR_T2I_PYTHON=$(VENV)/bin/python benchmarks/all.sh

@@ -21,6 +21,7 @@ from nar_t2i.evaluation.comparison import changes, compare, paired_interval, see
 from nar_t2i.evaluation.scene_accuracy import wilson
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import load_part, save_part
+from nar_t2i.parts import build
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 from nar_t2i.prepare.tokens import encode_tokens
@@ -129,7 +130,9 @@ def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch
 def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_quickstart, monkeypatch):
     monkeypatch.chdir(beside_a_quickstart)
     recipes = ["learning/masked", "learning/critic", "inference/critic_guided", "inference/critic_adaptive"]
-    frozen = [part.replace("trainable=all", "trainable=none") for part in LINE]
+    text = load("scale/small").config["model"]["init_args"]["text"]
+    save_part(build({"class_path": text["class_path"], "init_args": {**text["init_args"], "trainable": "all"}}), "runs/quickstart/text")
+    frozen = [{"init_from=null": "init_from=runs/quickstart/text"}.get(part, part.replace("trainable=all", "trainable=none")) for part in LINE]
     assert main(["ablate", *recipes, *frozen, "--out", "criticised"]) == 0
     rows = json.loads((beside_a_quickstart / "criticised/comparison.json").read_text())["rows"]
     assert [(row["name"], row["passes"]) for row in rows] == [("masked", 16), ("critic_guided", 31), ("critic_adaptive", 31)]
