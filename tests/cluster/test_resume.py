@@ -146,6 +146,8 @@ def test_export_is_the_model_that_the_run_wrote(runs, tmp_path):
     }
     assert torch.equal(pictures["run"], pictures["averaged"])
     average = TextToImage.from_pretrained(tmp_path / "averaged", trusted=("tests",)).network.state_dict()
+    written = TextToImage.from_pretrained(whole / "run/model", trusted=("tests",)).network.state_dict()
+    assert written.keys() == average.keys() and all(torch.equal(value, average[name]) for name, value in written.items())
     raw = TextToImage.from_pretrained(tmp_path / "raw", trusted=("tests",)).network.state_dict()
     assert any(not torch.equal(average[name], raw[name]) for name in raw)
     weights, _, _ = result(whole)
