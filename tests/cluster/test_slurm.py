@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -137,7 +138,8 @@ def test_a_job_runs_the_code_that_it_started_with(cluster, tmp_path):
         assert (tmp_path / f"run/code-{rank}.txt").read_text() == f"{tmp_path}/run/slurm/{number}/nar_t2i/__init__.py", log(tmp_path)
     commit = (tmp_path / f"run/slurm/{number}/commit").read_text().strip()
     assert json.loads((tmp_path / "run/versions.json").read_text())["git_commit"] == (commit or None)
-    assert bool(commit) == (ROOT / ".git").exists()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert commit.removesuffix("+changes") == head
 
 
 def test_recipes_with_one_run_folder_are_not_queued(cluster, tmp_path):
