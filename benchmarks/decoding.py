@@ -5,10 +5,11 @@
     python benchmarks/decoding.py --floors 788 4300                                # what TFLOP/s and GB/s alone would take
 
 Networks have the geometry of recipes/emage and random weights, in bf16; prompts have 32 words; guidance is on. Every part is
-timed by itself, cold (the first timed call; of a graph, the one that records it) and warm (median and 95th percentile), with and without CUDA
-graphs, beside its floor: what its operations take at the matrix rate, or its bytes at the copy rate, whichever is more, both
-measured in the same run. A graph must draw what plain launches draw, or its time is not reported. benchmarks/peers.py sets
-the same networks beside those of other libraries.
+timed by itself, cold (the first timed call; of a graph, the one that records it) and warm (median and 95th percentile), with
+and without CUDA graphs, beside its floor: what its operations take at the matrix rate, or its bytes at the copy rate, whichever
+is more, both measured in the same run. Then the text encoder and all passes are timed in one, and with the image decoder behind
+them. A graph must draw what plain launches draw, or its time is not reported. benchmarks/peers.py sets the same networks beside
+those of other libraries.
 """
 
 from __future__ import annotations
@@ -137,20 +138,21 @@ class Bench:
 
     @torch.no_grad()
     def decoding(self, name: str, batch: int, repeats: int) -> Iterator[dict[str, Any]]:
-        """The decoder alone, plainly launched, and on a GPU as a graph as well."""
+        """The decoder alone, plainly launched, and on a GPU as a graph as well; then from the text on, and to the image."""
         model = recipe.load(name).config["model"]["init_args"]
         network, guidance = self.network(model["network"]), Guidance(**model["guidance"])
         inference: InferenceStrategy = build({"init_args": {}, **model["inference"]})
         condition, null = self.told(batch)
         noise = Noise(0, torch.arange(batch, device=self.device))
+        graphs, arguments = Graphs(), (inference, network, condition, null, noise, guidance)
         drawn: list[Decoded] = []
 
         def plain() -> Decoded:
-            return inference.decode(network, condition, null, noise, guidance)
+            return inference.decode(*arguments[1:])
 
-        compiles = self.compile and not network.causal  # whose blocks are called piece by piece
-        with compiled(network.blocks if compiles else ()):
-            cold = self.clock.once(lambda: drawn.append(plain()))
+        compiles = self.compile and not network.causal
+        with compiled(network.stack if compiles else ()):
+            cold = self.clock.once(lambda: drawn.append(graphs.decode(*arguments)))  # the first time as it comes
             (expected,) = drawn
             floor = self.floor(name, batch, network)
             known = {
@@ -159,8 +161,14 @@ class Bench:
             }  # fmt: skip
             yield known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)
             if self.device.type == "cuda":
-                arguments = (inference, network, condition, null, noise, guidance)
-                yield known | recorded(self, Graphs(), arguments, expected, repeats, floor, name)
+                yield known | recorded(self, graphs, arguments, expected, repeats, floor, name)
+                known["launched"] = "as a graph"
+
+                def from_text() -> Decoded:
+                    return graphs.decode(inference, network, *self.told(batch), noise, guidance)
+
+                yield known | self.part(f"{name}, from the text", batch, repeats, from_text)
+                yield known | self.part(f"{name}, from the text to the image", batch, repeats, lambda: self.codec.decode(from_text().tokens))
 
     def floor(self, name: str, batch: int, network: TokenNetwork) -> dict[str, float]:
         """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for those that
@@ -220,9 +228,8 @@ def recorded(
     bench: Any, graphs: Graphs, arguments: tuple[Any, ...], expected: Decoded, repeats: int, floor: dict[str, float], name: str
 ) -> dict[str, Any]:
     """A decoding as a graph: timed as `bench` times (Bench, or one of its like). UserError where it draws otherwise than
-    `expected`; cold is the call that records it."""
+    `expected`; cold is the call that records it. graphs: have decoded this once, as it comes."""
     drawn: list[Decoded] = []
-    graphs.decode(*arguments)  # once as it comes; the next time is recorded
     cold = bench.clock.once(lambda: drawn.append(graphs.decode(*arguments)))
     if not graphs.recordings:
         raise UserError(f"{name}, batch {len(expected.tokens)}: could not be recorded as a graph")

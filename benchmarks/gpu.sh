@@ -4,10 +4,11 @@
 #   benchmarks/gpu.sh [OUT]        # default: docs/results/bench
 #   MEMORY=1 benchmarks/gpu.sh     # memory.py as well, which takes minutes more
 #
-# peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 and 512 px, in bf16 and fp32, at batch 1, 8 and 64, plainly
-#              launched, as a graph, and at 256 px compiled; our parallel network, its twin, `generate` on a Llama of their size.
+# peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 px in bf16 and fp32, at batch 1, 8 and 64, plainly launched, as
+#              a graph, and compiled; our parallel network, its twin, `generate` on a Llama of their size; aMUSEd at 512 px.
+# decoding.py: Emage from the text to the image, its decoder with torch.compile.
 # training.py: steps of the 346M recipe at the largest micro-batch, and what each of its options brings.
-# decoding.py: Emage's text encoder, its image decoder, and its decoder with torch.compile.
+# matvec.py:   what a pass of one token could take at best.
 # memory.py:   the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
 #
 # Each has its minutes, after which it begins nothing more; what it left out or what failed stands in its file, which is written
@@ -23,13 +24,12 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv > 
 status=0
 # One that fails does not keep the others from running. Where a compiler hangs, the others still get their time.
 measure() { timeout --kill-after=2 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
-amused=(benchmarks/peers.py --systems amused --batch 1 8 64 --dtypes bf16 fp32 --repeats 10)
-measure 130 "${amused[@]}" --geometry 256 --minutes 1.5 --out "$out/peers-256.json"
-measure 115 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.35 --out "$out/peers-size.json"
-measure 140 benchmarks/training.py --minutes 1.8 --out "$out/training.json"
-measure 75 "${amused[@]}" --geometry 512 --minutes 0.7 --out "$out/peers-512.json"
-measure 80 benchmarks/peers.py --systems amused --geometry 256 --batch 1 64 --dtypes bf16 --repeats 5 --compile --minutes 0.8 \
-  --out "$out/peers-256-compiled.json"
-measure 45 benchmarks/decoding.py --batch 1 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
+amused=(benchmarks/peers.py --systems amused --dtypes bf16 fp32)
+measure 120 "${amused[@]}" --geometry 256 --batch 1 8 64 --repeats 6 --compile --minutes 1.4 --out "$out/peers-256.json"
+measure 145 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.7 --out "$out/peers-size.json"
+measure 45 benchmarks/decoding.py --batch 1 16 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
+measure 25 benchmarks/matvec.py --repeats 30 --minutes 0.08 --out "$out/matvec.json"
+measure 190 benchmarks/training.py --minutes 1.9 --out "$out/training.json"
+measure 50 "${amused[@]}" --geometry 512 --batch 1 8 --repeats 5 --minutes 0.4 --out "$out/peers-512.json"
 [ -z "${MEMORY:-}" ] || "$python" benchmarks/memory.py || status=1
 exit "$status"

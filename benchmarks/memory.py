@@ -3,12 +3,13 @@
     python benchmarks/memory.py
 
 Trains a few generators of Emage's shape for three steps each under DDP and ZeRO 1 to 3 on one GPU, each in a process of
-its own, and writes docs/results/memory.json: the peak that torch allocated, the estimate, and their ratio.
+its own, the four side by side, and writes docs/results/memory.json: the peak that torch allocated, the estimate, and their ratio.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from nar_t2i.training import doctor, zero
 from nar_t2i.training.memory import STAGES, held
 
 ROOT = Path(__file__).parents[1]
+OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/results/memory.json"
 BASE = """
 seed_everything: 0
 model:
@@ -57,19 +59,33 @@ def main() -> None:
             recipe.write_text(BASE.format(vocabulary=vocabulary, **case))
             one, two = (doctor.probe([recipe], [], size) for size in (1, 2))
             activations = one.activations + (case["batch"] - 1) * (two.activations - one.activations)
+            runs = {strategy: Path(folder, strategy) for strategy in STAGES}
+            _side_by_side({
+                run.with_suffix(".log"): [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
+                                          "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
+                for strategy, run in runs.items()
+            })  # fmt: skip
             for strategy, stage in STAGES.items():
-                run = Path(folder, strategy)
-                line = [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
-                        "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]  # fmt: skip
-                subprocess.run(line, check=True, cwd=ROOT)
-                measured = 2**30 * max(_column(run / "metrics.csv", "memory_gib"))
+                measured = 2**30 * max(_column(runs[strategy] / "metrics.csv", "memory_gib"))
                 estimate = held(one.trained, 1, stage, True).peak(activations, False)
                 rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, one.trained.groups)), "measured_mib": measured / 2**20,
                              "estimate_mib": estimate / 2**20, "ratio": estimate / measured})  # fmt: skip
                 print(rows[-1], flush=True)
-                # After each, so that what is broken off loses little.
-                told = {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows}
-                write_json(ROOT / "docs/results/memory.json", told)
+            # After each, so that what is broken off loses little.
+            told = {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows}
+            write_json(OUT, told)
+
+
+def _side_by_side(lines: dict[Path, list[str]]) -> None:
+    """Runs all at once, each with its output in a file: what a process allocates is its own. Ends the program where one fails."""
+    # What the doctor measured here on a CPU told DeepSpeed of no GPU.
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    running = {log: subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT) for log, line in lines.items()}
+    failed = [log for log, process in running.items() if process.wait()]
+    for log in failed:
+        print(log.read_text()[-3000:], file=sys.stderr)
+    if failed:
+        sys.exit(f"failed: {', '.join(log.stem for log in failed)}")
 
 
 def _column(path: Path, name: str) -> list[float]:

@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="warm calls of each; default: 20, small: 5")
     parser.add_argument("--twin-repeats", type=int, default=2, help="of those that draw token by token; default: 2")
     parser.add_argument("--compile", action="store_true",
-                        help="our U-ViT with torch.compile, too, and as a graph only so; needs a C++ compiler")  # fmt: skip
+                        help="our U-ViT with torch.compile, too, in bf16; needs a C++ compiler")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="runs/peers.json")
     parsed = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> int:
         for batch, dtype in sorted(cases, key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
             amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
             name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
-            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile))
+            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile and dtype == "bf16"))
         del amused
         free()
     for dtype in size_dtypes if "size" in parsed.systems else ():
@@ -146,20 +146,20 @@ class Pair:
             row |= self.told(found, floor)
             yield row
         cuda = self.run.roofline.device.type == "cuda"
+        if cuda and self.run.budget.allows(f"{self.name}, as a graph", CALLS_OF_GRAPH * call):
+            yield row | self.as_graph(repeats, floor)
         if compile and self.run.budget.allows(f"{self.name}, compiled"):
-            with compiled([*network.down, *network.layers, *network.up]):
+            with compiled(network.stack):
                 cold = self.clock.once(runs[OURS])
                 differ = self.logits()
                 yield row | {"launched": "compiled"} | differ | self.timed(runs[OURS], repeats, cold, floor, self.batch)
                 if cuda and self.run.budget.allows(f"{self.name}, compiled, as a graph", CALLS_OF_GRAPH * call):
                     yield row | differ | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
-        elif cuda and self.run.budget.allows(f"{self.name}, as a graph", CALLS_OF_GRAPH * call):
-            yield row | self.as_graph(repeats, floor)
 
     def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
         graphs = Graphs(round_to=WORDS_READ)  # no padding, so that it does what plain launches do
         arguments = (self.amused.inference, self.amused.network, *self.texts, self.noise, self.amused.guidance)
-        return recorded(self, graphs, arguments, self.amused.ours(self.texts, self.noise), repeats, floor, self.name)
+        return recorded(self, graphs, arguments, graphs.decode(*arguments), repeats, floor, self.name)
 
     def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
         """As Bench times."""

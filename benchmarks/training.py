@@ -7,8 +7,8 @@ In small it shows that all rows run and agree; what the means bring on a GPU can
 
 The recipe's network, text encoder (trained along, on captions of 32 words), learning strategy and optimizer take real steps
 under the trainer, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
-row below it all but one, the last none. Micro-batches grow until memory ends; the rows stand at half of the largest, so that
-those that need more fit too, and one more row has every means at the largest.
+row below it all but one, and one none; on a GPU one has CUDA graphs as well. The rows stand at a third of the largest micro-batch
+that fits into memory, so that those that need more fit too, and one more row has every means at the largest.
 
 Work is what is needed: three times the operations of a forward pass whose head reads hidden slots alone. A row whose head reads
 all of them gets no credit for it. Utilisation is of the rate of a large matrix product in the row's own precision, measured in
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import logging
 import sys
 import tempfile
@@ -60,8 +59,8 @@ TOLERANCE = 0.25  # of what the loss falls by in these steps
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--micro-batch", type=int, help="images a step; default: half of the largest, or 8 with --small")
-    parser.add_argument("--steps", type=int, help="that are timed; default: 15, or 10 with --small")
+    parser.add_argument("--micro-batch", type=int, help="images a step; default: a third of the largest, or 8 with --small")
+    parser.add_argument("--steps", type=int, help="that are timed, in fp32 on a GPU a third of them; default: 10")
     parser.add_argument("--rounds", type=int, default=1, help="how often all rows are measured in turn; default: 1")
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out of all rows: there is no C++ compiler")
     parser.add_argument("--minutes", type=float, default=60, help="after which no row is begun; default: 60")
@@ -75,9 +74,9 @@ def main() -> int:
     deadline = time.monotonic() + 60 * parsed.minutes
     results.write(parsed.out, [])  # what is broken off leaves no older file behind
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), device, parsed.small, parsed.steps or (10 if parsed.small else 15))
+        bench = Bench(Path(folder), device, parsed.small, parsed.steps or 10)
         largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
-        size = parsed.micro_batch or (largest and largest // 2) or 8
+        size = parsed.micro_batch or (largest and largest // 3) or 8
         told = {"recipe": "emage/346m-256" + ", in small" * parsed.small, "parameters": bench.parameters,
                 "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
                 "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
@@ -88,25 +87,21 @@ def main() -> int:
     return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
 
 
-EVERYTHING = {"masked_head": True, "fused": True, "compile": "kernels and graphs", "precision": "bf16-mixed"}
+EVERYTHING = {"masked_head": True, "fused": True, "compile": "kernels", "precision": "bf16-mixed"}
 NOTHING = {"masked_head": False, "fused": False, "compile": None, "precision": "32-true"}
 
 
 def variants(cuda: bool, compiles: bool) -> dict[str, dict[str, Any]]:
-    """Each row's means by its name, those first that tell most. On a CPU there are no graphs."""
-    everything = EVERYTHING if cuda else EVERYTHING | {"compile": "kernels"}
-    if not compiles:
-        everything = everything | {"compile": None}
-    without_compile = {"without compile" + " and graphs" * cuda: everything | {"compile": None}}
-    without_graphs = {"without graphs": everything | {"compile": "kernels"}}
+    """Each row's means by its name, those first that tell most; graphs last, which take a minute to compile. On a CPU there are none."""
+    everything = EVERYTHING if compiles else EVERYTHING | {"compile": None}
     return {
         "everything": everything,
         "nothing": NOTHING,
-        **(without_compile if compiles else {}),
+        **({"without compile": everything | {"compile": None}} if compiles else {}),
         "head at all slots": everything | {"masked_head": False},
         "unfused optimizer": everything | {"fused": False},
         "fp32": everything | {"precision": "32-true"},
-        **(without_graphs if compiles and cuda else {}),
+        **({"with graphs": everything | {"compile": "kernels and graphs"}} if compiles and cuda else {}),
     }
 
 
@@ -155,7 +150,8 @@ class Bench:
         """A row, and the losses of the first steps. What fails is a row too, with no losses."""
         told = {"micro_batch": size, **means}
         try:
-            clock = self.fit(size, means, self.steps)
+            slow = self.device.type == "cuda" and means["precision"] == "32-true"
+            clock = self.fit(size, means, max(1, self.steps // 3) if slow else self.steps)
         except torch.OutOfMemoryError:
             return {**told, "failed": MEMORY}, []
         except RuntimeError as error:  # torch.compile's are
@@ -178,11 +174,19 @@ class Bench:
 
     def largest(self) -> int:
         """The largest micro-batch that trains, of powers of two and half again as many: without compilation, which takes less
-        memory, not more."""
-        size = next(size for size in itertools.count(3) if not self.fits(2**size)) - 1
-        if size < 3:
+        memory, not more. Two small ones tell about how many fit."""
+        sizes = [size for power in range(3, 16) for size in (2**power, 3 * 2 ** (power - 1))]
+        peaks = []
+        for size in sizes[:2]:
+            peaks.append(self.fit(size, EVERYTHING | {"compile": None}, 1).peak)
+            self.free()
+        an_image = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+        room = torch.cuda.get_device_properties(self.device).total_memory - peaks[0]
+        likely = [size for size in sizes if an_image * (size - sizes[0]) < 1.1 * room]
+        found = next((size for size in reversed(likely) if self.fits(size)), None)
+        if found is None:
             raise UserError("no micro-batch of 8 images fits into this GPU's memory")
-        return 3 * 2 ** (size - 1) if self.fits(3 * 2 ** (size - 1)) else 2**size
+        return found
 
     def fits(self, size: int) -> bool:
         try:

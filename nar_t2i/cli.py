@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", metavar="FILE", help="a picture to edit: its middle square")
     generate.add_argument("--mask", metavar="FILE", help="light where --image is drawn anew (default: where it is transparent)")
     generate.add_argument("--variation", type=float, metavar="SHARE", help="draw a share of --image anew, anywhere: 0 to 1")
-    generate.add_argument("--compile", action="store_true", help="with torch.compile: a minute to begin with, faster after it")
+    generate.add_argument("--compile", action="store_true", help="with torch.compile: slower to begin with, faster after it")
     generate.add_argument("--film", choices=("strip", "gif", "none"), default="none", help="show the tokens filling")
 
     evaluate = commands.add_parser("evaluate", help="measure a model")

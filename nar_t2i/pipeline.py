@@ -103,9 +103,11 @@ class TextToImage:
         return self
 
     def compile(self) -> TextToImage:
-        """Have torch.compile fuse what the network computes. The first images then take a minute or so longer, and again with
-        another number of them at once; a C++ compiler is needed. Tokens are equal up to rounding."""
-        self.network.compile()
+        """Have torch.compile fuse what the network computes. The first images then take some seconds longer, or a minute where
+        the network has no `stack`, and again with another number of them at once; a C++ compiler is needed. Tokens are equal up
+        to rounding."""
+        for part in self.network.stack or [self.network]:
+            part.compile()
         self.graphs = self.graphs and Graphs()
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -162,6 +162,12 @@ class TokenNetwork(nn.Module):
     judges: bool = False
     self_conditioning: bool = False
     static: bool = True
+
+    @property
+    def stack(self) -> Sequence[nn.Module]:
+        """The layers that a pass calls one after the other, and that are nearly all of its work: what is compiled. Empty where
+        it has none such; then all of it is."""
+        return ()
 
     def prepare(self, condition: Condition) -> Any:
         """Everything that depends on the text alone (cross-attention keys and values): once a generation."""

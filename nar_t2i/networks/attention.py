@@ -24,6 +24,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def mask_for(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of words, True = a word, as it is; without gradients, what is added to scores, which attention on a GPU would
+    make of it anew in every layer and pass."""
+    if torch.is_grad_enabled():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
 def checked(heads: int, width: int) -> int:
     """UserError where that many heads do not divide the width."""
     if heads < 1 or width % heads:

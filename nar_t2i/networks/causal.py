@@ -48,6 +48,7 @@ class CausalDecoder(EncoderDecoder):
     """
 
     causal = True
+    stack = ()  # its blocks are called in parts
 
     def __init__(
         self,

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
-from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention
+from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention, mask_for
 from nar_t2i.networks.tokens import CodeVectors, TokenEmbedding, TokenHead, select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 
 
 class PreparedText(NamedTuple):
-    """keys_and_values: a pair (B, heads, L, d) a layer. mask: (B, 1, 1, L)."""
+    """keys_and_values: a pair (B, heads, L, d) a layer. mask: (B, 1, 1, L), see `mask_for`."""
 
     keys_and_values: list[tuple[Tensor, Tensor]]
     mask: Tensor
@@ -133,7 +133,12 @@ class EncoderDecoder(TokenNetwork):
 
     def prepare(self, condition: Condition) -> PreparedText:
         text, mask = states_and_mask(self.text, self.text_norm, condition)
-        return PreparedText([block.cross_attention.keys_and_values(text) for block in self.blocks], mask)
+        keys_and_values = [block.cross_attention.keys_and_values(text) for block in self.blocks]
+        return PreparedText(keys_and_values, mask_for(mask, keys_and_values[0][0].dtype))
+
+    @property
+    def stack(self) -> Sequence[nn.Module]:
+        return self.blocks
 
     def check_positions(self, state: TokenState) -> None:
         if state.positions is not None and self.on_grid:

@@ -176,6 +176,7 @@ class PrefixDecoder(EncoderDecoder):
     """
 
     causal = True
+    stack = ()  # what its blocks read grows from pass to pass
 
     def __init__(
         self,

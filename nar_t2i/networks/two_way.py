@@ -56,6 +56,8 @@ class TwoWayDecoder(EncoderDecoder):
 
     static = False  # how many words there are decides shapes
 
+    stack = ()  # its blocks are called in parts
+
     def __init__(
         self,
         spec: TokenSpec,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
+from nar_t2i.networks.attention import mask_for
 from nar_t2i.networks.encoder_decoder import initialise, states_and_mask
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import select
-from nar_t2i.networks.uvit_blocks import Doubling, Halving, PreparedLayer, PreparedStage, RMSNorm, Stage, TransformerLayer, mask_for
+from nar_t2i.networks.uvit_blocks import Doubling, Halving, PreparedLayer, PreparedStage, RMSNorm, Stage, TransformerLayer
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 
@@ -126,6 +127,10 @@ class UVit(TokenNetwork):
         self.doubling = Doubling(channels) if halving else None
         self.head = CodeHead(spec.size, embedding_width, channels)
         self._initialise(depth)
+
+    @property
+    def stack(self) -> Sequence[nn.Module]:
+        return [*self.down, *self.layers, *self.up]
 
     def _initialise(self, depth: int) -> None:
         """Weights of unit gain; adaptive scales and shifts and the head start at zero (our choice)."""

@@ -1,12 +1,13 @@
-"""torch.compile for the training step: fused kernels, and on a GPU recorded ones."""
+"""torch.compile: fused kernels, and for the training step on a GPU recorded ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from nar_t2i.types import Condition, TextEncoder, TokenNetwork
@@ -17,13 +18,25 @@ Compiled = Literal["kernels", "kernels and graphs"]
 def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
     """The network, on the same weights, with its forward and backward passes compiled; `prepare` stays as it is.
 
-    The pass breaks in two where chosen slots are read: their number is read from the device. Before that all shapes stand
-    still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
+    "kernels": the layers of its `stack`, one of each kind for all of that kind, which takes seconds; from then on they run
+    compiled wherever there will be a backward pass. Without a stack, and for graphs, the whole network, which takes a minute:
+    the pass breaks in two where chosen slots are read, since their number is read from the device. Before that all shapes
+    stand still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
     """
     graphs = kind == "kernels and graphs" and torch.cuda.is_available()
+    if not graphs and network.stack:
+        for layer in network.stack:
+            layer._compiled_call_impl = _for_training(layer)
+        return network
     # Otherwise a graph would be recorded for every number of slots.
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True} if graphs else None
     return torch.compile(network, options=options)  # type: ignore[return-value]
+
+
+def _for_training(layer: nn.Module) -> Callable[..., Any]:
+    """Its call, compiled where gradients are recorded. What a backward pass computes anew is then what was computed."""
+    plain, fused = layer._call_impl, torch.compile(layer._call_impl)
+    return lambda *args, **kwargs: (fused if torch.is_grad_enabled() and not is_watched() else plain)(*args, **kwargs)
 
 
 def is_watched() -> bool:

@@ -1,0 +1,133 @@
+"""What a pass of one token could take at best: the autoregressive twin's matrices alone, each times two rows, without attention.
+
+    python benchmarks/matvec.py --out docs/results/bench/matvec.json      # the twin of recipes/emage/ar-346m-256, a CUDA GPU
+    python benchmarks/matvec.py --small --out runs/matvec.json            # in small, on any machine
+
+A pass of the twin is a chain: every matrix waits for what the one before has made, and has two rows to do, so that reading it is
+all its work. Here they follow each other as torch's own operations, and as one kernel each, which norms its input before, and adds,
+or applies the activation, behind; with `early` a kernel begins to read its matrix while the one before still runs (Hopper's
+programmatic launch). All are recorded as a graph. Beside them stands how long the bytes take at the copy rate: where even
+these kernels come to a part of that, no implementation with a kernel a matrix comes to more. What the kernels compute is
+compared with torch's in double precision first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import Budget, Roofline, Run, summary, weight_bytes
+from torch import Tensor, nn
+
+from nar_t2i import recipe
+from nar_t2i.errors import UserError
+from nar_t2i.hardware import best_device
+
+TWIN = "emage/ar-346m-256"
+ROWS, CODES = 2, 8192
+SETTINGS = [(outputs, warps, early) for outputs, warps in ((8, 4), (4, 4), (8, 8), (16, 8)) for early in (False, True)]
+SMALL = {"width": 64, "depth": 2}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="small matrices, for machines without a GPU")
+    parser.add_argument("--repeats", type=int, default=50, help="warm passes; default: 50")
+    parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
+    parser.add_argument("--out", default="docs/results/bench/matvec.json")
+    parsed = parser.parse_args()
+    device = best_device()
+    if device.type != "cuda" and not parsed.small:
+        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    sizes = recipe.load(TWIN).config["model"]["init_args"]["network"]["init_args"] | (SMALL if parsed.small else {})
+    run = Run(Roofline(device), Budget(parsed.minutes), parsed.out)
+    run.save()
+    torch.manual_seed(0)
+    with device:
+        chain = Chain(sizes["width"], sizes["depth"]).to(torch.bfloat16).eval().requires_grad_(False)
+        x = torch.randn(ROWS, sizes["width"], dtype=torch.bfloat16)
+    ways: list[tuple[dict[str, Any], Callable[[], Tensor]]] = [({"kernels": "torch's"}, lambda: chain(x))]
+    if device.type == "cuda":
+        ways += [({"kernels": "one a matrix", "outputs": o, "warps": w, "early": e}, lambda o=o, w=w, e=e: fused(chain, x, o, w, e)) for o, w, e in SETTINGS]
+    expected = chain.double()(x.double())
+    chain.to(torch.bfloat16)
+    for told, call in ways:
+        run.add(str(told), lambda: rows(run, chain, told, call, expected, parsed.repeats))
+    return run.finish()
+
+
+class Chain(nn.Module):
+    """The matrices of the twin's blocks, and the head's, in the order and with the norms of a pass."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        # qkv, out; q, out; the two of the MLP. The norm stands in front of every other one.
+        of_block = [(width, 3 * width), (width, width), (width, width), (width, width), (width, 4 * width), (4 * width, width)]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in [*of_block * depth, (width, CODES)])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.layers[::2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if number % 2 == 0:
+                hidden = layer(self.norms[number // 2](x))
+                hidden = F.gelu(hidden) if number % 6 == 4 else hidden
+            else:
+                x = x + layer(hidden[:, : layer.in_features])  # of queries, keys and values the first, in attention's place
+        return hidden
+
+
+@torch.no_grad()
+def rows(
+    run: Run, chain: Chain, told: dict[str, Any], call: Callable[[], Tensor], expected: Tensor, repeats: int
+) -> Iterator[dict[str, Any]]:
+    replay, result = recorded(call) if run.roofline.device.type == "cuda" else (call, call())
+    replay()
+    differ = ((result.double() - expected).norm() / expected.norm()).item()
+    if not differ < 0.05:
+        raise UserError(f"{told}: differs by {differ:.2g} from double precision, so no time is reported")
+    cold = run.clock.once(replay)
+    found = summary(cold, run.clock.warm({"": replay}, repeats)[""])
+    moved = weight_bytes(chain)
+    floor = 1000 * moved / run.roofline.copy_rate
+    yield {**told, "rows": ROWS, "matrices": len(chain.layers), "bytes": moved, "differ": differ, **found, "copy_gb_s": run.roofline.copy_rate / 1e9,
+           "memory_floor_ms": floor, "share_of_bandwidth": floor / found["p50_ms"]}  # fmt: skip
+
+
+def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Tensor:
+    """As Chain.forward. outputs: that a program computes, half as many where there are few."""
+    from matvec_kernel import matvec
+
+    hidden = x
+    for number, layer in enumerate(chain.layers):
+        first, norm = number % 2 == 0, chain.norms[number // 2]
+        source, block = (x if first else hidden), (outputs if layer.out_features > chain.layers[1].out_features else max(4, outputs // 2))
+        made = torch.empty(ROWS, layer.out_features, dtype=x.dtype, device=x.device)
+        matvec[(layer.out_features // block,)](
+            source, source.shape[1], layer.weight, layer.bias, norm.weight, norm.bias, x, made, layer.out_features, layer.in_features, ROWS,
+            block, min(1024, layer.in_features), first, number % 6 == 4, not first, early, num_warps=warps, launch_pdl=early,
+        )  # fmt: skip
+        if first:
+            hidden = made
+        else:
+            x = made
+    return hidden
+
+
+if __name__ == "__main__":
+    sys.exit(main())
