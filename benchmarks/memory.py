@@ -1,6 +1,7 @@
 """The doctor's estimate of memory beside what training takes on this machine's GPU.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --estimates     # no GPU needed: the doctor's estimate anew, beside what stands there as measured
 
 Trains a few generators of Emage's shape for three steps each under DDP and ZeRO 1 to 3 on one GPU, each in a process of
 its own, the four side by side, and writes docs/results/memory.json: the peak that torch allocated, the estimate, and their ratio.
@@ -8,6 +9,7 @@ its own, the four side by side, and writes docs/results/memory.json: the peak th
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import subprocess
@@ -17,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from nar_t2i.folders import write_json
+from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import describe_machine
 from nar_t2i.training import doctor, zero
 from nar_t2i.training.memory import STAGES, held
 
 ROOT = Path(__file__).parents[1]
-OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/results/memory.json"
+MEASURED = ROOT / "docs/results/memory.json"
 BASE = """
 seed_everything: 0
 model:
@@ -48,32 +50,46 @@ CASES = [dict(width=512, depth=8, batch=8), dict(width=1024, depth=20, batch=8),
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("no GPU: what DDP and DeepSpeed hold on CPUs is compared in tests/cluster/test_memory.py")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--estimates", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=MEASURED)
+    parsed = parser.parse_args()
+    known = read_json(parsed.out) if parsed.estimates else {"command": "python benchmarks/memory.py", "rows": []}
+    if not parsed.estimates:
+        if not torch.cuda.is_available():
+            sys.exit("no GPU: what DDP and DeepSpeed hold on CPUs is compared in tests/cluster/test_memory.py")
+        known["machine"] = describe_machine()
     zero.register()
     rows = []
     for case in CASES:
+        of_case = {row["strategy"]: row["measured_mib"] for row in known["rows"] if case.items() <= row.items()}
+        if parsed.estimates and not of_case:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             vocabulary = ROOT / "nar_t2i/assets/model/text/vocabulary.model"
             recipe = Path(folder, "recipe.yaml")
             recipe.write_text(BASE.format(vocabulary=vocabulary, **case))
             one, two = (doctor.probe([recipe], [], size) for size in (1, 2))
-            activations = one.activations + (case["batch"] - 1) * (two.activations - one.activations)
-            runs = {strategy: Path(folder, strategy) for strategy in STAGES}
-            _side_by_side({
-                run.with_suffix(".log"): [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
-                                          "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
-                for strategy, run in runs.items()
-            })  # fmt: skip
-            for strategy, stage in STAGES.items():
-                measured = 2**30 * max(_column(runs[strategy] / "metrics.csv", "memory_gib"))
-                estimate = held(one.trained, 1, stage, True).peak(activations, False)
-                rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, one.trained.groups)), "measured_mib": measured / 2**20,
-                             "estimate_mib": estimate / 2**20, "ratio": estimate / measured})  # fmt: skip
-                print(rows[-1], flush=True)
-            # After each, so that what is broken off loses little.
-            told = {"command": "python benchmarks/memory.py", "machine": describe_machine(), "rows": rows}
-            write_json(OUT, told)
+            measured = of_case or _measured(recipe)
+        activations = one.activations + (case["batch"] - 1) * (two.activations - one.activations)
+        for strategy, mib in measured.items():
+            estimate = held(one.trained, 1, STAGES[strategy], True).peak(activations, False) / 2**20
+            rows.append({**case, "strategy": strategy, "parameters": sum(map(sum, one.trained.groups)), "measured_mib": mib,
+                         "estimate_mib": estimate, "ratio": estimate / mib})  # fmt: skip
+            print(rows[-1], flush=True)
+        # After each, so that what is broken off loses little.
+        write_json(parsed.out, known | {"rows": rows})
+
+
+def _measured(recipe: Path) -> dict[str, float]:
+    """MiB by strategy."""
+    runs = {strategy: recipe.with_name(strategy) for strategy in STAGES}
+    _side_by_side({
+        run.with_suffix(".log"): [sys.executable, "-m", "nar_t2i", "fit", "--config", str(recipe), f"--run_dir={run}",
+                                  "--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
+        for strategy, run in runs.items()
+    })  # fmt: skip
+    return {strategy: 1024 * max(_column(run / "metrics.csv", "memory_gib")) for strategy, run in runs.items()}
 
 
 def _side_by_side(lines: dict[Path, list[str]]) -> None:

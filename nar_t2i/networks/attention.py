@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+
+
+_writes_out = True  # see `fused`
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Inside, attention is one kernel on every device, which saves for the backward pass what a GPU's saves."""
+    global _writes_out
+    before, _writes_out = _writes_out, False
+    try:
+        yield
+    finally:
+        _writes_out = before
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -16,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
     sequences are written out there where there will be one.
     """
-    if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
+    if _writes_out and torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

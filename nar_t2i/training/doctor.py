@@ -24,6 +24,7 @@ from nar_t2i import recipe as recipes
 from nar_t2i.data.opening import is_remote
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
+from nar_t2i.networks.attention import fused
 from nar_t2i.training import command, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.init_from import load_weights
@@ -95,7 +96,8 @@ def probe(configs: Sequence[str | Path], overrides: Sequence[str], size: int) ->
         counter = Activations()
         cli.trainer.callbacks.append(counter)
         try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            with fused():
+                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         except SystemExit as error:
             raise KeyboardInterrupt from error
         finally:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, save_part
@@ -84,6 +85,26 @@ def test_states_are_what_transformers_gives(folders, kind, make, trainable):
     assert torch.equal(condition.masks[0], mask)
     torch.testing.assert_close(condition.states[0].detach(), states[-1])
     torch.testing.assert_close(condition.pooled.detach(), pooled)
+
+
+class Unasked(TorchDispatchMode):
+    """Nothing is read from the device, whose work would have to end first."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_bert_runs_ahead_of_the_device(bert):
+    text = encoder(bert, trainable="all")
+    codes, mask = text.tokenize(CAPTIONS)
+    assert not mask.all()
+    with Unasked():
+        states, _ = text.encode(codes, mask)
+        with pytest.raises(AssertionError):
+            text.network(input_ids=codes, attention_mask=mask.long())  # as it would be called otherwise
+    text.network.set_attn_implementation("eager")
+    torch.testing.assert_close(text.encode(codes, mask)[0][mask], states[mask])
 
 
 @pytest.mark.parametrize("trainable", ["none", "all"])
