@@ -26,10 +26,10 @@ status=0
 measure() { timeout --kill-after=2 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
 amused=(benchmarks/peers.py --systems amused --dtypes bf16 fp32)
 measure 120 "${amused[@]}" --geometry 256 --batch 1 8 64 --repeats 6 --compile --minutes 1.4 --out "$out/peers-256.json"
-measure 145 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 1.7 --out "$out/peers-size.json"
-measure 45 benchmarks/decoding.py --batch 1 16 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
-measure 25 benchmarks/matvec.py --repeats 30 --minutes 0.08 --out "$out/matvec.json"
-measure 190 benchmarks/training.py --minutes 1.9 --out "$out/training.json"
+measure 170 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 2.1 --out "$out/peers-size.json"
+measure 50 benchmarks/decoding.py --batch 1 16 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
+measure 45 benchmarks/matvec.py --repeats 30 --minutes 0.4 --out "$out/matvec.json"
+measure 140 benchmarks/training.py --minutes 1.9 --out "$out/training.json"
 measure 50 "${amused[@]}" --geometry 512 --batch 1 8 --repeats 5 --minutes 0.4 --out "$out/peers-512.json"
 [ -z "${MEMORY:-}" ] || "$python" benchmarks/memory.py || status=1
 exit "$status"

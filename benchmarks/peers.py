@@ -40,7 +40,7 @@ from nar_t2i.inference.graphs import Graphs
 from nar_t2i.networks import UVit
 from nar_t2i.noise import Noise
 
-SLOWER = {"bf16": 1, "fp32": 8}  # about, on a GPU
+SLOWER = {"bf16": 1, "fp32": 15}  # about, on a GPU
 CALLS, CALLS_OF_GRAPH = 8, 6  # of the pipelines that a measurement takes at least
 LOGITS = {"fp32": 1e-4, "bf16": 0.1}  # how far logits may differ: root mean square, over their deviation
 TOKENS = 0.99  # how many tokens must be equal in fp32, where a draw may fall on a rounded boundary

@@ -82,6 +82,22 @@ def test_peers_side_by_side(tmp_path):
     assert abs(rows[llama, "fp32"]["parameters"] / twin["parameters"] - 1) < 0.02 and rows[llama, "fp32"]["passes"] == twin["passes"]
 
 
+def test_a_chain_of_matrices(tmp_path, monkeypatch):
+    done = run("matvec.py", "--small", "--repeats", 3, "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["matrices"] == 13 and 0 < row["differ"] < 0.02 and 0 < row["share_of_bandwidth"] < 1
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import matvec
+    from timing import Budget, Roofline, Run
+
+    chain = matvec.Chain(16, 1)
+    x = torch.randn(matvec.ROWS, 16)
+    other = Run(Roofline(torch.device("cpu")), Budget(1), str(tmp_path / "other.json"))
+    other.add("other", lambda: matvec.rows(other, chain, {}, lambda: chain(x), 1.1 * chain(x).double(), 2))
+    assert other.rows == [] and "differs by 0.09" in other.failed[0]
+
+
 def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
     """What differs is told, the run ends with an error, and no row is written, where a weight of one side differs, or a setting
     of its decoder; others have their turn."""
