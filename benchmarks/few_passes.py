@@ -3,7 +3,7 @@
     python benchmarks/few_passes.py    # after the trainings that recipes/scale/long.yaml names
 
 Every entry is a model and the recipe that it decodes by. The first, the autoregressive twin, is what the others are compared
-with, pair by pair; beside that stands the distance to a generator without any mistake, which no twin can be better than,
+with, pair by pair, but for those that were trained for longer, which a twin of as much training is there for; beside that stands the distance to a generator without any mistake, which no twin can be better than,
 however long it is trained, and for which --sets further brings as many seen prompts again. What is drawn already is kept in the folder
 of --out. Verdicts, one a prompt, are part of the result.
 """
@@ -36,11 +36,14 @@ from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
 
 LONG = "runs/long-ablation/runs/0"
-LONGER = "runs/longer-ablation/runs/0"
+LONGER, LONGEST = "runs/longer-ablation/runs/0", "runs/longest-ablation/runs/0"
 ENTRIES = {
     "twin, 64 passes": (f"{LONG}/autoregressive/model", "ablations/twin_long"),
     "prefixes, 6 passes": (f"{LONG}/prefixes/model", "learning/prefixes"),
+    "twin trained twice as long, 64 passes": (f"{LONGER}/autoregressive/model", "ablations/twin_long"),
     "prefixes trained twice as long, 6 passes": (f"{LONGER}/prefixes/model", "learning/prefixes"),
+    "twin trained three times as long, 64 passes": (f"{LONGEST}/autoregressive/model", "ablations/twin_long"),
+    "prefixes trained three times as long, 6 passes": (f"{LONGEST}/prefixes/model", "learning/prefixes"),
     "long, 6 passes, one": (f"{LONG}/exponential/model", "ablations/few_passes_single"),
     "long, 6 passes, of 32": (f"{LONG}/exponential/model", "ablations/few_passes_of_32"),
     "long, 16 passes, one": (f"{LONG}/exponential/model", "ablations/growing_16"),
@@ -48,6 +51,7 @@ ENTRIES = {
     "shipped, 6 passes, of 32": (None, "ablations/few_passes_of_32"),
     "shipped, 16 passes, one": (None, "ablations/growing_16"),
 }  # fmt: skip
+OF_AS_MUCH_TRAINING = {f"prefixes trained {often} as long, 6 passes": f"twin trained {often} as long, 64 passes" for often in ("twice", "three times")}
 SHOWN = 48
 
 
@@ -110,14 +114,16 @@ def further(prompts_a_category: int) -> list[ScenePrompt]:
 
 
 def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One an entry. deficit: the first one's accuracy less the entry's, a mean of paired differences with its 95% interval, on
+    """One an entry. deficit: the accuracy of the first one, or of the twin of as much training, less the entry's, a mean of paired differences with its 95% interval, on
     seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them."""
-    reference_name, reference = next(iter(judged.items()))
+    first = next(iter(judged))
     found = []
     for name, entry in judged.items():
+        reference_name = OF_AS_MUCH_TRAINING.get(name, first)
+        reference_name = reference_name if reference_name in judged else first
         seen = np.array(entry["seen"], dtype=float)
         every = [*entry["seen"], *entry.get("further", [])]
-        deficit = paired_interval(np.array(reference["seen"], dtype=float)[None] - seen)
+        deficit = paired_interval(np.array(judged[reference_name]["seen"], dtype=float)[None] - seen)
         found.append({
             "entry": name, "compared_with": reference_name, "recipe": entry["made_by"]["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
             "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,

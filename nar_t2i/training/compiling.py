@@ -19,12 +19,13 @@ def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
     """The network, on the same weights, with its forward and backward passes compiled; `prepare` stays as it is.
 
     "kernels": the layers of its `stack`, one of each kind for all of that kind, which takes seconds; from then on they run
-    compiled wherever there will be a backward pass. Without a stack, and for graphs, the whole network, which takes a minute:
-    the pass breaks in two where chosen slots are read, since their number is read from the device. Before that all shapes
-    stand still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
+    compiled wherever there will be a backward pass. The whole network, which takes a minute, where it has no stack, where layers
+    are computed once more in the backward pass, which must not find them compiled anew for captions of any length, and for
+    graphs. The pass then breaks in two where chosen slots are read, since their number is read from the device. Before that all
+    shapes stand still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
     """
     graphs = kind == "kernels and graphs" and torch.cuda.is_available()
-    if not graphs and network.stack:
+    if network.stack and not (graphs or getattr(network, "activation_checkpointing", False)):
         for layer in network.stack:
             layer._compiled_call_impl = _for_training(layer)
         return network
@@ -34,7 +35,7 @@ def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
 
 
 def _for_training(layer: nn.Module) -> Callable[..., Any]:
-    """Its call, compiled where gradients are recorded. What a backward pass computes anew is then what was computed."""
+    """Its call, compiled where gradients are recorded."""
     plain, fused = layer._call_impl, torch.compile(layer._call_impl)
     return lambda *args, **kwargs: (fused if torch.is_grad_enabled() and not is_watched() else plain)(*args, **kwargs)
 

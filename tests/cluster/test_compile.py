@@ -10,11 +10,12 @@ from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.inference import Confidence
 from nar_t2i.learning import Unrolled
+from nar_t2i.networks import EncoderDecoder
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.text import BertTextEncoder
 from nar_t2i.training.monitor import Monitor
 from tests.cluster.test_resume import fit, went_well
-from tests.cluster.tiny import Generator
+from tests.cluster.tiny import Generator, with_head
 from tests.text.tiny_models import tiny_bert
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
 
@@ -46,11 +47,11 @@ class Kept(Generator):
         self.losses.append(self.trainer.callback_metrics["validation_loss"])
 
 
-def trained(folder, compile):
+def trained(folder, compile, **more):
     torch._dynamo.reset()
     counters.clear()
     text = BertTextEncoder(tiny_bert(folder), trainable="all", max_length=24)
-    module = Kept(text=text, learning=Unrolled(2), compile=compile)
+    module = Kept(**{"text": text, "learning": Unrolled(2), "compile": compile, **more})
     data = CaptionedImages(RenderedScenes(count=64, image_size=16), 16, 8, validation=RenderedScenes("validation", 8, image_size=16))
     Trainer(accelerator="cpu", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
             use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -67,6 +68,19 @@ def test_compiled_training_takes_the_losses_of_the_plain_one(tmp_path):
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     assert found_state.keys() == state.keys()
     assert plain[3] < plain[0] - 1e-3  # it has learned, so that equal losses mean equal updates
+
+
+def test_compiled_layers_that_are_computed_once_more(tmp_path):
+    text = BertTextEncoder(tiny_bert(tmp_path), max_length=24)
+
+    def network(spec, widths):
+        return with_head(EncoderDecoder(spec, widths, width=16, depth=2, heads=2, activation_checkpointing=True))
+
+    plain, _ = trained(tmp_path, None, text=text, network=network)
+    found, _ = trained(tmp_path, "kernels", text=text, network=network)
+    assert counters["stats"]["unique_graphs"] >= 1
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    assert abs(plain[3] - plain[0]) > 1e-2
 
 
 def test_compiled_training_under_zero(tmp_path):
