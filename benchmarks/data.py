@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -343,4 +342,4 @@ def _collated(rows: list[tuple[str, str, np.ndarray]]) -> Samples:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    results.program(main)

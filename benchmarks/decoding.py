@@ -15,12 +15,12 @@ those of other libraries.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
+from results import program
 from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 
 from nar_t2i import recipe
@@ -250,4 +250,4 @@ def short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

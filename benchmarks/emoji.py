@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from results import program
 from torch import Tensor
 from tqdm import tqdm
 
@@ -114,4 +115,4 @@ def grid(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -135,4 +135,4 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    results.program(main)

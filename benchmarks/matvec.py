@@ -14,12 +14,12 @@ compared with torch's in double precision first.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results import program
 from timing import Budget, Roofline, Run, summary, weight_bytes
 from torch import Tensor, nn
 
@@ -130,4 +130,4 @@ def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Ten
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

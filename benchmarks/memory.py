@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from results import program
 
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import describe_machine
@@ -110,4 +111,4 @@ def _column(path: Path, name: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,4 +150,4 @@ def _line(cells: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    results.program(main)

@@ -30,6 +30,7 @@ import transformers
 from amused import GEOMETRIES, STEPS, Amused, one_table
 from amused import WORDS as WORDS_READ
 from decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
+from results import program
 from timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from torch import Tensor
 
@@ -275,4 +276,4 @@ class Llama:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import yaml
+from results import program
 from torch import Tensor
 
 from nar_t2i import recipe
@@ -102,4 +103,4 @@ def drawn(t2i: TextToImage, prompts: Sequence[ScenePrompt], seed: int) -> tuple[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from results import program
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,4 +87,4 @@ def all_scores(t2i: TextToImage, tokens: Tensor, told: Condition, untold: Condit
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -6,9 +6,9 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
@@ -18,6 +18,16 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs/results/bench"
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "diffusers", "numpy")
 NEEDED = ("command", "machine", "versions", "commit", "rows")
+
+
+def program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a benchmark as a process of its own. A UserError is one line, and exit status 2."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 def write(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:

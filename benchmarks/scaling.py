@@ -269,4 +269,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    results.program(main)

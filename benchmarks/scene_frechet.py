@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from results import program
 from torch import Tensor
 
 from nar_t2i.data.captions import RenderedScenes
@@ -74,4 +74,4 @@ def shuffled(images: Tensor, pieces: int, draw: torch.Generator) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

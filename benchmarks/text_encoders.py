@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from results import program
+
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
@@ -57,4 +59,4 @@ def curve(run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

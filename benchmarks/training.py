@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -382,4 +381,4 @@ def check_losses(name: str, found: list[float], expected: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    results.program(main)

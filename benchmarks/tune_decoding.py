@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from results import program
+
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import draw_prompts
@@ -86,4 +88,4 @@ def draw_settings(trial: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)
