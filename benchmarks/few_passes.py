@@ -3,9 +3,10 @@
     python benchmarks/few_passes.py    # after the trainings that recipes/scale/long.yaml names
 
 Every entry is a model and the recipe that it decodes by. The first, the autoregressive twin, is what the others are compared
-with, pair by pair, but for those that were trained for longer, which a twin of as much training is there for; beside that stands the distance to a generator without any mistake, which no twin can be better than,
-however long it is trained, and for which --sets further brings as many seen prompts again. What is drawn already is kept in the folder
-of --out. Verdicts, one a prompt, are part of the result.
+with, pair by pair, but for those that were trained for longer, which a twin of as much training is there for; beside that
+stands the distance to a generator without any mistake, which no twin can be better than, however long it is trained. --sets
+further brings as many seen prompts again, which narrows both. What is drawn already is kept in the folder of --out. Verdicts,
+one a prompt, are part of the result.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def further(prompts_a_category: int) -> list[ScenePrompt]:
 
 def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One an entry. deficit: the accuracy of the first one, or of the twin of as much training, less the entry's, a mean of paired differences with its 95% interval, on
-    seen prompts; to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them."""
+    seen prompts, further ones among them where both have them, `pairs` in all; to_perfect: Wilson's upper bound of the share of
+    seen prompts that go wrong, further ones among them."""
     first = next(iter(judged))
     found = []
     for name, entry in judged.items():
@@ -123,11 +125,13 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         reference_name = reference_name if reference_name in judged else first
         seen = np.array(entry["seen"], dtype=float)
         every = [*entry["seen"], *entry.get("further", [])]
-        deficit = paired_interval(np.array(judged[reference_name]["seen"], dtype=float)[None] - seen)
+        sets = [which for which in ("seen", "further") if which in entry and which in judged[reference_name]]
+        own, other = (np.concatenate([np.array(of[which], dtype=float) for which in sets]) for of in (entry, judged[reference_name]))
+        deficit = paired_interval((other - own)[None])
         found.append({
             "entry": name, "compared_with": reference_name, "recipe": entry["made_by"]["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
             "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
-            "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high,
+            "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high, "pairs": len(own),
             "further": float(np.mean(entry["further"])) if "further" in entry else None,
             "to_perfect": 1 - wilson(sum(every), len(every))[0], "of": len(every), "seconds_an_image": entry["seconds_an_image"],
         })  # fmt: skip
