@@ -3,7 +3,7 @@
 #
 #   benchmarks/all.sh [OUT]
 #
-# With a CUDA GPU gpu.sh's, in full; without one the same in small, under ten minutes on two idle cores. Then what needs no GPU:
+# With a CUDA GPU gpu.sh's, in full; without one the same in small, ten minutes on two idle cores. Then what needs no GPU:
 # ranks over gloo and the data path. benchmarks/page.py renders what they write.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,7 +19,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 else
   compile=$(command -v c++ g++ clang++ > /dev/null || echo --no-compile)
   # Each has its minutes, after which it begins nothing more; what it left out stands in its file, or is a row that is missing.
-  measure 220 benchmarks/peers.py --small --minutes 2 --out "$out/peers-cpu.json"
+  measure 330 benchmarks/peers.py --small --minutes 4 --out "$out/peers-cpu.json"
   measure 120 benchmarks/decoding.py --small --batch 1 --repeats 10 --twin-repeats 2 --minutes 0.7 --out "$out/decoding-cpu.json"
   measure 240 benchmarks/training.py --small $compile --minutes 2.5 --out "$out/training-cpu.json"
 fi

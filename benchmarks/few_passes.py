@@ -22,6 +22,7 @@ import results
 from PIL import Image
 
 from nar_t2i import recipe
+from nar_t2i.errors import UserError
 from nar_t2i.evaluation.comparison import paired_interval
 from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.prompt_generator import PER_CATEGORY, generate
@@ -61,6 +62,8 @@ def main() -> int:
     parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out", "further"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
+    if not 1 <= parsed.prompts <= PER_CATEGORY:
+        raise UserError(f"--prompts must be 1 to {PER_CATEGORY}, the committed ones of a category, not {parsed.prompts}")
     out = Path(parsed.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in parsed.only:

@@ -87,7 +87,8 @@ def main(arguments: argparse.Namespace) -> int:
         except (UserError, RuntimeError) as error:  # of which a device that is out of memory is one
             if not isinstance(error, UserError) and os.environ.get("NAR_T2I_TRACEBACK") == "1":
                 raise
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            told = (str(error).strip().splitlines() or ["no more is said"])[0]
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
             print(f"✗ {entry.name}, seed {entry.seed}: {reason}", file=sys.stderr, flush=True)
             failed.append(entry)
             if not trained(entry):

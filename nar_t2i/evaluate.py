@@ -39,6 +39,7 @@ from nar_t2i.training.opening import Opened, open_models
 
 FORMAT = 1
 SHOWN = 32  # pictures of a sheet
+SHUFFLED = "shuffled"  # the control, beside the sets of prompts
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -252,7 +253,7 @@ class Evaluation:
                 if number == 0:
                     shuffled = {**scene_accuracy.shuffled(found, prompts), "chance": scene_accuracy.chance(prompts)}
                 notes += facts
-            result["scene_accuracy"] = {**scores, "shuffled": shuffled}
+            result["scene_accuracy"] = {**scores, SHUFFLED: shuffled}
         if self.drawn is not None:
             tensors, facts = self.pieces[f"{name}-captions"].gathered()
             real = self.pieces["real"].gathered()[0] if self.real is not None else {}
@@ -272,11 +273,12 @@ class Evaluation:
         protocol = self.protocol
         told: dict[str, Any] = {"name": protocol.name, "seed": protocol.seed}
         if self.drawn is not None:
-            told["data"] = {key: value for key, value in self.drawn.identity().items() if key != "blocks"}
+            told["data"] = self.drawn.identity()
             told["real"] = {"which": protocol.reference, "resize": RESIZE, "pixels": self.image_size} if self.real is not None else None
             told["features"] = {features.name: features.protocol for features in self.features}
         if self.arguments.prompts:
             told["scene_prompts"] = {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()}
+            told["scene_prompts"][SHUFFLED] = next(iter(told["scene_prompts"].values()))  # whose captions it shuffles
         return told
 
 
@@ -284,7 +286,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The numbers of one kind of weights, in words."""
     accuracy = result.get("scene_accuracy", {})
     told = [f"scene_accuracy {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if isinstance(v, float))
-            for name, scores in accuracy.items() if name != "shuffled"]  # fmt: skip
+            for name, scores in accuracy.items() if name != SHUFFLED]  # fmt: skip
     for name, numbers in result.items():
         if name not in ("scene_accuracy", "decoding"):
             told.append(f"{name}: " + ", ".join(f"{k} {v:.5g}" for k, v in numbers.items() if isinstance(v, (int, float))))
@@ -293,7 +295,10 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def _scene_prompts(arguments: argparse.Namespace) -> dict[str, list[ScenePrompt]]:
     if arguments.prompts:
-        sets = {Path(arguments.prompts).stem: load(arguments.prompts)}
+        name = Path(arguments.prompts).stem
+        if name == SHUFFLED:
+            raise UserError(f"--prompts {arguments.prompts}: {SHUFFLED} is what the control is called in the results; name the file otherwise")
+        sets = {name: load(arguments.prompts)}
     else:
         sets = {"seen": committed("seen"), "held_out": committed("held_out")}
     return sets if arguments.per_category is None else {k: take(v, arguments.per_category) for k, v in sets.items()}

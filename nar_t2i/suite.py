@@ -68,7 +68,7 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     group.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
     (model,) = open_models(Path(arguments.model), arguments.weights, work, group)
     settings = {
-        "suite": suite.name, "prompts": text_hash("\n".join(item.prompt for item in items)), "pictures": pictures,
+        "suite": suite.name, "prompts": text_hash(repr(items)), "pictures": pictures,
         "model": model.identity, "weights": model.name, "seed": arguments.seed, "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale, "candidates": arguments.candidates, "precision": arguments.precision,
     }  # fmt: skip

@@ -191,14 +191,17 @@ def test_a_way_to_decode_that_fails_ends_neither_its_run_nor_others(beside_a_qui
     def failing(entry, folder, prompts):
         if entry.name == "halton":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if entry.name == "random":
+            raise NotImplementedError
         judge(entry, folder, prompts)
 
     monkeypatch.chdir(beside_a_quickstart)
     monkeypatch.setattr(module, "judge", failing)
-    assert main(["ablate", "learning/masked", "inference/halton", "inference/one_step", *LINE, "--out", "halting"]) == 2
+    assert main(["ablate", "learning/masked", "inference/halton", "inference/random", "inference/one_step", *LINE, "--out", "halting"]) == 2
     *lines, last = capsys.readouterr().err.splitlines()
     assert "✗ halton, seed 0: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in lines
-    assert "not done: halton (seed 0); " in last and Path("halting/judged/one_step-0/settings.json").exists()
+    assert "✗ random, seed 0: NotImplementedError: no more is said" in lines
+    assert "not done: halton (seed 0), random (seed 0); " in last and Path("halting/judged/one_step-0/settings.json").exists()
 
 
 def test_a_mistake_in_the_last_recipe_is_told_before_the_first_is_trained(beside_a_quickstart, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nar_t2i.cli import main
+from nar_t2i.evaluation.chosen import Chosen, open_data
 from nar_t2i.evaluation.features import InceptionFeatures, SceneFeatures
 from nar_t2i.evaluation.metrics import Fid, SceneFrechet
 from nar_t2i.evaluation.metrics.metric import Compared
@@ -55,8 +56,6 @@ def test_the_numbers_are_those_of_the_pictures_and_their_protocol_is_told(place,
     t2i = TextToImage.from_pretrained(place / "model")
     captions = [f"caption {n}.0" for n in range(23)]
     drawn = t2i.sample(captions, steps=2, seed=7).images  # picture i of seed 7 + i, in one batch
-    from nar_t2i.evaluation.chosen import Chosen, open_data
-
     real = Chosen(open_data(str(place / "shards"), None, 16), None).images(range(23), 16)
     for metric, features in ((Fid(), InceptionFeatures(place / "inception.pt", CPU)), (SceneFrechet(), SceneFeatures(CPU))):
         expected = metric.numbers(Compared(features.of_images(drawn), features.of_images(real)))["value"]
@@ -214,6 +213,7 @@ def test_more_metrics_of_the_same_features_need_no_drawing(place, clip, tmp_path
     (["--metrics", "precision_recall", "--data", "@shards", "--inception", "@inception.pt", "--count", "3"], "3 neighbours need more"),
     (["--protocol", "coco-30k", "--count", "9"], "--count: is fixed by the protocol coco-30k"),
     (["--protocol", "coco-30k", "--data", "@shards", "--clip", "@model"], "fid needs --inception FILE"),
+    (["--prompts", "@shuffled.jsonl"], "shuffled is what the control is called"),
     (["--protocol", "coco"], "--protocol coco: no such file, and none of the shipped ones: coco-30k"),
     ([], "scene_accuracy: the detector needs 48 px a side, and the model draws 16"),
 ])  # fmt: skip
@@ -258,6 +258,33 @@ def test_a_sample_that_cannot_be_read_is_not_left_out(place, tmp_path, capsys):
     assert "an evaluation leaves no sample out" in capsys.readouterr().err
 
 
+def test_what_a_source_lost_is_not_left_out_either(place, tmp_path, capsys):
+    write_shards(tmp_path / "shards", [4])
+    shard = tmp_path / "shards/00000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    shard.with_name("00000.index.safetensors").unlink()  # as another program's shards come
+    evaluate(place, tmp_path / "out.json", "--metrics", "scene_frechet", "--data", str(tmp_path / "shards"), status=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "samples cannot be used, such as " in error and "cut off by the end of the tar" in error and "leaves no sample out" in error
+
+
+def test_what_was_chosen_in_another_order_or_of_other_data_is_told_apart(place, tmp_path):
+    def told(folder, count=None):
+        return Chosen(open_data(str(folder), None, 16), count).identity()
+
+    assert told(place / "shards") == told(place / "shards") != told(place / "shards", 23)  # all, in two orders
+    shutil.copytree(place / "shards", tmp_path / "copy")
+    write_shards(tmp_path / "other", [10, 13])
+    own, copied, other = (told(folder)["hash"] for folder in (place / "shards", tmp_path / "copy", tmp_path / "other"))
+    assert own == copied != other
+
+
+def test_validation_data_of_a_mixture_come_with_their_pictures(place, tmp_path):
+    parts = [{"source": str(place / "shards"), "cache": "nowhere", "text_cache": "nowhere either"}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"validation": parts}}}))
+    assert Chosen(open_data(str(tmp_path / "config.yaml"), None, 16), 3).images(range(3), 16).shape == (3, 3, 16, 16)
+
+
 def test_what_is_no_model_is_named(place, tmp_path, capsys):
     evaluate(place, tmp_path / "out.json", model="nothing", status=2)
     assert "nothing is neither a whole checkpoint nor a run that has one" in capsys.readouterr().err
@@ -282,7 +309,10 @@ def test_a_protocol_fixes_what_is_drawn(place, tmp_path):
     ("metrics: {fid: {}}\ncount: many\n", "key count: must be a whole number, not 'many'"),
     ("metrics: {fid: {}}\ninception: {size: 3}\n", "key inception.size: is unknown"),
     ("metrics: {fid: {}}\ninception: {input: bytes}\n", "key inception.input: must be uint8 or unit or symmetric, not 'bytes'"),
-    ("metrics: 3\n", "key metrics: metrics are a list of names or a mapping, not 3"),
+    ("metrics: {fid: {}}\ninception: {resize: 0}\n", "key inception.resize: must be none or pixels a side, not 0"),
+    ("metrics: 3\n", "key metrics: metrics are a list of names, or a mapping from names to options, not 3"),
+    ("metrics: {kid: 100}\n", "key metrics: metrics are a list of names, or a mapping from names to options, not {'kid': 100}"),
+    ("metrics: [[fid]]\n", "key metrics: \"['fid']\" is no metric"),
 ])  # fmt: skip
 def test_a_wrong_protocol_is_named_by_file_and_key(place, tmp_path, capsys, text, said):
     (tmp_path / "wrong.yaml").write_text(text)

@@ -15,6 +15,7 @@ from nar_t2i.data.images import fit
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
 
@@ -33,6 +34,8 @@ def open_data(given: str, count: int | None, image_size: int) -> Source:
         validation = recipes.load(given).config.get("data", {}).get("init_args", {}).get("validation")
         if validation is None:
             raise UserError(f"--data {given}: key data.init_args.validation: names no validation data")
+        if isinstance(validation, list):  # a cache's samples have no pictures
+            validation = [{key: value for key, value in part.items() if not key.endswith("cache")} for part in validation]
         return open_source(build({"init_args": {}, **validation}) if isinstance(validation, dict) else validation)
     return open_source(given)
 
@@ -40,12 +43,15 @@ def open_data(given: str, count: int | None, image_size: int) -> Source:
 class Chosen:
     """`count` samples of a source, in an order that depends on (seed, length of the source) alone; None takes all, in theirs.
 
-    caption: "first", or "random": one of each sample's, by the seed. Raises UserError where there are too few.
+    caption: "first", or "random": one of each sample's, by the seed. Raises UserError where there are too few, and where
+    some of the source's cannot be used: leaving them out would change what is measured.
     """
 
     def __init__(self, source: Source, count: int | None, seed: int = 0, caption: str = "first"):
         if count is not None and not 1 <= count <= len(source):
             raise UserError(f"{source.name}: holds {len(source)} samples, and {count} are asked for")
+        if source.lost:
+            raise UserError(f"{source.name}: {len(source.lost)} samples cannot be used, such as {source.lost[0]}; an evaluation leaves no sample out")
         order = np.random.Generator(np.random.Philox(key=[seed, len(source)])).permutation(len(source))
         self.indices = np.arange(len(source)) if count is None else order[:count]
         self._source, self._seed, self._caption = source, seed, caption
@@ -75,7 +81,7 @@ class Chosen:
         return torch.from_numpy(np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2)))
 
     def identity(self) -> dict[str, Any]:
-        """What the choice depends on, and what the source holds."""
+        """What the choice depends on; hash: of what the source holds, and of the order."""
         blocks = [self._source.identity(block) for block in range(len(self._source.blocks))]
         return {"source": self._source.name, "held": len(self._source), "samples": len(self), "choice_seed": self._seed,
-                "caption": self._caption, "blocks": blocks}  # fmt: skip
+                "caption": self._caption, "hash": text_hash(repr((blocks, self.indices.tolist())))}  # fmt: skip

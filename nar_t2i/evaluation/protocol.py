@@ -69,7 +69,7 @@ def read_protocol(name: str) -> Protocol:
     for key, value in inception.items():
         if key not in INCEPTION:
             raise recipe.error(f"inception.{key}", f"is unknown; the keys are {', '.join(INCEPTION)}")
-        if (value not in INCEPTION[key]) if INCEPTION[key] else not (value is None or _is_whole(value)):
+        if (value not in INCEPTION[key]) if INCEPTION[key] else not (value is None or (_is_whole(value) and value)):
             raise recipe.error(f"inception.{key}", f"must be {' or '.join(INCEPTION[key] or ('none', 'pixels a side'))}, not {value!r}")
     if not recipe.config.get("metrics"):
         raise recipe.error("metrics", f"is missing; there are {', '.join(NAMES)}")
@@ -83,9 +83,9 @@ def read_protocol(name: str) -> Protocol:
 
 def chosen_metrics(named: Any) -> tuple[tuple[Metric, ...], bool]:
     """Metrics, by a list of names or by {name: options}, and whether scene accuracy is one of them."""
-    options = {name: None for name in named} if isinstance(named, (list, tuple)) else named
-    if not isinstance(options, Mapping):
-        raise UserError(f"metrics are a list of names or a mapping, not {named!r}")
+    options = {str(name): None for name in named} if isinstance(named, (list, tuple)) else named
+    if not isinstance(options, Mapping) or not all(given is None or isinstance(given, Mapping) for given in options.values()):
+        raise UserError(f"metrics are a list of names, or a mapping from names to options, not {named!r}")
     metrics = []
     for name, given in options.items():
         if name not in NAMES:

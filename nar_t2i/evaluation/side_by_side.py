@@ -59,7 +59,9 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def write_side_by_side(entries: Sequence[Entry], out: Path) -> Path:
-    """Write the table as `out` (HTML) and beside it as CSV."""
+    """Write the table as `out` (HTML) and beside it as CSV. UserError where both would be one file."""
+    if out.suffix == ".csv":
+        raise UserError(f"--out {out}: is the page, beside which a .csv is written; name it {out.with_suffix('.html')}")
     entries = _named_apart(entries)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".csv").write_text(as_csv(entries), encoding="utf-8")
@@ -79,6 +81,8 @@ def differing(entries: Sequence[Entry]) -> dict[str, dict[str, list[str]]]:
             if number is None or number.protocol is None:
                 continue
             told = flat(number.protocol)
+            if "data.hash" in told:  # which says what they are, wherever they lie
+                told.pop("data.source", None)
             first = told if first is None else first
             if keys := sorted(key for key in {**first, **told} if first.get(key) != told.get(key)):
                 found.setdefault(name, {})[entry.name] = keys

@@ -38,9 +38,10 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
     from nar_t2i.training import checkpoints
     from nar_t2i.training.export import export, find_checkpoint
 
-    checkpoint = group.together(lambda: find_checkpoint(path))
+    # One for all: another may be saved while the ranks look.
+    checkpoint = group.agreed(group.together(lambda: find_checkpoint(path) if group.first else None))
     facts = {"checkpoint": checkpoint.name, "step": group.together(lambda: checkpoints.manifest(checkpoint)["step"])}
-    identity = file_hash(checkpoint / checkpoints.MANIFEST)
+    identity = group.together(lambda: file_hash(checkpoint / checkpoints.MANIFEST))
     opened = []
     for name in WEIGHTS[weights or "ema"]:
         folder = work / f"model-{name}-{identity[:12]}"

@@ -220,7 +220,8 @@ def test_hpsv2_reads_what_it_prints_and_scores_one_by_one(tmp_path):
     path.write_text(json.dumps({"anime": [0.27, 0.29], "photo": [0.25]}))
     scores = SUITES["hpsv2"].ingest(path)
     assert scores.scores == pytest.approx({"overall": 26.5, "anime": 28.0, "photo": 25.0}) and scores.counts == {"anime": 2, "photo": 1}
-    for content, said in (("no score\n", "holds no score"), ('{"oil": [1]}', "key oil: must be one of"), ("{", "not JSON")):
+    for content, said in ((HPS + HPS, "holds anime twice: the scores of several models"), ("mine anime 0.2734 \t 0.1\n", "is no score in percent"),
+                          ("no score\n", "holds no score"), ('{"oil": [1]}', "key oil: must be one of"), ("{", "not JSON")):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             SUITES["hpsv2"].ingest(path)

@@ -41,16 +41,23 @@ class Hpsv2(Suite):
 
     def ingest(self, path: Path) -> Scores:
         text = read_text(path)
-        scores, counts = _listed(text, path) if text.lstrip().startswith("{") else _printed(text)
+        scores, counts = _listed(text, path) if text.lstrip().startswith("{") else _printed(text, path)
         if not scores:
             raise UserError(f"{path}: holds no score of {', '.join(STYLES)}")
         overall = scores.pop("Average", sum(scores.values()) / len(scores) if scores else 0.0)
         return Scores({"overall": overall, **scores}, counts, "HPSv2 in percent; versions 2.0 and 2.1 do not compare")
 
 
-def _printed(text: str) -> tuple[dict[str, float], dict[str, int]]:
+def _printed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
     found = [match for match in map(_LINE.match, text.splitlines()) if match]
-    return {match[1]: number(match[2], match[0]) for match in found}, {}
+    scores: dict[str, float] = {}
+    for match in found:
+        if match[1] in scores:
+            raise UserError(f"{path}: holds {match[1]} twice: the scores of several models; keep the lines of one")
+        scores[match[1]] = number(match[2], match[0])
+        if not 1 < scores[match[1]] < 100:
+            raise UserError(f"{path}: {match[0].strip()}: is no score in percent, as the present hpsv2 prints it")
+    return scores, {}
 
 
 def _listed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
