@@ -90,6 +90,7 @@ class TextToImage:
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a self-contained folder. dtype: of the stored weights; loading always gives float32."""
         folder = Path(folder)
+        (folder / "config.json").unlink(missing_ok=True)  # written last: without it parts of two models are not taken for one
         for name in PARTS:
             save_part(getattr(self, name), folder / name, dtype)
         config = {"format": FORMAT, "inference": describe(self.inference), "guidance": describe(self.guidance)}

@@ -95,6 +95,23 @@ def test_a_foreign_class_is_refused(saved: Path, where: str, class_path: str) ->
         TextToImage.from_pretrained(saved)
 
 
+def test_an_interrupted_save_leaves_no_mixture_of_two_models(t2i: TextToImage, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nar_t2i.pipeline as module
+
+    save_part = module.save_part
+
+    def interrupted(part: object, place: Path, dtype: object) -> None:
+        if place.name == "network":
+            raise KeyboardInterrupt
+        save_part(part, place, dtype)
+
+    monkeypatch.setattr(module, "save_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t2i.save_pretrained(saved)
+    with pytest.raises(UserError, match="config.json"):
+        TextToImage.from_pretrained(saved)
+
+
 def test_a_foreign_class_inside_the_arguments_is_refused(saved: Path) -> None:
     proof = saved / "proof"
     bomb = {"class_path": "os.mkdir", "init_args": {"path": str(proof)}}

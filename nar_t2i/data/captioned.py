@@ -157,9 +157,10 @@ class CaptionedImages(lightning.LightningDataModule):
     def samples(self) -> int:
         """Training samples consumed: whole global batches that the trainer has finished."""
         samples, processed = self._begun
-        if processed is not None:
-            samples += (self._processed() - processed) * self.micro_batch_size() * self.world
-        return samples - samples % self.global_batch_size
+        if processed is None:
+            return samples
+        done = (self._processed() - processed) * self.micro_batch_size() * self.world
+        return samples + done - done % self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples}

@@ -155,7 +155,8 @@ class RenderedScenes(Source):
     def name(self) -> str:
         objects = "" if self.most_objects == 3 else f", at most {self.most_objects} objects"
         lattice = "" if self.lattice == LATTICE else f", lattice {self.lattice}"
-        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px{objects}{lattice})"
+        captions = "" if self.captions == 2 else f", {self.captions} captions"
+        return f"rendered scenes ({self.split}, seed {self.seed}, {self.image_size} px{objects}{lattice}{captions})"
 
     def __len__(self) -> int:
         return self.count

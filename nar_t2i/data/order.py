@@ -186,6 +186,6 @@ def validation_batches(count: int, micro_batch_size: int, rank: int = 0, world: 
     """
     if count < world:
         raise UserError(f"validation has {count} samples for {world} ranks; give it at least one a rank")
-    cells = -(-count // (micro_batch_size * world)) * world
+    cells = min(-(-count // (micro_batch_size * world)), count // world) * world  # none of them empty
     edges = np.arange(cells + 1) * count // cells
     return [np.arange(edges[c], edges[c + 1]) for c in range(rank, cells, world)]

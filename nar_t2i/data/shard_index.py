@@ -65,7 +65,7 @@ def read_captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, float
             raise ValueError(f".{suffix} is larger than {MAX_TEXT} bytes")
     try:
         fields = json.loads(members["json"]) if members.get("json") else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"broken .json: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError("the .json is not an object")
@@ -79,7 +79,10 @@ def read_captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, float
     captions = [" ".join(c.split()) for c in found if isinstance(c, str) and c.strip()]
     if not captions:
         raise ValueError("no caption" if text is None else "empty caption")
-    numbers = {k: float(v) for k, v in fields.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    try:
+        numbers = {k: float(v) for k, v in fields.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    except OverflowError as error:
+        raise ValueError(f"broken .json: {error}") from error
     return captions, numbers
 
 

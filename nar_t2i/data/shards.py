@@ -130,7 +130,11 @@ def find_tars(path: str) -> list[Path]:
         found = sorted(Path(path).glob("*.tar"))
     else:
         found = []
-        for name in braceexpand.braceexpand(str(path)):
+        try:
+            names = list(braceexpand.braceexpand(str(path)))
+        except ValueError as error:
+            raise UserError(f"{path}: is no pattern of shards: {error}") from error
+        for name in names:
             here = Path(name)
             found += sorted(here.parent.glob(here.name)) if any(c in here.name for c in "*?[") else [here]
     missing = [str(tar) for tar in found if not tar.is_file()]

@@ -28,19 +28,24 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
         content = json.loads(Path(annotations).read_bytes())
         for entry in content["images"]:
             names[entry["id"]] = str(entry["file_name"])
+        order = sorted(names)
         for entry in content["annotations"]:
             captions[entry["image_id"]].append(str(entry["caption"]).strip())
     except OSError as error:
         raise UserError(f"{annotations} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} is not COCO captions JSON (images and annotations): {error!r}") from error
-    items = [_item(names[image], root, captions[image]) for image in sorted(names)]
+    items = [_item(names[image], root, captions[image]) for image in order]
     unknown = [image for image in captions if image not in names]
     return items + [Item(f"image id {image}", root / "?", (), "caption without an image") for image in unknown]
 
 
 def _item(name: str, root: Path, captions: list[str]) -> Item:
-    if not (root / name).resolve().is_relative_to(root.resolve()):
+    try:
+        inside = (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError) as error:
+        return Item(repr(name), root / "?", tuple(captions), f"file_name is none: {error}")
+    if not inside:
         return Item(name, root / "?", tuple(captions), "file_name leads out of the image folder")
     return Item(name, root / name, tuple(c for c in captions if c), "" if captions else "no caption")
 

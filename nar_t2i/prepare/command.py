@@ -74,9 +74,12 @@ def shard_range(text: str, count: int) -> range:
     """The shards, of `count`, that this process is to do. Raises UserError where `text` says nothing of the kind."""
     if text == "array":
         try:
-            task, first, tasks = (int(os.environ[f"SLURM_ARRAY_TASK_{x}"]) for x in ("ID", "MIN", "COUNT"))
+            task, first, last, tasks = (int(os.environ[f"SLURM_ARRAY_TASK_{x}"]) for x in ("ID", "MIN", "MAX", "COUNT"))
         except (KeyError, ValueError):
             raise UserError("--shard-range array: this is no task of a Slurm array (sbatch --array=0-9 …)") from None
+        if last - first + 1 != tasks:
+            raise UserError(f"--shard-range array: an array of {tasks} tasks from {first} to {last} has gaps, so that nobody would do their shards; "
+                            "submit the whole array again, which skips what is done")  # fmt: skip
         return range((task - first) * count // tasks, (task - first + 1) * count // tasks)
     found = re.fullmatch(r"(\d+):(\d*)", text)
     if not found or (found[2] and int(found[2]) <= int(found[1])):

@@ -217,7 +217,7 @@ def _load(item: Item, max_size: int | None) -> _Loaded | str:
         data = item.path.read_bytes()
     except FileNotFoundError:
         return "image file is missing"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that no file can have
         return f"image file cannot be read: {error}"
     try:
         pixels = decode_image(data, formats=FORMATS)

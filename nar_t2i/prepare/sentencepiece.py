@@ -26,7 +26,7 @@ MAX_CAPTIONS = 2_000_000  # more captions no longer change the vocabulary, only 
 
 def captions_of(source: Source, limit: int = MAX_CAPTIONS) -> Iterator[str]:
     """All captions of a source, or of evenly spaced samples of it where there are more than `limit`."""
-    stride = -(-len(source) // limit)
+    stride = max(1, -(-len(source) // limit))
     for index in range(0, len(source), stride):
         try:
             yield from source.read_text(index).captions
@@ -39,10 +39,19 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
 
     Raises UserError when there is no text, or the vocabulary cannot hold the bytes and characters.
     """
-    model = io.BytesIO()
+    model, problems = io.BytesIO(), []
+
+    def kept() -> Iterator[str]:
+        """The captions; SentencePiece would tell a problem of theirs, and Ctrl-C, as one of its own."""
+        try:
+            yield from captions
+        except BaseException as problem:
+            problems.append(problem)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            sentence_iterator=kept(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",  # whole words, where unigram's pruning splits "two" into letters on small vocabularies
@@ -55,6 +64,8 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
             **SPECIAL,
         )
     except (RuntimeError, OSError) as error:
+        if problems and not isinstance(problems[0], GeneratorExit):
+            raise problems[0] from None
         raise UserError(f"no SentencePiece model of {vocab_size} pieces fits this text: {error}") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def _rows(table: Path, columns: tuple[str, str]) -> Iterator[tuple[str | None, s
             yield from _text_rows(table, columns)
         else:
             raise UserError(f"{table} is not a table: its name must end in .csv, .tsv or .parquet")
-    except (OSError, csv.Error, pyarrow.ArrowException) as error:
+    except (OSError, csv.Error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{table} cannot be read: {error}") from error
 
 

@@ -9,6 +9,7 @@ source and any frozen encoder will do; `nar_t2i.data.text_cache` reads it. Run t
 from __future__ import annotations
 
 import hashlib
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nar_t2i import recipe as recipes
+from nar_t2i.data.arrays import Arrays, open_map
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
@@ -75,7 +77,7 @@ def encode_text(
         for number in chosen:
             name, own = names[number], captions[number * shard : (number + 1) * shard]
             record = folder / f"{name}.json"
-            if not record.exists():
+            if not (record.exists() and _opens(folder / f"{name}.safetensors")):
                 truncated = text.truncated
                 arrays, error = _encode(text, own, stored, batch_size, bar)
                 with whole_file(folder / f"{name}.safetensors") as file:
@@ -96,6 +98,15 @@ def encode_text(
     }  # fmt: skip
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file of arrays is there, and whole."""
+    try:
+        Arrays(open_map(path))
+    except (OSError, ValueError, KeyError, struct.error):
+        return False
+    return True
 
 
 def _refuse_others(folder: Path, made_by: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def encode_tokens(
         for number in chosen:
             block = wanted[number]
             name, length = block["name"], block["length"]
-            if _finished(folder, block) is None:
+            if _finished(folder, block, len(looks)) is None:
                 indices = np.arange(starts[number], starts[number + 1])
                 arrays, lost = _encode_block(codec, source, indices, looks, errors, batch_size, workers, device, bar)
                 arrays["tokens"] = pack(arrays["tokens"], codec.spec, float_dtype)
@@ -89,7 +89,7 @@ def encode_tokens(
                 write_json(folder / f"{name}.tokens.json", {**block, "lost": lost})  # last: it says that the block is whole
             else:
                 bar.update(length)
-    blocks = [_finished(folder, block) for block in wanted]  # last, since other tasks have worked meanwhile
+    blocks = [_finished(folder, block, len(looks)) for block in wanted]  # last, since other tasks have worked meanwhile
     if None in blocks:
         return None
     told = [{key: block[key] for key in ("name", "length", "identity", "lost")} for block in blocks]
@@ -98,8 +98,9 @@ def encode_tokens(
     return manifest
 
 
-def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a block that an earlier run finished. Raises UserError when it is of something else."""
+def _finished(folder: Path, wanted: dict[str, Any], looks: int) -> dict[str, Any] | None:
+    """The record of a block that an earlier run finished; None where its arrays are not there, or not whole. Raises UserError when it
+    is of something else."""
     record = folder / f"{wanted['name']}.tokens.json"
     if not record.exists():
         return None
@@ -110,6 +111,12 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
             f"{folder} holds tokens that differ in {', '.join(differing)} (block {wanted['name']}); "
             "choose another folder, or delete this one"
         )
+    for kind in ("tokens", "conditions", *(["errors"] if wanted["errors"] else [])):
+        try:
+            if len(np.load(folder / f"{wanted['name']}.{kind}.npy", mmap_mode="r", allow_pickle=False)) != looks * wanted["length"]:
+                return None
+        except (OSError, ValueError):
+            return None
     return found
 
 
@@ -158,6 +165,10 @@ class _LooksReader(BatchReader):
     def __init__(self, source: Source, view: View, looks: list[tuple[float, bool]]):
         super().__init__(source, view, order=None)
         self._looks = looks
+
+    def _next_readable(self, index: int) -> tuple[list[Sample], list[int]]:
+        """None: a row belongs to its own sample, or to no sample."""
+        return [], []
 
     def _batch(self, samples: list[Sample], ids: torch.Tensor) -> Batch:
         each = [make_batch(samples, ids, self._view, Choices.fixed(len(ids), *look)) for look in self._looks]

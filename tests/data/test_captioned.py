@@ -255,6 +255,14 @@ def test_resume_from_a_count_without_a_trainer(tmp_path):
     assert all(same(a, b) for a, b in zip(take(resumed, 5), whole[4:]))
 
 
+def test_a_count_that_another_global_batch_does_not_divide_is_refused(tmp_path):
+    folder = str(write_shards(tmp_path, [5, 7]))
+    data = CaptionedImages(folder, 8, 3)
+    data.load_state_dict({"samples": 16})
+    with pytest.raises(UserError, match="16"):
+        take(data, 1)
+
+
 class Recorder(lightning.LightningModule):
     """Remembers the ids it was trained on; two optimizers like a GAN, or one."""
 

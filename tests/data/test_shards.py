@@ -243,3 +243,15 @@ def test_identity_follows_content(tmp_path):
     b = open_index(write_shards(tmp_path / "b", [3]) / "00000.tar").identity
     c = open_index(write_shards(tmp_path / "c", [3], first=1) / "00000.tar").identity
     assert a == b != c
+
+
+@pytest.mark.parametrize("fields, reason", [('{"caption": "a", "size": ' + 400 * "9" + "}", "broken .json"), (100_000 * "[" + 100_000 * "]", "broken .json")])
+def test_json_that_python_cannot_hold_costs_a_sample(tmp_path, fields, reason):
+    path = write_tar(tmp_path / "00000.tar", [("a.png", encoded(pixels(0))), ("a.json", fields.encode()), ("b.png", encoded(pixels(1))), ("b.txt", b"b")])
+    source = ShardSource(str(path.parent))
+    assert len(source) == 1 and [loss.reason.startswith(reason) for loss in source.lost] == [True]
+
+
+def test_a_pattern_without_its_brace_is_one_clear_error():
+    with pytest.raises(UserError, match="is no pattern of shards"):
+        ShardSource("data/{00..09.tar")

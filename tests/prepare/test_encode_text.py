@@ -113,10 +113,14 @@ def test_an_interrupted_encoding_goes_on_and_an_array_shares_the_work(shards, tm
     before = (tmp_path / "text/00001.text.safetensors").stat().st_mtime_ns
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "0")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="array")
     assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) == whole
     assert (tmp_path / "text/00001.text.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "text/00000.text.safetensors").unlink()
+    (tmp_path / "text/00002.text.safetensors").write_bytes(b"damaged")
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) == whole  # makes both anew
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         found, expected = load_file(tmp_path / "text" / file.name), load_file(file)
         assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)

@@ -13,6 +13,7 @@ from nar_t2i.data import CaptionedImages
 from nar_t2i.data.cache import CachedSource, TokenCache, pack, unpack
 from nar_t2i.data.reading import Choices, View, make_batch
 from nar_t2i.data.shards import ShardSource
+from nar_t2i.data.source import Loss, SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
 from nar_t2i.prepare.tokens import encode_tokens
@@ -133,6 +134,35 @@ def test_damaged_caches_are_refused(cached, workers):
     (cache / "cache.json").unlink()
     with pytest.raises(UserError, match="cache.json is missing"):
         TokenCache(str(cache))
+
+
+def test_damaged_arrays_are_encoded_anew(cached):
+    folder, cache = cached
+    kept = {path.name: path.read_bytes() for path in cache.glob("*.npy")}
+    (cache / "00000.conditions.npy").unlink()
+    np.save(cache / "00001.tokens.npy", np.load(cache / "00001.tokens.npy")[:2])
+    encode_tokens(PooledCodec(KINDS[0]), ShardSource(str(folder)), cache)
+    assert {path.name: path.read_bytes() for path in cache.glob("*.npy")} == kept
+
+
+@pytest.mark.parametrize("bad", [2, 5])
+def test_a_batch_without_a_readable_image_holds_no_others_tokens(tmp_path, bad):
+    """The last of a shard, alone in its batch: neither the next shard's first image nor the first of all stands in for it."""
+    source, codec = ShardSource(str(write_shards(tmp_path / "shards", [3, 3]))), PooledCodec(KINDS[0])
+    read = source.read
+
+    def reading(index):
+        if index == bad:
+            raise SampleError(Loss(f"k{index}", "shard", "hurt"))
+        return read(index)
+
+    expected = encode_tokens(codec, source, tmp_path / "whole", batch_size=2) and TokenCache(str(tmp_path / "whole"))
+    source.read = reading
+    encode_tokens(codec, source, tmp_path / "cache", batch_size=2)
+    found = TokenCache(str(tmp_path / "cache"))
+    assert list(found.lost) == [bad]
+    others = np.array([index for index in range(6) if index != bad])
+    assert torch.equal(found.tokens(others), expected.tokens(others)) and not found.tokens(np.array([bad])).any()
 
 
 def test_encoding_resumes_by_shard_and_refuses_another_codec(cached):

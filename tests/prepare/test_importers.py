@@ -205,7 +205,21 @@ def test_coco(tmp_path):
     }
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"images": [{}], "annotations": []}', '{"images": []}'])
+def test_file_names_that_no_file_can_have_cost_a_picture(tmp_path):
+    root = images(tmp_path / "in", 1)
+    names = {1: "im0.png", 2: "nul\0.png", 3: "half\ud800.png"}
+    entries = [{"id": number, "file_name": name} for number, name in names.items()]
+    told = [{"image_id": number, "caption": "a caption"} for number in names]
+    (tmp_path / "c.json").write_text(json.dumps({"images": entries, "annotations": told}))
+    summary = coco.import_coco(tmp_path / "c.json", root, tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["a caption"]} and len(summary.dropped) == 2
+    (root / "t.csv").write_bytes(b"path,caption\nim0.png,good\nnul\0.png,bad\n")
+    summary = table.import_table(root / "t.csv", tmp_path / "table")
+    assert stored(tmp_path / "table") == {0: ["good"]} and len(summary.dropped) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": [{}], "annotations": []}', '{"images": []}',
+                                     '{"images": [{"id": 1, "file_name": "a"}, {"id": "2", "file_name": "b"}], "annotations": []}'])
 def test_broken_coco_files_are_one_clear_error(tmp_path, content, capsys):
     (tmp_path / "c.json").write_text(content)
     assert coco.main([str(tmp_path / "c.json"), str(tmp_path), str(tmp_path / "out")]) == 2

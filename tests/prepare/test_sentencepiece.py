@@ -39,6 +39,17 @@ def test_what_cannot_be_trained_leaves_nothing(tmp_path, captions, size):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), UserError("the tar was replaced")])
+def test_what_happens_to_the_captions_is_told_as_it_is(tmp_path, problem):
+    def captions():
+        yield "a caption"
+        raise problem
+
+    with pytest.raises(type(problem)) as raised:
+        train_sentencepiece(captions(), tmp_path / "model", 300)
+    assert raised.value is problem and not (tmp_path / "model").exists()
+
+
 def test_all_captions_of_a_source_are_used_up_to_the_limit(tmp_path):
     source = ShardSource(str(write_shards(tmp_path, [6, 4], captions=2)))
     assert list(captions_of(source)) == [f"caption {n}.{c}" for n in range(10) for c in range(2)]

@@ -24,7 +24,7 @@ def contents(folder):
 
 
 def array(monkeypatch, task, tasks, first=0):
-    for name, value in {"ID": task, "MIN": first, "COUNT": tasks}.items():
+    for name, value in {"ID": task, "MIN": first, "MAX": first + tasks - 1, "COUNT": tasks}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
 
 
@@ -36,6 +36,13 @@ def test_the_tasks_of_an_array_do_each_shard_once(monkeypatch, count, tasks):
         array(monkeypatch, task, tasks, first=5)
         done += shard_range("array", count)
     assert done == list(range(count))
+
+
+def test_an_array_with_gaps_would_leave_shards_undone(monkeypatch):
+    array(monkeypatch, 3, 2, first=3)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "7")
+    with pytest.raises(UserError, match="2 tasks from 3 to 7 has gaps"):
+        shard_range("array", 10)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("0:", [0, 1, 2, 3]), ("1:3", [1, 2]), ("3:9", [3]), ("7:9", []), ("2:", [2, 3])])
