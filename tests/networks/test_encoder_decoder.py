@@ -68,7 +68,13 @@ def test_every_slot_sees_every_slot():
         assert ((net(tokens._replace(values=values), prepared).logits - whole).abs().amax(-1) > 1e-6).all()
 
 
-def test_padding_of_the_text_does_not_matter():
+@pytest.mark.parametrize("gradients", [True, False])  # the mask has two forms
+def test_padding_of_the_text_does_not_matter(gradients):
+    with torch.set_grad_enabled(gradients):
+        padding_does_not_matter()
+
+
+def padding_does_not_matter():
     net, tokens = network(), state()
     given, padded = condition(), condition(padding=4)
     padded = padded._replace(states=(torch.where(padded.masks[0][..., None], padded.states[0], 100.0),))
