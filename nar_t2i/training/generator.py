@@ -57,8 +57,8 @@ class GeneratorModule(TrainedModule):
     Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder (of all
     captions, where their states come from a cache).
     compile: "kernels" has torch.compile fuse the network's training passes; "kernels and graphs" also records them as CUDA
-    graphs where there is a GPU, for which captions are padded to the text encoder's longest; that pays where a step is short,
-    and costs where batches are large. Losses are equal up to rounding; the first step takes seconds longer, with graphs a
+    graphs where there is a GPU, for which captions are padded to the text encoder's longest; what that brings at which batch
+    has not been measured. Losses are equal up to rounding; the first step takes seconds longer, with graphs a
     minute, and a C++ compiler is needed. Validation and sampling run as they are.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
