@@ -100,20 +100,30 @@ class Noise:
 
 
 class SlotNoise:
-    """Noise at chosen slots: what a slot draws does not depend on which other slots were read."""
+    """Noise at chosen slots: what a slot draws does not depend on which other slots were read.
+
+    rows, positions: (R,) the image and the place of each slot, where slots were chosen by booleans; else None, and (B, M). How many
+    there are is read from the device, for which a GPU's host waits: so it is read once, here, and whoever needs them again asks this.
+    """
 
     def __init__(self, noise: Noise, step: int | Tensor, positions: Tensor):
         self._noise, self._step = noise, step
         if positions.dtype == torch.bool:
-            self._rows, self._positions = positions.nonzero(as_tuple=True)
+            self.rows, self.positions = positions.nonzero(as_tuple=True)
         else:
-            self._rows, self._positions = None, positions
+            self.rows, self.positions = None, positions
+
+    def of(self, values: Tensor) -> Tensor:
+        """(B, N, …) → (*slots, …), what stands in these slots."""
+        if self.rows is not None:
+            return values[self.rows, self.positions]
+        return values[torch.arange(len(values), device=values.device)[:, None], self.positions]
 
     def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
         """(*slots, *shape) in (0, 1)."""
         keys = self._noise._hash(stream, self._step, ())
-        keys = keys[:, None] if self._rows is None else keys[self._rows]
-        keys = _fold(keys, self._positions)
+        keys = keys[:, None] if self.rows is None else keys[self.rows]
+        keys = _fold(keys, self.positions)
         if shape:
             inner = torch.arange(math.prod(shape), device=keys.device).view(shape)
             keys = _fold(keys.view(*keys.shape, *[1] * len(shape)), inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nar_t2i.learning.masked import term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState
@@ -20,4 +21,4 @@ class Causal(LearningStrategy):
         state = TokenState(batch.tokens, torch.zeros_like(slots, dtype=torch.bool))
         prediction = network(state, network.prepare(batch.condition))
         per_image = prediction.nll(batch.tokens, noise.at(0, slots)).mean(dim=1)
-        return {"loss": Term(per_image.sum(), torch.tensor(len(per_image), device=per_image.device))}
+        return {"loss": term(per_image)}

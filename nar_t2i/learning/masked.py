@@ -45,16 +45,14 @@ def draw_masks(
 
 def distances(center: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B, N) distances, in slots, of all slots from a point. center: (B, dimensions), 0 to 1 along each."""
-    size = torch.tensor(shape, device=center.device)
     places = torch.cartesian_prod(*(torch.arange(n, device=center.device) for n in shape)).view(-1, len(shape))
+    size = places[-1] + 1
     return (places - (center * size - 0.5)[:, None]).square().sum(-1).sqrt()
 
 
-def image_means(values: Tensor, masked: Tensor) -> Tensor:
-    """(B,) means over each image's masked slots. values: (R,), those of the True slots of `masked`, in row order."""
-    rows = masked.nonzero()[:, 0]
-    sums = torch.zeros(len(masked), dtype=values.dtype, device=values.device).index_add(0, rows, values)
-    return sums / masked.sum(1)
+def image_means(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """(B,) means over each image's slots. values, rows: (R,), one a slot, and of which image it is. counts: (B,) slots of each."""
+    return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, rows, values) / counts
 
 
 def slot_nll(prediction: Prediction, target: Tensor, noise: SlotNoise, label_smoothing: float) -> Tensor:
@@ -70,7 +68,7 @@ def slot_nll(prediction: Prediction, target: Tensor, noise: SlotNoise, label_smo
 
 def term(per_image: Tensor) -> Term:
     """(B,) losses, one an image."""
-    return Term(per_image.sum(), torch.tensor(len(per_image), device=per_image.device))
+    return Term(per_image.sum(), torch.full((), len(per_image), device=per_image.device))  # filled there: a copy would be waited for
 
 
 @part
@@ -119,5 +117,5 @@ class Masked(LearningStrategy):
         masked = self.masks(noise, network.spec, progress)
         state = TokenState(batch.tokens, masked)
         prediction = network(state, network.prepare(batch.condition), read=masked)
-        per_image = image_means(self.nll(prediction, batch.tokens[masked], noise.at(0, masked)), masked)
-        return {"loss": term(per_image)}
+        draws = noise.at(0, masked)
+        return {"loss": term(image_means(self.nll(prediction, draws.of(batch.tokens), draws), draws.rows, masked.sum(1)))}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
+from nar_t2i.learning.masked import term
 from nar_t2i.networks.prefix import Layout
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
@@ -38,12 +39,12 @@ class Prefixes(LearningStrategy):
         prediction = network(network.along(lesson, batch.tokens), network.prepare(batch.condition))
         nll = prediction.nll(batch.tokens[:, about], noise.at(0, about.expand(len(batch.tokens), -1)))
         per_image = (nll * weights).sum(dim=1) / weights.sum()
-        return {"loss": Term(per_image.sum(), torch.tensor(len(per_image), device=per_image.device))}
+        return {"loss": term(per_image)}
 
     def _chosen(self, lesson: Layout, progress: float) -> tuple[Tensor, Tensor]:
         """(K,) the entries of a step, and what each weighs."""
         device, done = lesson.slots.device, 0
-        by_step = Noise(0, torch.tensor([int(progress * 2**40)], device=device))
+        by_step = Noise(0, torch.full((1,), int(progress * 2**40), device=device))
         entries, weights = [], []
         for stage, questions in enumerate(lesson.questions):
             count = min(self.most, len(questions)) if self.training else len(questions)

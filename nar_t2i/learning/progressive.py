@@ -59,6 +59,7 @@ class Progressive(LearningStrategy):
             values = torch.where(shown, random_values(noise, network.spec, "revision"), values)
         read = (stages == drawn) | wrong
         prediction = network(TokenState(values, masked), network.prepare(batch.condition), read=read)
-        found = slot_nll(prediction, batch.tokens[read], noise.at(0, read), self.label_smoothing)
-        nll = torch.zeros(read.shape, device=read.device, dtype=found.dtype).masked_scatter(read, found)
+        draws = noise.at(0, read)
+        found = slot_nll(prediction, draws.of(batch.tokens), draws, self.label_smoothing)
+        nll = torch.zeros(read.shape, device=read.device, dtype=found.dtype).index_put((draws.rows, draws.positions), found)
         return {"loss": term(nll.sum(1) / read.sum(1))}

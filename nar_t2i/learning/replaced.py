@@ -62,7 +62,8 @@ class Replaced(Masked):
         read = torch.ones_like(chosen) if self.visible_weight else chosen
         prediction = network(self.state(batch, chosen, noise, network.spec), network.prepare(batch.condition), read=read)
         nll = torch.zeros(read.shape, device=read.device, dtype=torch.float32)
-        found = self.nll(prediction, batch.tokens[read], noise.at(0, read))
-        nll = nll.to(found.dtype).masked_scatter(read, found)
+        draws = noise.at(0, read)
+        found = self.nll(prediction, draws.of(batch.tokens), draws)
+        nll = nll.to(found.dtype).index_put((draws.rows, draws.positions), found)
         weights = chosen + self.visible_weight * ~chosen
         return {"loss": term((nll * weights).sum(1) / weights.sum(1))}

@@ -50,4 +50,4 @@ class SelfConditioned(Masked):
         guess = torch.full_like(batch.tokens, -1).masked_scatter(masked, guessed)
         guess = guess.masked_fill(~shown[:, None], -1)
         prediction = network(TokenState(batch.tokens, masked, guess=guess), prepared, read=masked)
-        return {"loss": term(image_means(self.nll(prediction, batch.tokens[masked], draws), masked))}
+        return {"loss": term(image_means(self.nll(prediction, draws.of(batch.tokens), draws), draws.rows, masked.sum(1)))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from nar_t2i.errors import UserError
 from nar_t2i.learning.masked import Masked, draw_masks, image_means, term
 from nar_t2i.noise import Noise
@@ -52,10 +54,11 @@ class Unrolled(Masked):
             read = hidden if self.counted == "hidden" else masked
             prediction = network(TokenState(values, masked), prepared, read=read)
             draws = noise.at(stage, read)
-            per_image = image_means(self.nll(prediction, batch.tokens[read], draws), read)
-            terms[f"loss_{stage + 1}"] = term(per_image)
+            nll = self.nll(prediction, draws.of(batch.tokens), draws)
+            terms[f"loss_{stage + 1}"] = term(image_means(nll, draws.rows, read.sum(1)))
             if stage + 1 < self.stages:
-                drawn = prediction.sample(draws, 0.0 if self.fill == "mode" else 1.0).values.detach()
+                with torch.no_grad():
+                    drawn = prediction.sample(draws, 0.0 if self.fill == "mode" else 1.0).values
                 values = values.masked_scatter(read.view(*read.shape, *[1] * (values.ndim - 2)), drawn)
         total = sum(value.total for value in terms.values())
         return {"loss": Term(total, terms["loss_1"].weight), **(terms if self.stages > 1 else {})}

@@ -70,12 +70,12 @@ class Words:
     """Where in a batch of padded captions the words are. Layers that see one word at a time take them as rows (R, D),
     without the padding between them, which is half of a batch of captions of many lengths.
 
-    mask: (B, L), True = a word. padding_too: rows are made of padding as well.
+    mask: (B, L), True = a word. padding_too: rows are made of padding as well. places: of the rows, (R,), where they are known.
     """
 
-    def __init__(self, mask: Tensor, padding_too: bool = False):
+    def __init__(self, mask: Tensor, padding_too: bool = False, places: Tensor | None = None):
         self.mask = mask
-        self.places = (torch.ones_like(mask) if padding_too else mask).flatten().nonzero()[:, 0]
+        self.places = (torch.ones_like(mask) if padding_too else mask).flatten().nonzero()[:, 0] if places is None else places
 
     def rows(self, padded: Tensor) -> Tensor:
         """(B, L, …) → (R, …)."""

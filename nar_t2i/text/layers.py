@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -24,6 +25,13 @@ def choose_trained(trainable: str, model: nn.Module, layers: Sequence[nn.Module]
     if last:
         for module in (*list(layers)[-int(last[1]) :], *after):
             module.requires_grad_(True)
+
+
+def copied(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What the host made, on `device`, without waiting for what a GPU does: copies of other memory than pinned are waited for."""
+    if device.type == "cuda":
+        tensors = tuple(x.pin_memory() for x in tensors)
+    return tuple(x.to(device, non_blocking=True) for x in tensors)
 
 
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class NullCaption(nn.Module):
             longer = max(0, len(null) - state.shape[1])
             state, mask = F.pad(state, (0, 0, 0, longer)), F.pad(mask, (0, longer))
             first = torch.zeros_like(mask)
-            first[:, : len(null)] = True
+            first[:, : len(null)].fill_(True)
             empty = F.pad(null, (0, 0, 0, state.shape[1] - len(null)))
             states.append(torch.where(dropped[:, None, None], empty, state))
             masks.append(torch.where(dropped[:, None], first, mask))

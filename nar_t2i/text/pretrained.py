@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import text_hash, weights_hash
-from nar_t2i.text.layers import choose_trained, mean_state
+from nar_t2i.text.layers import choose_trained, copied, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
 SAVED = "pretrained"  # the folder inside of a saved part
@@ -142,7 +142,7 @@ class PretrainedTextEncoder(TextEncoder):
 
     def forward(self, captions: list[str]) -> Condition:
         device = next(self.network.parameters()).device
-        codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
+        codes, mask = copied(device, *self.tokenize(captions))
         with torch.set_grad_enabled(not self._frozen and torch.is_grad_enabled()):
             states, pooled = self.encode(codes, mask)
         return Condition((states,), (mask if self.mask_padding else torch.ones_like(mask),), pooled)

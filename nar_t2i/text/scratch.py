@@ -13,7 +13,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.hashing import text_hash, weights_hash
 from nar_t2i.networks.attention import MLP, SelfAttention, Words
 from nar_t2i.parts import part
-from nar_t2i.text.layers import choose_trained, mean_state
+from nar_t2i.text.layers import choose_trained, copied, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
 
@@ -133,10 +133,11 @@ class ScratchTextEncoder(TextEncoder):
         return codes, torch.arange(length) < lengths[:, None]
 
     def forward(self, captions: list[str]) -> Condition:
-        device = self.position.device
-        codes, mask = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
+        codes, mask = self.tokenize(captions)
+        places = Words(mask, padding_too=not self.mask_padding).places  # a GPU would be waited for to say how many there are
+        codes, mask, places = copied(self.position.device, codes, mask, places)
         with torch.set_grad_enabled(not self._frozen and torch.is_grad_enabled()):
-            words = Words(mask, padding_too=not self.mask_padding)
+            words = Words(mask, places=places)
             x = self.embedding(words.rows(codes)) + self.position[words.places % codes.shape[1]]
             for block in self.blocks:
                 x = block(x, words)

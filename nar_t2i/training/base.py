@@ -69,7 +69,13 @@ class TrainedModule(lightning.LightningModule):
     """optimizer: AdamW and its schedule. ema_decay: of the weight average that is judged and exported; 0 = none.
 
     budget_minutes: a time budget (see TimeBudget), beside `trainer.max_steps`.
+
+    A training step reads nothing from the device and copies nothing to it that would be waited for, so that the host runs ahead of a GPU.
+    Numbers of the host are therefore logged as tensors, and what is logged in training is not put on the progress bar by
+    `prog_bar`, for which Lightning reads it in every step: on_bar names what the monitor puts there whenever it logs.
     """
+
+    on_bar: tuple[str, ...] = ()
 
     def __init__(self, optimizer: OptimizerConfig, ema_decay: float, budget_minutes: float | None):
         super().__init__()

@@ -64,6 +64,7 @@ class GeneratorModule(TrainedModule):
     """
 
     ema_submodules = ("text", "null", "network", "learning")
+    on_bar = ("loss",)
 
     def __init__(
         self,
@@ -183,11 +184,11 @@ class GeneratorModule(TrainedModule):
         self._captions[1] += self.text.truncated - before[1]
         truncated = self._captions[1] / self._captions[0] if self._captions[0] else self._cached_truncated
         if truncated is not None:
-            self.log("truncated_captions", truncated)
+            self.log("truncated_captions", torch.tensor(truncated))
         means = {name: total / weight for name, (total, weight) in terms.items()}
         for name, mean in means.items():
-            self.log(name, mean.detach(), prog_bar=name == "loss")
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log(name, mean.detach())
+        self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return means["loss"]
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
@@ -40,8 +40,23 @@ class GuardConfig:
     patience: int = 10
 
 
+class _Asked(NamedTuple):
+    """A step of which the device has been asked. numbers: (3,) the mean loss, the gradient's norm and this rank's loss, in the host's
+    memory once the device is `done`. step, keys: which it was, and its samples."""
+
+    trainer: Trainer
+    numbers: Tensor
+    done: torch.cuda.Event | None
+    step: int
+    keys: list[str]
+
+
 class Guard(Callback):
     """Looks at each step's loss, the mean over all ranks, and its gradient before its update. All ranks decide alike.
+
+    Wherever it can, it does not wait for them: torch's fused AdamW is given, on the device, whether to leave its update out, and the
+    host reads a step later what came of it; before it validates, saves or ends in any case. It does wait under ZeRO, where the
+    engine does, too, with other optimizers, in fp16, and for `spike`.
 
     A module that steps its optimizers itself calls `check` before each.
     """
@@ -56,8 +71,10 @@ class Guard(Callback):
         self._losses: list[Tensor] = []
         self._keys: list[str] = []
         self._loss: float | None = None  # of the step that DeepSpeed has been told to take
+        self._asked: _Asked | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        self._read()
         return {"mean": self.mean, "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,7 +83,7 @@ class Guard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization and (self.config.spike or self.config.policy == "skip"):
             raise UserError("key bad_steps: a module with several optimizers only knows policy stop, without spike")
-        self._losses, self._keys, self._loss = [], [], None
+        self._losses, self._keys, self._loss, self._asked = [], [], None, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._keys += batch.keys if isinstance(batch, Batch) else []
@@ -88,6 +105,10 @@ class Guard(Callback):
 
     def check(self, trainer: Trainer, optimizer: Optimizer) -> bool:
         """Whether an update is to be made; to be called before each, on all ranks. Raises BadStep."""
+        self._read()
+        if self.config.spike is None and trainer.lightning_module.automatic_optimization and _leaves_out(optimizer) and loss_scale(trainer) == 1:
+            self._ask(trainer, optimizer)
+            return True
         loss = self._judge(trainer, optimizer)
         if loss is not None:
             self._accept(loss)
@@ -104,8 +125,41 @@ class Guard(Callback):
             if not engine.optimizer.overflow:
                 self._accept(loss)
             elif not engine.fp16_enabled():
-                self._refuse(trainer, NOT_FINITE, loss, trainer.global_step - 1)
+                self._refuse(trainer, NOT_FINITE, loss, trainer.global_step - 1, self._keys)
         self._keys = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
+
+    def _ask(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Have the optimizer leave its update out, or not, as the device finds."""
+        own = torch.stack(self._losses).sum()
+        self._losses = []
+        mean, norm = trainer.strategy.reduce(own.clone(), reduce_op="mean"), _norm(optimizer)
+        optimizer.found_inf = 1 - (mean.isfinite() & norm.isfinite()).float()
+        numbers = torch.stack([mean.float(), norm.float(), own.float()]).to("cpu", non_blocking=True)
+        done = torch.cuda.Event() if own.is_cuda else None
+        if done is not None:
+            done.record()
+        self._asked = _Asked(trainer, numbers, done, trainer.global_step, self._keys)
+
+    def _read(self) -> None:
+        """What the device has found, of the step that it was asked about last. Raises BadStep."""
+        if self._asked is None:
+            return
+        (trainer, numbers, done, step, keys), self._asked = self._asked, None
+        if done is not None:
+            done.synchronize()
+        loss, norm, own = numbers.tolist()
+        if not math.isfinite(loss):
+            self._refuse(trainer, f"the loss is {loss}", own, step, keys)
+        elif not math.isfinite(norm):
+            self._refuse(trainer, NOT_FINITE, own, step, keys)
+        else:
+            self._accept(loss)
 
     def _judge(self, trainer: Trainer, optimizer: Optimizer | None) -> float | None:
         """The mean loss of the step, or None where it is to be left out."""
@@ -117,11 +171,11 @@ class Guard(Callback):
             problem = f"the loss is {loss}"
         elif self.config.spike and self.steps >= self.WARM_UP and loss > self.config.spike * self.mean:
             problem = f"the loss is {loss:.4g}, and the mean of those before {self.mean:.4g}"
-        elif optimizer is not None and loss_scale(trainer) == 1 and not _finite(optimizer):
+        elif optimizer is not None and loss_scale(trainer) == 1 and not _norm(optimizer).isfinite():
             problem = NOT_FINITE  # on all ranks, which have the same gradients; in fp16 the scaler sees to them
         if problem is None:
             return loss
-        self._refuse(trainer, problem, float(own), trainer.global_step)
+        self._refuse(trainer, problem, float(own), trainer.global_step, self._keys)
         return None
 
     def _accept(self, loss: float) -> None:
@@ -130,10 +184,10 @@ class Guard(Callback):
         decay = min(self.DECAY, 1 - 1 / self.steps)
         self.mean = decay * self.mean + (1 - decay) * loss
 
-    def _refuse(self, trainer: Trainer, problem: str, own: float, step: int) -> None:
-        """Raise BadStep, or say that the step is skipped, on all ranks alike. own: this rank's loss."""
+    def _refuse(self, trainer: Trainer, problem: str, own: float, step: int, keys: list[str]) -> None:
+        """Raise BadStep, or say that the step is skipped, on all ranks alike. own, keys: this rank's loss and samples."""
         self.skipped += 1
-        told = checkpoints.gather((own, self._keys))
+        told = checkpoints.gather((own, keys))
         samples = "; ".join(f"rank {rank} ({loss:.4g}): {', '.join(keys)}" for rank, (loss, keys) in enumerate(told))
         message = f"step {step}: {problem}; samples of {samples}"
         if self.config.policy == "stop":
@@ -150,6 +204,11 @@ def loss_scale(trainer: Trainer) -> float:
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
-def _finite(optimizer: Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+def _leaves_out(optimizer: Optimizer) -> bool:
+    """Whether its update is one kernel that asks `found_inf`, as those do that a GradScaler works with."""
+    return isinstance(optimizer, AdamW) and all(group["fused"] for group in optimizer.param_groups)
+
+
+def _norm(optimizer: Optimizer) -> Tensor:
+    """() of all gradients."""
+    return torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])

@@ -129,6 +129,8 @@ class Monitor(Callback):
         if self._first:
             values["goodput"] = min(1.0, self.productive / max(time.time() - self._first, 1e-9))
         pl_module.log_dict({name: float(value) for name, value in values.items()})
+        shown, logged = getattr(pl_module, "on_bar", ()), trainer.callback_metrics
+        trainer.progress_bar_metrics.update({name: float(logged[name]) for name in shown if name in logged})
         self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

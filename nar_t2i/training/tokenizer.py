@@ -43,6 +43,7 @@ class TokenizerModule(TrainedModule):
     """
 
     ema_submodules = ("codec",)
+    on_bar = ("reconstruction_loss", "batch_codebook_use")
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class TokenizerModule(TrainedModule):
         reconstruction, quantized = self.codec(images)
         reconstruction = reconstruction.float()
         loss = self.reconstruction_loss(reconstruction, images)
-        self.log("reconstruction_loss", loss.detach(), prog_bar=True)
+        self.log("reconstruction_loss", loss.detach())
         self.log("quantizer_loss", quantized.loss.detach())
         total = loss + quantized.loss
         if discriminating:
@@ -139,7 +140,7 @@ class TokenizerModule(TrainedModule):
         self._backward_and_step(0, total / accumulation, last)
         if last:
             used = self.codec.quantizer.step()
-            self.log("batch_codebook_use", (used > 0).float().mean(), prog_bar=True)
+            self.log("batch_codebook_use", (used > 0).float().mean())
         if discriminating:
             self._train_discriminator(images, reconstruction.detach(), accumulation, last)
 
