@@ -8,6 +8,7 @@
 #              a graph, and compiled; our parallel network, its twin, `generate` on a Llama of their size; aMUSEd at 512 px.
 # decoding.py: Emage from the text to the image, its decoder with torch.compile.
 # training.py: steps of the 346M recipe at the largest micro-batch, and what each of its options brings.
+# step_time.py: where the time of such a step goes, by torch's profiler.
 # matvec.py:   what a pass of one token could take at best.
 # memory.py:   the doctor's estimate of training memory beside what a GPU really holds (docs/results/memory.json).
 #
@@ -25,11 +26,12 @@ status=0
 # One that fails does not keep the others from running. Where a compiler hangs, the others still get their time.
 measure() { timeout --kill-after=2 "$1" "$python" "${@:2}" || { echo "failed: ${*:2}" >&2; status=1; }; }
 amused=(benchmarks/peers.py --systems amused --dtypes bf16 fp32)
-measure 120 "${amused[@]}" --geometry 256 --batch 1 8 64 --repeats 6 --compile --minutes 1.4 --out "$out/peers-256.json"
-measure 170 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 2.1 --out "$out/peers-size.json"
-measure 50 benchmarks/decoding.py --batch 1 16 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
-measure 45 benchmarks/matvec.py --repeats 30 --minutes 0.4 --out "$out/matvec.json"
 measure 140 benchmarks/training.py --minutes 1.9 --out "$out/training.json"
-measure 50 "${amused[@]}" --geometry 512 --batch 1 8 --repeats 5 --minutes 0.4 --out "$out/peers-512.json"
+measure 45 benchmarks/step_time.py --out "$out/step-time.json"
+measure 120 "${amused[@]}" --geometry 256 --batch 1 8 64 --repeats 6 --compile --minutes 1.4 --out "$out/peers-256.json"
+measure 150 benchmarks/peers.py --systems size --batch 1 16 --repeats 10 --twin-repeats 1 --minutes 2 --out "$out/peers-size.json"
+measure 45 benchmarks/decoding.py --batch 1 16 --compile --twin-repeats 0 --minutes 0.4 --out "$out/decoding-compiled.json"
+measure 40 benchmarks/matvec.py --repeats 30 --minutes 0.3 --out "$out/matvec.json"
+measure 45 "${amused[@]}" --geometry 512 --batch 1 8 --repeats 5 --minutes 0.4 --out "$out/peers-512.json"
 [ -z "${MEMORY:-}" ] || "$python" benchmarks/memory.py || status=1
 exit "$status"

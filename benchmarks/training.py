@@ -6,7 +6,7 @@
 In small it shows that all rows run and agree; what the means bring on a GPU cannot be read off it.
 
 The recipe's network, text encoder (trained along, on captions of 32 words), learning strategy and optimizer take real steps
-under the trainer, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
+under the trainer, with the average of the weights and the guard of a run, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
 row below it all but one, and one none; on a GPU one has CUDA graphs as well. The rows stand at a third of the largest micro-batch
 that fits into memory, so that those that need more fit too, and one more row has every means at the largest.
 
@@ -43,6 +43,7 @@ from nar_t2i.parts import build
 from nar_t2i.text import BertTextEncoder
 from nar_t2i.training import GeneratorModule
 from nar_t2i.training.command import quieten
+from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.types import Batch, LearningStrategy, Prediction, Term, TokenBatch, TokenCodec, TokenNetwork, TokenState
 
@@ -75,7 +76,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), device, parsed.small, parsed.steps or 10)
         largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
-        size = parsed.micro_batch or (largest and largest // 3) or 8
+        size = parsed.micro_batch or (largest and max(8, largest // 24 * 8)) or 8
         told = {"recipe": "emage/346m-256" + ", in small" * parsed.small, "parameters": bench.parameters,
                 "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
                 "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
@@ -167,21 +168,21 @@ class Bench:
 
     def fit(self, size: int, means: dict[str, Any], steps: int) -> Clock:
         clock = Clock(steps)
-        trainer(self.folder, [clock], max_steps=WARM_UP + steps, precision=means["precision"],
+        trainer(self.folder, [Guard(GuardConfig()), clock], max_steps=WARM_UP + steps, precision=means["precision"],
                 accelerator=self.device.type).fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))  # fmt: skip
         return clock
 
     def largest(self) -> int:
-        """The largest micro-batch that trains, of powers of two and half again as many: without compilation, which takes less
-        memory, not more. Two small ones tell about how many fit."""
-        sizes = [size for power in range(3, 16) for size in (2**power, 3 * 2 ** (power - 1))]
+        """The largest micro-batch that trains, of multiples of 8: without compilation, which takes less memory, not more. Two
+        small ones tell about how many fit."""
+        sizes = list(range(8, 1025, 8))
         peaks = []
         for size in sizes[:2]:
             peaks.append(self.fit(size, EVERYTHING | {"compile": None}, 1).peak)
             self.free()
         an_image = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
         room = torch.cuda.get_device_properties(self.device).total_memory - peaks[0]
-        likely = [size for size in sizes if an_image * (size - sizes[0]) < 1.1 * room]
+        likely = [size for size in sizes if an_image * (size - sizes[0]) < 1.05 * room]
         found = next((size for size in reversed(likely) if self.fits(size)), None)
         if found is None:
             raise UserError("no micro-batch of 8 images fits into this GPU's memory")

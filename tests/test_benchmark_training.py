@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import scaling, training
+from benchmarks import scaling, step_time, training
 from benchmarks.results import ROOT
 from nar_t2i.errors import UserError
 
@@ -69,3 +69,25 @@ def test_the_scaling_document_holds_the_tables_of_the_model():
     one_node, many = (scaling.predict(gpus, "ddp", 346_000_000, 1e12, 1024) for gpus in (8, 64))
     assert one_node["without overlap"] > many["without overlap"] and many["work_ms"] == pytest.approx(one_node["work_ms"] / 8)
     assert scaling.wire({"allreduce": 100.0}, 4, scaling.RING) == 150 and not scaling.payload(10, 1, "ddp", True)
+
+
+def test_the_time_of_a_step_is_divided_into_kinds_of_work(tmp_path):
+    line = [sys.executable, ROOT / "benchmarks/step_time.py", "--small", "--no-compile", "--micro-batch", "4", "--steps", "2", "--out", tmp_path / "step.json"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "step.json").read_text())
+    parts = [row for row in found["rows"] if "kernel" not in row]
+    assert [row["part"] for row in parts] == [*step_time.KINDS, step_time.OTHERS, step_time.IDLE, step_time.WAITS]
+    assert sum(row["ms"] for row in parts[:-1]) == pytest.approx(found["step_ms"], rel=0.05)
+    work = {row["part"]: row["calls"] for row in parts}
+    assert work["matrix products"] > 40 and work["attention"] >= 2 and work["fused by the compiler"] == 0
+
+
+def test_kernels_side_by_side_count_once_and_gaps_are_seen():
+    spans = [step_time.Span(name, start, end) for name, start, end in (
+        ("ampere_bf16_gemm_128x64", 0, 4000), ("flash_fwd_kernel", 3000, 5000), ("multi_tensor_apply_kernel", 7000, 8000), ("triton_poi_fused_gelu", 8000, 8500))]
+    assert step_time.busy(spans) == 6500
+    rows = {row["part"]: row for row in step_time.table(spans, [step_time.Span("cudaStreamSynchronize", 0, 600)], 10_000, 2) if "kernel" not in row}
+    assert rows["matrix products"]["ms"] == 2 and rows["attention"]["ms"] == 1 and rows["optimizer, average, clipping"]["calls"] == 0.5
+    assert rows["fused by the compiler"]["ms"] == 0.25 and rows["nothing runs"] == {"part": "nothing runs", "ms": 1.75, "share": 0.35, "calls": 0}
+    assert rows["host waits"]["ms"] == pytest.approx(0.3) and rows["others"]["ms"] == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,17 +17,54 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(R, V) logits of any precision and (R,) codes → (R,) nats."""
+    return F.cross_entropy(_at_least_fp32(logits), target, reduction="none")
+
+
+_cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+_compiled: list[Callable[[Tensor, Tensor], Tensor]] = []  # made when it is first asked for
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Inside, the cross-entropy is compiled: it reads logits in the network's own precision and its gradient is written in that, where
+    otherwise both, and the log-probabilities between them, are written out in fp32. One compilation serves any number of slots."""
+    global _cross_entropy
+    if not _compiled:
+        _compiled.append(torch.compile(cross_entropy))
+    before, _cross_entropy = _cross_entropy, _of_any_length
+    try:
+        yield
+    finally:
+        _cross_entropy = before
+
+
+def _of_any_length(logits: Tensor, target: Tensor) -> Tensor:
+    for x in (logits, target):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return _compiled[0](logits, target)
+
+
 class Categorical:
     """logits: (*slots, V)."""
 
     def __init__(self, logits: Tensor):
-        self.logits = _at_least_fp32(logits)
+        self._given = logits
+
+    @property
+    def logits(self) -> Tensor:
+        """In fp32 or better. They are kept, but where a loss may still ask for a gradient."""
+        logits = _at_least_fp32(self._given)
+        if not self._given.requires_grad:
+            self._given = logits
+        return logits
 
     def __getitem__(self, rows: slice) -> Categorical:
-        return Categorical(self.logits[rows])
+        return Categorical(self._given[rows])
 
     def nll(self, target: Tensor, noise: SlotNoise | None = None) -> Tensor:
-        return F.cross_entropy(self.logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+        return _cross_entropy(self._given.flatten(0, -2), target.flatten()).view(target.shape)
 
     def guide(self, unconditional: Categorical, scale: float | Tensor) -> Categorical:
         return Categorical(unconditional.logits + scale * (self.logits - unconditional.logits))
@@ -36,10 +76,12 @@ class Categorical:
         likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
         """
         log_probs = self.logits.log_softmax(dim=-1)
-        if isinstance(temperature, (int, float)) and temperature == 0:
+        fixed = isinstance(temperature, (int, float))
+        if fixed and temperature == 0:
             values = log_probs.argmax(dim=-1)
         else:
-            mass = _truncated((self.logits / temperature).softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
+            tempered = self.logits if fixed and temperature == 1 else self.logits / temperature
+            mass = _truncated(tempered.softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
             values = (mass < drawn).sum(dim=-1)
         return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +17,7 @@ from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.folders import load_part
 from nar_t2i.inference.confidence import Confidence
+from nar_t2i.networks import predictions
 from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_float
@@ -56,7 +58,7 @@ class GeneratorModule(TrainedModule):
     its own it is trained by AdamW, as pretrained encoders were, whatever trains the rest.
     Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder (of all
     captions, where their states come from a cache).
-    compile: "kernels" has torch.compile fuse the network's training passes; "kernels and graphs" also records them as CUDA
+    compile: "kernels" has torch.compile fuse the network's training passes and the cross-entropy; "kernels and graphs" also records them as CUDA
     graphs where there is a GPU, for which captions are padded to the text encoder's longest; what that brings at which batch
     has not been measured. Losses are equal up to rounding; the first step takes seconds longer, with graphs a
     minute, and a C++ compiler is needed. Validation and sampling run as they are.
@@ -172,8 +174,9 @@ class GeneratorModule(TrainedModule):
             condition = of_one_length(condition, self._lengths)
         nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
         condition = self.null(condition, self.dropped(noise) if training else nothing)
-        network = self._compiled[0] if training and self._compiled and not is_watched() else self.network
-        return self.learning.loss(network, TokenBatch(tokens, condition, error), noise, progress)
+        fused = training and self._compiled and not is_watched()
+        with predictions.compiled() if fused else nullcontext():
+            return self.learning.loss(self._compiled[0] if fused else self.network, TokenBatch(tokens, condition, error), noise, progress)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         if self._compiled:

@@ -36,6 +36,17 @@ def test_draws_follow_the_tempered_softmax(temperature):
         assert chi_square(values, (LOGITS / (other * temperature)).softmax(0)) > 18.5
 
 
+def test_what_was_drawn_without_a_gradient_leaves_the_loss_its_own():
+    given = LOGITS.expand(1, 8, -1).bfloat16().requires_grad_()
+    prediction = Categorical(given)
+    with torch.no_grad():
+        values = prediction.sample(slots(8)).values
+    prediction.nll(values).sum().backward()
+    expected = LOGITS.expand(8, -1).softmax(1) - torch.nn.functional.one_hot(values[0], 5)
+    torch.testing.assert_close(given.grad[0].float(), expected, rtol=2e-2, atol=1e-2)
+    assert prediction.logits.dtype == torch.float32 and Categorical(given.detach()).logits.dtype == torch.float32
+
+
 def test_a_tensor_of_temperatures_acts_row_by_row():
     logits = LOGITS.expand(2, DRAWS // 2, -1)
     noise = Noise(0, torch.arange(2)).at(0, torch.arange(DRAWS // 2).expand(2, -1))

@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from nar_t2i.cli import main
+from nar_t2i.training.monitor import Monitor
+from tests.cluster import tiny
 from tests.cluster.ranks import ROOT
 
 STEP = 0.05
@@ -117,3 +120,20 @@ def test_goodput_counts_from_the_first_start(folder):
     assert json.loads((folder / "run/started.json").read_text())["starts"] == 2
     assert fit("--ckpt_path=fresh") == 0
     assert json.loads((folder / "run/started.json").read_text())["starts"] == 1
+
+
+def test_the_progress_bar_shows_the_loss_whenever_it_is_logged(folder):
+    """Not in every step, for which the host would wait for the device."""
+    trainer = tiny.trainer("auto", 1, 5, default_root_dir=folder, callbacks=[Monitor(folder), shown := Shown()], log_every_n_steps=2)
+    trainer.fit(tiny.Generator(), datamodule=tiny.data())
+    losses = [float(loss) for loss in shown.losses]
+    assert shown.on_bar == [None, losses[1], losses[1], losses[3], losses[3]]
+
+
+class Shown(Callback):
+    def __init__(self):
+        self.losses, self.on_bar = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(trainer.callback_metrics["loss"])
+        self.on_bar.append(trainer.progress_bar_metrics.get("loss"))
