@@ -78,10 +78,10 @@ class Side(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="64 pixels a side, for a few seconds")
-    parser.add_argument("--samples", type=int, help="default: 1024, or 256 with --small")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="processes that read; default: 0 1")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=results.positive, help="default: 1024, or 256 with --small")
+    parser.add_argument("--batch-size", type=results.positive, default=32)
+    parser.add_argument("--workers", type=results.whole, nargs="+", default=[0, 1], help="processes that read; default: 0 1")
+    parser.add_argument("--rounds", type=results.positive, default=5)
     parser.add_argument("--seconds", type=float, help="of each side in each round; default: 1, or 0.2 with --small")
     parser.add_argument("--out", default=str(results.FOLDER / "data.json"))
     parsed = parser.parse_args()
@@ -215,7 +215,7 @@ class Material:
         members = ("tokens.npy",) if folder == "arrays" else ("tokens.npy", "states.npy")
         tars = sorted(map(str, (self.folder / folder).glob("*.tar")))
         for keys, captions, (tokens, *states) in self.webdataset(tars, None, members, workers):
-            yield Samples(keys, captions, tokens, _padded(states[0]) if states else None)
+            yield Samples(keys, captions, tokens, states[0] if states else None)
 
     def webdataset(self, tars: list[str], decoder: str | None, members: tuple[str, ...], workers: int) -> Iterator[Any]:
         """(keys, captions, arrays of each member), as webdataset's documentation has it: batches are made in the workers."""
@@ -328,12 +328,12 @@ def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _together(rows: list[tuple[Any, ...]]) -> tuple[list[str], list[str], list[Any]]:
-    """Samples of webdataset as one batch; states, of as many lengths as captions, stay apart."""
+    """Samples of webdataset as one batch, in the worker that read them."""
     keys, captions, *members = zip(*rows, strict=True)
     first = np.stack(members[0])
     # Codes become int64 here, as in our workers, by NumPy: torch takes many times longer.
     first = first.astype(np.int64) if first.dtype == np.uint16 else first
-    return list(keys), list(captions), [torch.from_numpy(first), *([torch.from_numpy(x) for x in states] for states in members[1:])]
+    return list(keys), list(captions), [torch.from_numpy(first), *(_padded([torch.from_numpy(x) for x in states]) for states in members[1:])]
 
 
 def _collated(rows: list[tuple[str, str, np.ndarray]]) -> Samples:

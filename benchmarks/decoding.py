@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from results import program
+from results import positive, program, whole
 from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 
 from nar_t2i import recipe
@@ -44,10 +44,10 @@ SMALL_CODES = 1024
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images at once; default: 1 16")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="images at once; default: 1 16")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
-    parser.add_argument("--repeats", type=int, default=20, help="warm calls of each part; default: 20")
-    parser.add_argument("--twin-repeats", type=int, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
+    parser.add_argument("--repeats", type=positive, default=20, help="warm calls of each part; default: 20")
+    parser.add_argument("--twin-repeats", type=whole, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
     parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
     parser.add_argument("--floors", type=float, nargs=2, metavar=("TFLOPS", "GB_S"), help="measure nothing: print the floors of a GPU with these rates")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from results import program
+from results import positive, program
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,8 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", default="docs/results/emoji")
-    parser.add_argument("--seen", type=int, default=500, help="names seen in training that are drawn; default: 500")
-    parser.add_argument("--feature-steps", type=int, default=1500)
+    parser.add_argument("--seen", type=positive, default=500, help="names seen in training that are drawn; default: 500")
+    parser.add_argument("--feature-steps", type=positive, default=1500)
     parsed = parser.parse_args()
     models = dict(model.split("=", 1) for model in parsed.models)
     emoji = read_emoji()

@@ -30,7 +30,7 @@ from nar_t2i.evaluation.scene_accuracy import verdicts, wilson
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt, committed, take
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.generate import contact_sheet, shipped_model
-from nar_t2i.hardware import fast_precision, usable_cores
+from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 from nar_t2i.hashing import weights_hash
 from nar_t2i.inference import BestOf
 from nar_t2i.parts import build
@@ -53,12 +53,13 @@ ENTRIES = {
 }  # fmt: skip
 OF_AS_MUCH_TRAINING = {"prefixes trained twice as long, 6 passes": "twin trained twice as long, 64 passes"}
 SHOWN = 48
+OF_MACHINES = "the machine is that of the last call; seconds_an_image are of the one that drew an entry first, see README.md"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
-    parser.add_argument("--only", nargs="*", default=list(ENTRIES), metavar="ENTRY", help="default: all")
+    parser.add_argument("--prompts", type=results.positive, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
+    parser.add_argument("--only", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="ENTRY", help=f"of {'; '.join(ENTRIES)}; default: all")
     parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out", "further"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
@@ -71,7 +72,7 @@ def main() -> int:
     files = {name: read_json(kept(out, name)) for name in ENTRIES if kept(out, name).exists()}
     judged = {name: entry for name, entry in files.items() if len(entry.get("seen", ())) == parsed.prompts * len(CATEGORIES)}
     found = rows(judged) if judged else []
-    results.write(out / "few-passes.json", found, prompts_a_category=parsed.prompts)
+    results.write(out / "few-passes.json", found, prompts_a_category=parsed.prompts, note=OF_MACHINES)
     for row in found:
         print(row)
     return 0
@@ -105,6 +106,7 @@ def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -
             chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
             sheet = contact_sheet([Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8)
             sheet.save(path.with_suffix(".png"))
+        found.setdefault("machine", describe_machine())
         write_json(path, found)
 
 
@@ -135,6 +137,7 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high, "pairs": len(own),
             "further": float(np.mean(entry["further"])) if "further" in entry else None,
             "to_perfect": 1 - wilson(sum(every), len(every))[0], "of": len(every), "seconds_an_image": entry["seconds_an_image"],
+            "drawn_on": entry["machine"]["processor"] if "machine" in entry else None,
         })  # fmt: skip
     return found
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results import program
+from results import positive, program
 from timing import Budget, Roofline, Run, summary, weight_bytes
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ SMALL = {"width": 64, "depth": 2}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small matrices, for machines without a GPU")
-    parser.add_argument("--repeats", type=int, default=50, help="warm passes; default: 50")
+    parser.add_argument("--repeats", type=positive, default=50, help="warm passes; default: 50")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/matvec.json")
     parsed = parser.parse_args()

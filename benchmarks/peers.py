@@ -7,8 +7,9 @@ Llama as large as our autoregressive twin; that twin; and our parallel network o
 
 aMUSEd: 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on both sides. Before anything is
 reported, the logits of both are compared, and in fp32 the tokens that both draw from one table of numbers; where they differ,
-the run ends with an error. Both sides are called in turns. Their floor is one and the same: what the function needs when the
-text's part is computed once.
+the run ends with an error. So it is again once ours is compiled, in fp32 at the smallest batch. Both sides are called in turns.
+Their floor is one and the same: what the function needs when the text's part is computed once. With --compile theirs is compiled,
+too, at the smallest batch in bf16, as diffusers' documentation has it.
 
 Of the twin's size: 32 words, 1,024 tokens in the full size, guidance on, so two rows an image. Llama takes the words in front
 of its tokens instead of by cross-attention; its two rows are combined, and tokens drawn, in a logits processor, which stays on
@@ -30,7 +31,7 @@ import transformers
 from amused import GEOMETRIES, STEPS, Amused, one_table
 from amused import WORDS as WORDS_READ
 from decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
-from results import program
+from results import positive, program, whole
 from timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from torch import Tensor
 
@@ -55,13 +56,13 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small networks, and less of everything else that is not told")
     parser.add_argument("--systems", choices=("amused", "size"), nargs="+", default=["amused", "size"],
                         help="amused: diffusers' and ours; size: Llama, the twin, the parallel one; default: both")  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", help="images at once; default: 1 8 64, small: 1 8")
+    parser.add_argument("--batch", type=positive, nargs="+", help="images at once; default: 1 8 64, small: 1 8")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="of aMUSEd; default: bf16 fp32")
     parser.add_argument("--size-dtypes", choices=DTYPES, nargs="+", help="of the others; default: bf16, small: bf16 fp32")
-    parser.add_argument("--repeats", type=int, help="warm calls of each; default: 20, small: 5")
-    parser.add_argument("--twin-repeats", type=int, default=2, help="of those that draw token by token; default: 2")
+    parser.add_argument("--repeats", type=positive, help="warm calls of each; default: 20, small: 5")
+    parser.add_argument("--twin-repeats", type=whole, default=2, help="of those that draw token by token; default: 2")
     parser.add_argument("--compile", action="store_true",
-                        help="our U-ViT with torch.compile, too, in bf16; needs a C++ compiler")  # fmt: skip
+                        help="with torch.compile, too: ours in bf16, both at the smallest batch; needs a C++ compiler")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="runs/peers.json")
     parsed = parser.parse_args()
@@ -80,7 +81,13 @@ def main() -> int:
         for batch, dtype in sorted(cases, key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
             amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
             name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
-            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, parsed.compile and dtype == "bf16"))
+            compile = parsed.compile and (dtype == "bf16" or batch == min(batches))
+            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, compile))
+        if parsed.compile and "bf16" in parsed.dtypes:
+            amused.to(DTYPES["bf16"])
+            pair = Pair(run, amused, geometry, min(batches), "bf16")
+            run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
+            del pair
         del amused
         free()
     for dtype in size_dtypes if "size" in parsed.systems else ():
@@ -109,8 +116,10 @@ class Run(timing.Run):
             return next((other for other in self.rows if all(other.get(key) == value for key, value in keys.items())), None)
 
         ratios = {}
-        if row["system"] != THEIRS and (peer := found(system=THEIRS, launched="plainly")):
+        if (row["system"], row["launched"]) != (THEIRS, "plainly") and (peer := found(system=THEIRS, launched="plainly")):
             ratios["times_diffusers"] = peer["p50_ms"] / row["p50_ms"]
+        if row["system"] != THEIRS and (peer := found(system=THEIRS, launched="compiled")):
+            ratios["times_diffusers_compiled"] = peer["p50_ms"] / row["p50_ms"]
         if row["system"] in (PARALLEL, TWIN):
             peers = [peer for way in ("plainly", "compiled") if (peer := found(system=LLAMA, launched=way))]
             if peers:
@@ -127,6 +136,7 @@ class Pair:
         self.run, self.amused, self.clock, self.batch, self.dtype = run, amused, run.clock, batch, DTYPES[dtype]
         self.texts, self.noise = amused.texts(batch), amused.noise(batch)
         self.geometry, self.name = geometry, f"aMUSEd {geometry}, batch {batch}, {dtype}"
+        self.drawn: Tensor | None = None  # by theirs, from the table
         self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
 
     @torch.no_grad()
@@ -152,15 +162,25 @@ class Pair:
         if compile and self.run.budget.allows(f"{self.name}, compiled"):
             with compiled(network.stack):
                 cold = self.clock.once(runs[OURS])
-                differ = self.logits()
-                yield row | {"launched": "compiled"} | differ | self.timed(runs[OURS], repeats, cold, floor, self.batch)
+                row |= self.logits() | self.tokens()
+                yield row | {"launched": "compiled"} | self.timed(runs[OURS], repeats, cold, floor, self.batch)
                 if cuda and self.run.budget.allows(f"{self.name}, compiled, as a graph", CALLS_OF_GRAPH * call):
-                    yield row | differ | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
+                    yield row | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
 
     def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
         graphs = Graphs(round_to=WORDS_READ)  # no padding, so that it does what plain launches do
         arguments = (self.amused.inference, self.amused.network, *self.texts, self.noise, self.amused.guidance)
-        return recorded(self, graphs, arguments, graphs.decode(*arguments), repeats, floor, self.name)
+        found = recorded(self, graphs, arguments, graphs.decode(*arguments), repeats, floor, self.name)
+        return found | self.equal(graphs.decode(*arguments).tokens)
+
+    @torch.no_grad()
+    def theirs_compiled(self, repeats: int) -> dict[str, Any]:
+        amused, differ = self.amused, self.logits() | self.tokens()  # of theirs as it comes
+        with compiled([amused.unet]):
+            cold = self.clock.once(lambda: amused.theirs(self.texts))
+            differ |= self.logits()
+            row = {"system": THEIRS, **self.known, "launched": "compiled", "parameters": sum(p.numel() for p in amused.unet.parameters()), **differ}
+            return row | self.timed(lambda: amused.theirs(self.texts), repeats, cold, self.floor(), self.batch)
 
     def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
         """As Bench times."""
@@ -182,9 +202,13 @@ class Pair:
     def tokens(self) -> dict[str, float]:
         """equal_tokens: the share that both draw from one table. UserError where it is small in fp32; in bf16 the draws of 12
         passes go apart, and the share is only told."""
-        with one_table(self.noise, self.amused.network.spec.length):
-            theirs = self.amused.theirs(self.texts)
-        equal = (self.amused.ours(self.texts, self.noise).tokens == theirs).float().mean().item()
+        if self.drawn is None:
+            with one_table(self.noise, self.amused.network.spec.length):
+                self.drawn = self.amused.theirs(self.texts)
+        return self.equal(self.amused.ours(self.texts, self.noise).tokens)
+
+    def equal(self, tokens: Tensor) -> dict[str, float]:
+        equal = (tokens == self.drawn).float().mean().item()
         if self.dtype == torch.float32 and not equal >= TOKENS:
             raise UserError(f"{self.name}: {1 - equal:.1%} of the tokens differ, drawn from one table, so no time is reported")
         return {"equal_tokens": equal}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import yaml
-from results import program
+from results import positive, program, whole
 from torch import Tensor
 
 from nar_t2i import recipe
@@ -39,9 +39,9 @@ SEVERAL = ("two_objects", "counting", "color_attribution")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="FOLDER")
-    parser.add_argument("--scenes", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=40, help="a category; default: 40")
-    parser.add_argument("--drawings", type=int, default=0, help="of each prompt with several objects; default: none")
+    parser.add_argument("--scenes", type=positive, default=128)
+    parser.add_argument("--prompts", type=positive, default=40, help="a category; default: 40")
+    parser.add_argument("--drawings", type=whole, default=0, help="of each prompt with several objects; default: none")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's Particles, or guidance_scale")
     parsed = parser.parse_args()
     t2i = TextToImage.from_pretrained(parsed.model)

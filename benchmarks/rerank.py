@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from results import program
+from results import positive, program
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,9 +35,9 @@ BATCH = 32  # prompts
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a model folder (default: the one in the package)")
-    parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--seen", type=int, default=40, help="prompts a category; default: 40")
-    parser.add_argument("--held-out", type=int, default=30, help="prompts a category; default: 30")
+    parser.add_argument("--candidates", type=positive, default=4)
+    parser.add_argument("--seen", type=positive, default=40, help="prompts a category; default: 40")
+    parser.add_argument("--held-out", type=positive, default=30, help="prompts a category; default: 30")
     parser.add_argument("--out", default="docs/results/shipped/rerank.json")
     parsed = parser.parse_args()
     t2i = TextToImage.from_pretrained(parsed.model or shipped_model())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,20 @@ def program(main: Callable[[], int | None]) -> NoReturn:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a number from 1 on."""
+    if (number := whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+def whole(text: str) -> int:
+    """The type of an option that is a number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text}")
+    return int(text)
 
 
 def write(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
@@ -58,7 +74,7 @@ def command() -> str:
     """What was typed, from the root of the checkout."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return " ".join(["python", str(name), *sys.argv[1:]])
+    return shlex.join(["python", str(name), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -54,7 +54,7 @@ NODE_LINK, GPU_LINK, GPUS_A_NODE = 50e9, 450e9, 8
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="store_true", help="print the model's tables")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--ranks", type=results.positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--out", default=str(results.FOLDER / "scaling.json"))
@@ -88,8 +88,8 @@ def measure(ranks: list[int], strategies: list[str], precision: str) -> list[dic
             expected = expected or losses
             check(f"{strategy} on {count} ranks", losses, expected, f"{strategies[0]} on {ranks[0]}")
             rows.append(_row(count, strategy, each, precision))
-    first = rows[0]["step_ms"]
-    return [row | {"step_over_first": row["step_ms"] / first} for row in rows]
+    one_rank = rows[0]["step_ms"] if ranks[0] == 1 else None
+    return [row | ({"step_over_first": row["step_ms"] / one_rank} if one_rank else {}) for row in rows]
 
 
 def _row(count: int, strategy: str, each: list[dict[str, Any]], precision: str) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def main(what: str) -> None:
     if what == "--sheet":
         save_sheet(TextToImage.from_pretrained(ASSETS))
         return
+    if Path(what).resolve() == ASSETS.resolve():
+        sys.exit(f"{what} is where it would be written; nar-t2i evaluate {what} --candidates 1 --out scores.json scores it")
     trained = TextToImage.from_pretrained(what)
     decoding = recipe.load("shipped/deeper").config["model"]["init_args"]
     trained.inference, trained.guidance = BestOf(build(decoding["inference"]), CANDIDATES), Guidance(**decoding["guidance"])

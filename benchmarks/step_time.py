@@ -55,8 +55,8 @@ class Span(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--micro-batch", type=int, help="images a step; default: about as many as fit, or 8 with --small")
-    parser.add_argument("--steps", type=int, default=3, help="that are looked at; default: 3")
+    parser.add_argument("--micro-batch", type=results.positive, help="images a step; default: about as many as fit, or 8 with --small")
+    parser.add_argument("--steps", type=results.positive, default=3, help="that are looked at; default: 3")
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out: there is no C++ compiler, or to compare")
     parser.add_argument("--out", default=str(results.FOLDER / "step-time.json"))
     parsed = parser.parse_args()

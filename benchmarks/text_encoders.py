@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import program
+from results import positive, program
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", default="docs/results/text")
-    parser.add_argument("--prompts", type=int, default=200, help="of each category and set; default: 200, all of them")
+    parser.add_argument("--prompts", type=positive, default=200, help="of each category and set; default: 200, all of them")
     parsed = parser.parse_args()
     metrics: dict[str, Any] = {"command": "python benchmarks/text_encoders.py " + " ".join(sys.argv[1:]),
                                "machine": describe_machine(), "runs": {}}  # fmt: skip

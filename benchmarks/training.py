@@ -59,9 +59,9 @@ TOLERANCE = 0.25  # of what the loss falls by in these steps
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--micro-batch", type=int, help="images a step; default: a third of the largest, or 8 with --small")
-    parser.add_argument("--steps", type=int, help="that are timed, in fp32 on a GPU a third of them; default: 10")
-    parser.add_argument("--rounds", type=int, default=1, help="how often all rows are measured in turn; default: 1")
+    parser.add_argument("--micro-batch", type=results.positive, help="images a step; default: a third of the largest, or 8 with --small")
+    parser.add_argument("--steps", type=results.positive, help="that are timed, in fp32 on a GPU a third of them; default: 10")
+    parser.add_argument("--rounds", type=results.positive, default=1, help="how often all rows are measured in turn; default: 1")
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out of all rows: there is no C++ compiler")
     parser.add_argument("--minutes", type=float, default=60, help="after which no row is begun; default: 60")
     parser.add_argument("--out", default=str(results.FOLDER / "training.json"))

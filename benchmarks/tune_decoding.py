@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import program
+from results import positive, program
 
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
@@ -39,8 +39,8 @@ TOP_P, FINAL_TEMPERATURES = (1.0, 0.95, 0.9), (None, 0.1, 0.3)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER[:RECIPE]", help="RECIPE: to decode by, where it is not by the model's own")
-    parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--prompts", type=int, default=40, help="a category; default: 40")
+    parser.add_argument("--trials", type=positive, default=12)
+    parser.add_argument("--prompts", type=positive, default=40, help="a category; default: 40")
     parser.add_argument("--out", default="docs/results/ablations/tuning.json")
     parsed = parser.parse_args()
     prompts = generate("seen", parsed.prompts, seed=1)

@@ -26,7 +26,7 @@ from nar_t2i.evaluation.chosen import RESIZE, Chosen, open_data
 from nar_t2i.evaluation.detector import MIN_SIDE, DetectedObject, Detection
 from nar_t2i.evaluation.features import ClipFeatures, Features, InceptionFeatures, SceneFeatures
 from nar_t2i.evaluation.metrics import Compared
-from nar_t2i.evaluation.pieces import Piece, Pieces
+from nar_t2i.evaluation.pieces import Piece, Pieces, work_folder
 from nar_t2i.evaluation.protocol import NEEDS, Protocol, chosen_metrics, read_protocol
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
@@ -75,8 +75,9 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
         raise UserError("--prompts and --per-category are for scene_accuracy, which is none of the metrics")
     if arguments.per_category is not None and arguments.per_category < 1:
         raise UserError(f"--per-category must be at least 1, not {arguments.per_category}")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    for name in ("batch_size", "count"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     return protocol
 
 
@@ -118,7 +119,7 @@ class Evaluation:
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol, group: Ranks):
         self.arguments, self.protocol, self.group = arguments, protocol, group
         self.out = Path(arguments.out)
-        self.folder = self.out.with_suffix(".work")
+        self.folder = work_folder(self.out)
         self.models: list[Opened] = []
         self.decoding: dict[str, dict[str, Any]] = {}
         self.pieces: dict[str, Pieces] = {}
@@ -184,6 +185,8 @@ class Evaluation:
         self.drawn = Chosen(source, protocol.count, protocol.choice_seed, protocol.caption)
         if any(metric.needs_real for metric in protocol.metrics):
             self.real = self.drawn if protocol.reference == "same" else Chosen(source, None)
+        for metric in protocol.metrics:
+            metric.check(len(self.drawn), len(self.real) if metric.needs_real else None)
 
     def _settings(self) -> dict[str, Any]:
         """What the pieces depend on."""
@@ -276,7 +279,7 @@ class Evaluation:
             told["data"] = self.drawn.identity()
             told["real"] = {"which": protocol.reference, "resize": RESIZE, "pixels": self.image_size} if self.real is not None else None
             told["features"] = {features.name: features.protocol for features in self.features}
-        if self.arguments.prompts:
+        if self.arguments.prompts or self.arguments.per_category:
             told["scene_prompts"] = {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()}
             told["scene_prompts"][SHUFFLED] = next(iter(told["scene_prompts"].values()))  # whose captions it shuffles
         return told

@@ -211,6 +211,7 @@ def test_more_metrics_of_the_same_features_need_no_drawing(place, clip, tmp_path
     (["--metrics", "scene_frechet", "--data", "scenes"], "say with --count how many"),
     (["--metrics", "scene_frechet", "--data", "quickstart/tokenizer.yaml", "--batch-size", "0"], "--batch-size must be at least 1"),
     (["--metrics", "precision_recall", "--data", "@shards", "--inception", "@inception.pt", "--count", "3"], "3 neighbours need more"),
+    (["--metrics", "scene_frechet", "--data", "scenes", "--count", "-3"], "--count must be at least 1, not -3"),
     (["--protocol", "coco-30k", "--count", "9"], "--count: is fixed by the protocol coco-30k"),
     (["--protocol", "coco-30k", "--data", "@shards", "--clip", "@model"], "fid needs --inception FILE"),
     (["--prompts", "@shuffled.jsonl"], "shuffled is what the control is called"),
@@ -222,6 +223,31 @@ def test_what_is_refused_is_said_in_a_line(place, tmp_path, capsys, options, sai
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error and error.startswith("nar-t2i: error: ")
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("protocol, said", [
+    ({"metrics": {"kid": {"subsets": 2}}}, "kid: subset_size 1000 must be between 2 and the 23 samples"),
+    ({"metrics": {"precision_recall": {"neighbours": 23}}}, "23 neighbours need more than the 23 samples"),
+    ({"metrics": {"fid": {}}, "count": 1}, "fid needs at least 2 samples"),
+    ({"metrics": ["scene_accuracy"], "caption": "random"}, "key caption: none of the metrics uses it"),
+    ({"metrics": ["scene_accuracy"], "count": 6}, "key count: none of the metrics uses it"),
+    ({"metrics": {"scene_frechet": {}}, "inception": {"input": "unit"}}, "key inception: none of the metrics uses it"),
+    ({"metrics": {"fid": {}}, "choice_seed": 2**64 - 1}, "key choice_seed: must be a whole number"),
+])  # fmt: skip
+def test_a_protocol_that_cannot_be_is_refused_before_anything_is_drawn(place, tmp_path, capsys, monkeypatch, protocol, said):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(protocol))
+    monkeypatch.setattr(TextToImage, "sample", None)
+    options = ["--data", "@shards"] * ("scene_accuracy" not in protocol["metrics"]) + ["--inception", "@inception.pt"] * bool({"fid", "kid", "precision_recall"} & set(protocol["metrics"]))
+    evaluate(place, tmp_path / "out.json", "--protocol", str(tmp_path / "own.yaml"), *options, status=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert said in error and error.startswith("nar-t2i: error: ")
+
+
+def test_every_file_has_pieces_of_its_own(place, tmp_path):
+    line = ("--metrics", "scene_frechet", "--data", "@shards", "--count", "4")
+    for name, steps in (("m-1.5", "1"), ("m-1.6", "2"), ("x.work", "1")):
+        evaluate(place, tmp_path / name, *line, "--steps", steps)
+        assert (tmp_path / f"{name}.work").is_dir() and (tmp_path / name).is_file()
 
 
 def test_a_mistake_before_anything_was_drawn_is_mended_by_the_next_command(place, tmp_path, capsys):

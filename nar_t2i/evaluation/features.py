@@ -110,7 +110,7 @@ class InceptionFeatures(Features):
 class ClipFeatures(Features):
     """Embeddings of unit length of a local folder of transformers' CLIPModel: both towers, its tokenizer, its preprocessing.
 
-    Raises UserError where the folder is missing or not whole. Only safetensors are read. `truncated`: captions that did not fit.
+    Raises UserError where the folder is missing or not whole. Only safetensors are read. Of captions that are too long the first words count.
     """
 
     name = "clip"
@@ -127,14 +127,17 @@ class ClipFeatures(Features):
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise UserError(f"--clip {folder}: holds no .safetensors")
-        how = read_json(folder / "preprocessor_config.json")
+        # As CLIPImageProcessor saves it, or CLIPProcessor with the tokenizer's settings beside it.
+        older = folder / "preprocessor_config.json"
+        how = read_json(older if older.exists() else folder / "processor_config.json")
         try:
+            how = how.get("image_processor", how)
             self._size = _side(how["crop_size"])
             self._shorter, self._resample = _side(how["size"]), Image.Resampling(how.get("resample", 3))
             self._mean, self._std = (torch.tensor(how[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
             self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: {reason}") from error
         self._length, self._device = self._model.config.text_config.max_position_embeddings, device

@@ -23,6 +23,11 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks
 
 
+def work_folder(out: Path) -> Path:
+    """Where the pieces lie of an evaluation whose numbers go to `out`: scores.work for scores.json."""
+    return out.with_suffix(".work") if out.suffix == ".json" else out.with_name(f"{out.name}.work")
+
+
 class Piece(NamedTuple):
     """tensors: of the piece's samples along their first axis. notes: plain values about them."""
 

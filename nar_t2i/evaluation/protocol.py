@@ -77,6 +77,10 @@ def read_protocol(name: str) -> Protocol:
         metrics, accuracy = chosen_metrics(recipe.config["metrics"])
     except UserError as error:
         raise recipe.error("metrics", str(error)) from error
+    unused = [key for key in ("count", "choice_seed", "caption", "reference") if not metrics]
+    unused += ["reference"] * (not any(metric.needs_real for metric in metrics)) + ["inception"] * (not any(m.features == "inception" for m in metrics))
+    if found := [key for key in unused if key in recipe.config]:
+        raise recipe.error(found[0], "none of the metrics uses it")
     rest = {key: recipe.config[key] for key in keys if key in recipe.config and key not in ("metrics", "inception")}
     return Protocol(Path(name).stem, metrics, accuracy, inception=inception, **rest)
 
@@ -100,4 +104,4 @@ def chosen_metrics(named: Any) -> tuple[tuple[Metric, ...], bool]:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from nar_t2i.errors import UserError
+from nar_t2i.evaluation.pieces import work_folder
 from nar_t2i.evaluation.report_html import figure, join, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import flat, read_json
 
 DECODING = ("steps", "guidance_scale", "candidates", "seed", "decoder_passes", "decoder_rows", "images_per_second")
+# Keys of a protocol that say what was used, and those beside them that say how it was called.
+ALIKE = (("data.hash", "data.source"), ("features.sha256", "features.file"), ("features.sha256", "features.folder"))
 OTHER = "†"  # marks a number by another protocol than the row's first
 
 
@@ -59,8 +62,9 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def write_side_by_side(entries: Sequence[Entry], out: Path) -> Path:
-    """Write the table as `out` (HTML) and beside it as CSV. UserError where both would be one file."""
-    if out.suffix == ".csv":
+    """Write the table as `out` (HTML) and beside it as CSV. UserError where `out` is named like another kind of file, as those are
+    that were read."""
+    if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: is the page, beside which a .csv is written; name it {out.with_suffix('.html')}")
     entries = _named_apart(entries)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +85,9 @@ def differing(entries: Sequence[Entry]) -> dict[str, dict[str, list[str]]]:
             if number is None or number.protocol is None:
                 continue
             told = flat(number.protocol)
-            if "data.hash" in told:  # which says what they are, wherever they lie
-                told.pop("data.source", None)
+            for known, name_alone in ALIKE:  # what is the same, wherever it lies
+                if any(key.startswith(known) for key in told):
+                    told.pop(name_alone, None)
             first = told if first is None else first
             if keys := sorted(key for key in {**first, **told} if first.get(key) != told.get(key)):
                 found.setdefault(name, {})[entry.name] = keys
@@ -178,7 +183,7 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
                     numbers[metric if key == "value" else f"{metric}: {key}"] = Number(value, protocol=protocol)
         numbers |= {key.replace("_", " "): Number(value) for key, value in _numbers(result.get("decoding")) if key in DECODING}
         label = path.stem if len(content["results"]) == 1 else f"{path.stem} ({name})"
-        sheets = sorted(path.with_suffix(".work").glob(f"sheet-{name}-*.png"))
+        sheets = sorted(work_folder(path).glob(f"sheet-{name}-*.png"))
         about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")} | {"decoding": result.get("decoding")}
         entries.append(Entry(label, str(path), numbers, about, sheets))
     if not entries:

@@ -106,9 +106,9 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12))
     model.save_pretrained(folder)
-    how = {"crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 18}, "resample": 3,
-           "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(how))
+    images = transformers.CLIPImageProcessor(crop_size={"height": 16, "width": 16}, size={"shortest_edge": 18}, resample=3,
+                                             image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])  # fmt: skip
+    transformers.CLIPProcessor(images, transformers.AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
     return folder
 
 
@@ -130,10 +130,20 @@ def test_clip_embeds_as_transformers_does(clip):
     assert "18 px, bicubic, centre crop of 16 px" in features.protocol["resize"]
 
 
+def test_a_clip_folder_of_older_versions_is_read_too(clip, tmp_path):
+    for file in clip.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    how = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(how))
+    assert torch.equal(ClipFeatures(tmp_path, CPU).of_images(pictures()), ClipFeatures(clip, CPU).of_images(pictures()))
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
-    (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: No such file"),
-    (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "not a whole folder of a CLIPModel"),
+    (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: No such file"),
+    (lambda folder: (folder / "processor_config.json").write_text("{}"), "not a whole folder of a CLIPModel"),
+    (lambda folder: (folder / "processor_config.json").write_text("[]"), "not a whole folder of a CLIPModel"),
     (lambda folder: (folder / "config.json").unlink(), "not a whole folder of a CLIPModel"),
 ])  # fmt: skip
 def test_a_clip_folder_that_is_not_whole_is_named(clip, tmp_path, spoil, said):

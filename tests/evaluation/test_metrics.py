@@ -99,7 +99,7 @@ def test_kid_over_subsets():
     assert found == Kid(subsets=200, subset_size=20).numbers(Compared(drawn, real))
     assert found != Kid(subsets=200, subset_size=20, seed=1).numbers(Compared(drawn, real))
     with pytest.raises(UserError, match="subset_size 51 must be between 2 and the 50 samples"):
-        Kid(subsets=2, subset_size=51).numbers(Compared(drawn, real))
+        Kid(subsets=2, subset_size=51).result(Compared(drawn, real))
 
 
 def test_precision_and_recall_are_brute_force():

@@ -62,6 +62,9 @@ def test_numbers_by_other_protocols_are_marked_and_say_in_what(tmp_path):
     assert found["scene accuracy, seen: overall"] == {"c": ["seed"]} and "steps" not in found
     moved = [evaluation(tmp_path / f"{name}.json", data={"samples": 40, "source": name, "hash": value}) for name, value in (("h0", 0), ("i0", 0), ("j1", 1))]
     assert differing([entry for path in moved for entry in read_entries(path)])["scene_frechet"] == {"j1": ["data.hash"]}
+    named = [{"scene": {"sha256": value, "file": f"{name}.pt"}, "clip": {}} for name, value in (("a", "1"), ("b", "1"), ("c", "2"))]
+    renamed = [evaluation(tmp_path / f"{name}.json", features=of) for name, of in zip(("n1", "n2", "n3"), named)]
+    assert differing([entry for path in renamed for entry in read_entries(path)])["scene_frechet"] == {"n3": ["features.sha256"]}
     suites = [{"kind": "suite", "suite": "geneval", "scores": {"overall": 0.5}, "counts": {"images": count}} for count in (40, 2212)]
     for name, content in zip("fg", suites):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -72,7 +75,10 @@ def test_numbers_by_other_protocols_are_marked_and_say_in_what(tmp_path):
     of_other_counts = differing([entry for name in ("a.json", "ablation", "f.json", "g.json") for entry in read_entries(tmp_path / name)])
     assert of_other_counts["geneval: overall"] == {"g": ["counts.images"]}
     assert "prompts.colors" in of_other_counts["scene accuracy, seen: overall"]["halton"]
-    assert main(["report", *map(str, paths), "--out", str(tmp_path / "table.csv")]) == 2 and not (tmp_path / "table.csv").exists()
+    for taken in ("table.csv", "a.json"):
+        before = (tmp_path / "a.json").read_bytes()
+        assert main(["report", *map(str, paths), "--out", str(tmp_path / taken)]) == 2 and not (tmp_path / "table.csv").exists()
+        assert (tmp_path / "a.json").read_bytes() == before
     assert main(["report", *map(str, paths), "--out", str(tmp_path / "new/table.html")]) == 0
     text = (tmp_path / "new/table.html").read_text()
     assert text.count("†</td>") == 4 and "data.samples, data.source, seed" in text

@@ -117,6 +117,7 @@ def test_what_cannot_be_drawn_is_said(place, tmp_path, capsys, name, options, sa
 
 @pytest.mark.parametrize("name, content, said", [
     ("geneval", '{"tag": "x"}\n', r"file:1: key 'prompt' is missing"), ("geneval", "{\n", "file:1: is not JSON"),
+    ("geneval", '{"tag": "a", "prompt": null}', "file:1: key 'prompt' must be a text, not None"),
     ("geneval", "", "holds no prompt"), ("dpg", "a text", "must be the folder of DPG-Bench's prompts"),
     ("t2i-compbench", "left/right\n", "cannot be part of a file's name"), ("t2i-compbench", "\n", "holds no prompt"),
     ("hpsv2", '{"a": 1}', "must be a list of prompts"), ("hpsv2", '["a", " "]', "has no prompt"),

@@ -13,7 +13,8 @@ from nar_t2i.evaluation.metrics.metric import Compared, Metric
 
 @dataclass(frozen=True)
 class ClipScore(Metric):
-    """The mean of 100 · max(cos, 0), as torchmetrics and most papers have it; Hessel's own factor is 2.5 in place of 100."""
+    """The mean of 100 · max(cos, 0), as most papers have it; Hessel's own factor is 2.5 in place of 100, and torchmetrics clamps
+    the mean, not each cosine."""
 
     name: ClassVar[str] = "clip_score"
     features: ClassVar[str] = "clip"

@@ -61,12 +61,14 @@ class Kid(Metric):
     features: ClassVar[str] = "inception"
     about: ClassVar[str] = "squared MMD of the features with the kernel (x·y/D + 1)³, unbiased"
 
+    def check(self, drawn: int, real: int | None) -> None:
+        super().check(drawn, real)
+        if self.subsets and not 2 <= self.subset_size <= min(drawn, real):
+            raise UserError(f"kid: subset_size {self.subset_size} must be between 2 and the {min(drawn, real)} samples that there are")
+
     def numbers(self, found: Compared) -> dict[str, float]:
         if not self.subsets:
             return {"value": unbiased_mmd(found.drawn, found.real, cubic)}
-        smaller = min(len(found.drawn), len(found.real))
-        if not 2 <= self.subset_size <= smaller:
-            raise UserError(f"kid: subset_size {self.subset_size} must be between 2 and the {smaller} samples that there are")
         values = []
         for subset in range(self.subsets):
             rng = np.random.Generator(np.random.Philox(key=[self.seed, subset]))

@@ -42,6 +42,12 @@ class Metric:
     needs_texts: ClassVar[bool] = False
     least: ClassVar[int] = 2
 
+    def check(self, drawn: int, real: int | None) -> None:
+        """UserError where it has no value of so many samples: known before any is drawn. real: None where it needs none."""
+        samples = drawn if real is None else min(drawn, real)
+        if samples < self.least:
+            raise UserError(f"{self.name} needs at least {self.least} samples, drawn and real; there are {samples}")
+
     def numbers(self, found: Compared) -> dict[str, float]:
         """ "value" is the number that stands for the metric; others by their names."""
         raise NotImplementedError
@@ -49,8 +55,7 @@ class Metric:
     def result(self, found: Compared) -> dict[str, Any]:
         """The numbers, how many samples they are of, and the metric's part of the protocol. UserError for too few samples."""
         counts = {"samples": len(found.drawn)} | ({"real_samples": len(found.real)} if self.needs_real else {})
-        if min(counts.values()) < self.least:
-            raise UserError(f"{self.name} needs at least {self.least} samples, drawn and real; there are {min(counts.values())}")
+        self.check(len(found.drawn), counts.get("real_samples"))
         return {**self.numbers(found), **counts, "features": self.features, "protocol": {"about": self.about, **asdict(self)}}
 
 

@@ -36,10 +36,12 @@ class PrecisionRecall(Metric):
     features: ClassVar[str] = "inception"
     about: ClassVar[str] = "shares of the samples within the distance of the k-th nearest neighbour of a sample of the other kind"
 
+    def check(self, drawn: int, real: int | None) -> None:
+        super().check(drawn, real)
+        if not 1 <= self.neighbours < min(drawn, real):
+            raise UserError(f"precision_recall: {self.neighbours} neighbours need more than the {min(drawn, real)} samples that there are")
+
     def numbers(self, found: Compared) -> dict[str, float]:
-        smaller = min(len(found.drawn), len(found.real))
-        if not 1 <= self.neighbours < smaller:
-            raise UserError(f"precision_recall: {self.neighbours} neighbours need more than the {smaller} samples that there are")
         return {
             "precision": covered(found.drawn, found.real, radii(found.real, self.neighbours)),
             "recall": covered(found.real, found.drawn, radii(found.drawn, self.neighbours)),

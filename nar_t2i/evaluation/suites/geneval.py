@@ -60,5 +60,8 @@ def _rows(path: Path, needed: set[str]) -> list[tuple[str, dict[str, Any]]]:
         missing = sorted(needed - row.keys()) if isinstance(row, dict) else sorted(needed)
         if missing:
             raise UserError(f"{path}:{count}: key '{missing[0]}' is missing")
+        for key in ("tag", "prompt"):
+            if not isinstance(row[key], str):
+                raise UserError(f"{path}:{count}: key '{key}' must be a text, not {row[key]!r}")
         rows.append((line, row))
     return rows

@@ -70,5 +70,7 @@ def _listed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
         if style not in STYLES or not isinstance(values, list) or not values:
             raise UserError(f"{path}: key {style}: must be one of {', '.join(STYLES)} with a list of scores")
         numbers = [number(value, f"{path}: key {style}") for value in values]
+        if not all(0 < value < 1 for value in numbers):
+            raise UserError(f"{path}: key {style}: holds what is no score as hpsv2.score gives it, such as 0.27")
         scores[style], counts[style] = 100 * sum(numbers) / len(numbers), len(numbers)
     return scores, counts
