@@ -62,7 +62,7 @@ for recipe in "${recipes[@]}"; do
 done
 # Recipes inherit run_dir, and two runs in one folder would be one.
 folders=$(for recipe in "${recipes[@]}"; do
-  "$python" -m nar_t2i fit --config "$recipe" --print_config | sed -n 's/^run_dir: *//p'
+  "$python" -m nar_t2i fit --config "$recipe" --print_config | "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])'
 done)
 twice=$(sort <<<"$folders" | uniq -d)
 [ -z "$twice" ] || { echo "ablate.sh: several recipes have the run_dir $twice; give each its own" >&2; exit 2; }

@@ -37,10 +37,11 @@ shift
 
 if [ -n "${NAR_T2I_CONTAINER:-}" ]; then
   [ -e "$NAR_T2I_CONTAINER" ] || fail "NAR_T2I_CONTAINER: there is no $NAR_T2I_CONTAINER"
-  command=(apptainer exec --nv --bind "$root" --pwd "$root" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}" -m nar_t2i)
+  python=(apptainer exec --nv --bind "$root" --pwd "$root" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}")
 else
-  command=("${NAR_T2I_PYTHON:-$root/.venv/bin/python}" -m nar_t2i)
+  python=("${NAR_T2I_PYTHON:-$root/.venv/bin/python}")
 fi
+command=("${python[@]}" -m nar_t2i)
 
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
 tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -52,7 +53,7 @@ settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
 pointer=runs/.slurm/$SLURM_JOB_ID
 if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
   resolved=$("${command[@]}" fit --config "$recipe" "${settings[@]}" "$@" --print_config)
-  run=$(sed -n "s/^run_dir: *['\"]\{0,1\}\(.*[^'\"]\)['\"]\{0,1\}\$/\1/p" <<<"$resolved")
+  run=$("${python[@]}" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<<"$resolved")
   [ "${run:0:1}" = / ] || run=$root/$run
   snapshot=$run/slurm/$SLURM_JOB_ID
   mkdir -p "$snapshot" runs/.slurm

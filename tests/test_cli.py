@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -409,3 +410,49 @@ def test_generate_evaluate_report_and_quickstart_are_dispatched(monkeypatch):
     assert (evaluate.model, evaluate.batch_size, evaluate.weights, evaluate.seed) == ("m", 8, None, None)
     assert report.runs == ["runs/a", "runs/b"]
     assert quickstart.shortened and not quickstart.shuffled_captions and quickstart.out == "runs/quickstart"
+
+
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
+    """Its configuration, by which its checkpoints are opened, and its newest checkpoint."""
+    shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", "tiny.yaml")
+    assert fit("--trainer.max_steps=4", recipe="tiny.yaml") == 0
+    run = folder / "run"
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "lock"}
+    for wrong, said in (("model.init_args.network.init_args.width=32", "of another model"), ("data.init_args.global_batch_size=24", "multiple of the global batch 24"),
+                        ("model.init_args.optimizer.kind=muon", "optimizer states are AdamW's of groups of"), ("data.init_args.train=gone", "gone")):  # fmt: skip
+        assert fit(f"--{wrong}", "--trainer.max_steps=8", recipe="tiny.yaml") == 2
+        error = capsys.readouterr().err
+        assert said in error and "AssertionError" not in error
+        assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "lock"} == before
+    assert main(["export", "run", "model"]) == 0
+    assert fit("--trainer.max_steps=5", "--model.init_args.guidance.scale=9", recipe="tiny.yaml") == 0
+    # A checkpoint goes by the configuration that it was trained by, and one that no configuration fits is no model.
+    assert main(["export", "run/checkpoints/step-00000004.ckpt", "before"]) == 0 and main(["export", "run", "after"]) == 0
+    scales = [json.loads(Path(name, "config.json").read_text())["guidance"]["init_args"]["scale"] for name in ("model", "before", "after")]
+    assert scales[0] == scales[1] != scales[2] == 9
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("width: 16", "width: 32"))
+    (run / "config.1.yaml").unlink()
+    assert main(["export", "run", "never"]) == 2 and "is of another model than" in capsys.readouterr().err and not Path("never").exists()
+
+
+def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):
+    assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
+    for checkpoint in (folder / "run/checkpoints").glob("step-*.ckpt"):
+        BREAKS["run.pt is missing or cut off"](checkpoint)
+    assert fit("--trainer.max_steps=9") == 2
+    assert "no whole checkpoint is left in run; ckpt_path=fresh starts over" in capsys.readouterr().err
+    assert len(list((folder / "run/checkpoints").glob("step-*.ckpt"))) == 2
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ("--trainer.accumulate_grad_batches=8", "key trainer.accumulate_grad_batches: follows from data.init_args.global_batch_size"),
+    ("--trainer.gradient_clip_val=0.1", "key trainer.gradient_clip_val: is the module's: set model.init_args.optimizer.clip_norm"),
+])  # fmt: skip
+def test_keys_of_the_trainer_that_would_do_nothing_are_refused(folder, capsys, wrong, said):
+    assert fit(wrong) == 2 and said in capsys.readouterr().err
+
+
+def test_validation_comes_after_steps_whatever_an_epoch_is(folder, capsys):
+    assert fit("--print_config", "--trainer.val_check_interval=4") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["check_val_every_n_epoch"] is None

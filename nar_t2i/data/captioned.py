@@ -77,6 +77,8 @@ class CaptionedImages(lightning.LightningDataModule):
             raise UserError("flip: true needs flip_safe: true: mirrored images contradict captions with left or right")
         if isinstance(train, str) and is_remote(train) and (cache is not None or text_cache is not None):
             raise UserError(f"cache, text_cache: {train} is streamed, and what is streamed has no cache")
+        if workers < 0:
+            raise UserError(f"workers must be at least 0, not {workers}")
         if epoch_size is not None and (epoch_size < 1 or epoch_size % global_batch_size):
             raise UserError(f"epoch_size {epoch_size} is no positive multiple of global_batch_size {global_batch_size}")
         self.image_size, self.global_batch_size = image_size, global_batch_size

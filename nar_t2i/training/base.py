@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ class TrainedModule(lightning.LightningModule):
         self.ema = EMA(ema_decay) if ema_decay else None
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
         self.gradient_norm: Tensor | None = None  # before clipping, where the module clips by itself
+        self._logged_step, self._of_step = -1, []  # see `log_of_step`
 
     def write(self, folder: Path) -> None:
         """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
@@ -135,6 +137,18 @@ class TrainedModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         return [callback for callback in (self.ema, self.budget) if callback]
+
+    def log_of_step(self, values: dict[str, Tensor]) -> None:
+        """Log scalars of a micro-batch as means over the optimizer step: over its micro-batches so far and, where metrics are written,
+        over all ranks, so that a curve does not depend on how the global batch was divided."""
+        if self._logged_step != self.trainer.global_step:
+            self._logged_step, self._of_step = self.trainer.global_step, []
+        self._of_step.append(torch.stack([value.detach().float() for value in values.values()]))
+        means = torch.stack(self._of_step).mean(0)
+        if self.trainer.world_size > 1 and self.trainer._logger_connector.should_update_logs:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for name, mean in zip(values, means, strict=True):
+            self.log(name, mean)
 
     def check(self, optimizer: Optimizer) -> None:
         """Raises BadStep where the gradients are not such that an update should be made; for modules that make their

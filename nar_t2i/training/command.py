@@ -9,6 +9,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -63,7 +64,9 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     quieten()
     zero.register()
     recipe = load_recipe(subcommand, configs, overrides)
-    cli = RecipeCLI(recipe)
+    # Libraries that are imported on the way may print, and what is printed here is to be read again.
+    with redirect_stdout(sys.stderr) if print_config else nullcontext():
+        cli = RecipeCLI(recipe)
     if print_config:
         print(cli.config_yaml, end="")
         return 0
@@ -220,7 +223,8 @@ class RecipeCLI(LightningCLI):
             callbacks.append(OwedValidation(run_dir))
         if settings["logger"] is not False:
             settings["logger"] = self._loggers(run_dir, settings["logger"]) or False
-        if SLURMEnvironment.detect():  # Lightning's own requeueing saves inside of its signal handler
+        # Lightning's own requeueing saves inside of its signal handler. Ranks that torchrun starts are told by it, in a job of Slurm's, too.
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             settings["plugins"] = [*_listed(settings["plugins"]), SLURMEnvironment(auto_requeue=False)]
         if settings["accelerator"] == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed would find a GPU
@@ -246,6 +250,13 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
         raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")
     if isinstance(trainer, dict) and trainer.get("use_distributed_sampler"):
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
+    if isinstance(trainer, dict):
+        for key, instead in (("accumulate_grad_batches", "follows from data.init_args.global_batch_size and micro_batch_size; set these"),
+                             ("gradient_clip_val", "is the module's: set model.init_args.optimizer.clip_norm")):  # fmt: skip
+            if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
+                raise recipe.error(f"trainer.{key}", instead)
+        if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
+            trainer.setdefault("check_val_every_n_epoch", None)
     if recipe.config.get("run_dir") is None:
         recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
     trial = wandb_run.trial()
@@ -269,6 +280,8 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
             raise recipe.error("ckpt_path", f"{asked!r} is not a whole checkpoint")
         return path
     path = checkpoints.latest(config.run_dir)
+    if path is None and checkpoints.newest_first(Path(config.run_dir, "checkpoints")):
+        raise UserError(f"no whole checkpoint is left in {config.run_dir}; ckpt_path=fresh starts over, and deletes what is there")
     if path is None and subcommand != "fit" and config.init_from is None:
         raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
     return path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import file_hash
 from nar_t2i.training import checkpoints
 from nar_t2i.training.command import RecipeCLI, quieten
 from nar_t2i.training.init_from import load_weights
@@ -30,20 +31,32 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
     averaged: prefer averaged weights; exactly: and take no others.
     """
     quieten()
-    config = checkpoint.parents[1] / CONFIG
-    if not config.is_file():
-        raise UserError(f"{config}: a checkpoint is exported with its run's configuration, and there is none")
+    config = configuration_of(checkpoint)
     cli = RecipeCLI(recipes.load([str(config)], []))
     model = cli.build_model()
-    if cli.config.init_from:
-        load_weights(model, cli.config.init_from)  # frozen weights, which no checkpoint holds
-    was_averaged = load_weights(model, checkpoint, averaged=averaged).averaged
+    before = load_weights(model, cli.config.init_from).loaded if cli.config.init_from else []  # frozen weights, which no checkpoint holds
+    report = load_weights(model, checkpoint, averaged=averaged)
+    was_averaged = report.averaged
+    if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - set(before)):
+        raise UserError(f"{checkpoint}: is of another model than {config} describes: for {len(others)} of that one's weights it has none that "
+                        f"fit, such as {others[0]}")  # fmt: skip
     if exactly and was_averaged != averaged:
         raise UserError(f"{checkpoint}: holds no averaged weights")
     if not hasattr(model, "write"):
         raise UserError(f"{config}: {type(model).__name__} has no model folder")
     model.write(folder)
     return was_averaged
+
+
+def configuration_of(checkpoint: Path) -> Path:
+    """The file that holds the configuration which a checkpoint was trained by: its run's, or an earlier one beside it. Where none is
+    the same to the letter, since the file was moved or edited, the run's. UserError where there is none."""
+    run = checkpoint.parents[1]
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run / CONFIG}: a checkpoint is exported with its run's configuration, and there is none")
+    recipe = checkpoints.manifest(checkpoint).get("recipe")
+    earlier = sorted(run.glob("config.*.yaml"))
+    return next((file for file in (run / CONFIG, *earlier) if file_hash(file) == recipe), run / CONFIG)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nar_t2i.errors import UserError
+
 KEY = "fragments"  # of what run.pt says about them
 WEIGHT, AVERAGE, START = "weight", "average", "start"
 
@@ -134,6 +136,9 @@ def restore(engine: Any, shared: dict[str, Any], found: Mapping[str, Mapping[str
             for key in found[name].keys() - {WEIGHT, AVERAGE}:
                 state = optimizer.state[partition].setdefault(key, torch.zeros_like(partition))
                 state.narrow(0, offset, len(weight)).copy_(found[name][key])
+    if len(optimizer.param_groups) != len(shared["groups"]):
+        raise UserError(f"the checkpoint's optimizer has {len(shared['groups'])} groups of weights, the recipe's {len(optimizer.param_groups)}: what "
+                        "is trained is another; give the run another run_dir, or start from this one with --init_from")  # fmt: skip
     for group, saved in zip(optimizer.param_groups, shared["groups"], strict=True):
         group.update(saved)
     for name, value in shared["loss_scale"].items():

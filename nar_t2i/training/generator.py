@@ -137,6 +137,8 @@ class GeneratorModule(TrainedModule):
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
         apart = self.text_learning_rate is not None
+        if apart and not config.learning_rate:
+            raise UserError("text_learning_rate: is kept as a multiple of optimizer.learning_rate, which is 0")
         scale = self.text_learning_rate / config.learning_rate if apart else 1.0
         text_decay = config.weight_decay if self.text_weight_decay is None else self.text_weight_decay
         groups = optim.parameter_groups([self.null, self.network, self.learning], config.weight_decay)
@@ -189,8 +191,7 @@ class GeneratorModule(TrainedModule):
         if truncated is not None:
             self.log("truncated_captions", torch.tensor(truncated))
         means = {name: total / weight for name, (total, weight) in terms.items()}
-        for name, mean in means.items():
-            self.log(name, mean.detach())
+        self.log_of_step(means)
         self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return means["loss"]
 

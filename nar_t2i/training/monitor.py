@@ -107,7 +107,8 @@ class Monitor(Callback):
         self._seconds += now - self._mark
         self._mark = now
         self._batches += 1
-        if not trainer._logger_connector.should_update_logs:
+        # In a step of several micro-batches, that would be after each of them.
+        if not trainer._logger_connector.should_update_logs or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         data, loader = trainer.datamodule, trainer.fit_loop._combined_loader.flattened[0]
         values: dict[str, Any] = {"memory_gib": _memory(trainer.strategy.root_device) / 2**30}

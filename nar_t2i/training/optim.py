@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nar_t2i.errors import UserError
 from nar_t2i.training.muon import MuonWithAdamW
 
 # Layers whose parameters are never decayed, whatever their shape.
@@ -55,6 +56,14 @@ class OptimizerConfig:
     final_ratio: float = 0.0
     clip_norm: float = 1.0
     fused: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate >= 0:
+                raise UserError(f"optimizer: {name} must be at least 0, not {rate}")
+        if self.kind == "muon" and not self.learning_rate:
+            raise UserError("optimizer: learning_rate 0 with muon, whose rate follows from it; freeze what is not to be trained")
 
 
 def parameter_groups(
@@ -133,6 +142,7 @@ def build(
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
         optimizer: Optimizer = MuonWithAdamW(_divided(groups, config), betas=betas, eps=config.eps)
+        optimizer.register_load_state_dict_pre_hook(_check_groups)
         return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= set(_FUSED_DEVICES) if config.fused is None else config.fused
@@ -140,7 +150,18 @@ def build(
     # A fused AdamW offers to unscale fp16 gradients itself, and Lightning then refuses to clip them, in bf16 too.
     # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
     optimizer._step_supports_amp_scaling = False
+    optimizer.register_load_state_dict_pre_hook(_check_groups)
     return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
+
+
+def _check_groups(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """UserError where a checkpoint's states are of another kind of optimizer, or of other weights."""
+    there, here = (["Muon's" if any("muon" in group for group in groups) else "AdamW's", *(len(group["params"]) for group in groups)]
+                   for groups in (saved["param_groups"], optimizer.param_groups))  # fmt: skip
+    if there != here:
+        told = [f"{kind} of groups of {', '.join(map(str, sizes))} weights" for kind, *sizes in (there, here)]
+        raise UserError(f"the checkpoint's optimizer states are {told[0]}, the recipe's {told[1]}: model.init_args.optimizer.kind, or what is "
+                        "trained, is another; give the run another run_dir, or start from this one with --init_from")  # fmt: skip
 
 
 def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,9 +75,11 @@ def versions() -> dict[str, Any]:
 
 
 class RunFolder(Callback):
-    """Write config.yaml and versions.json when training starts; hand the configuration to loggers other than our own.
+    """Write config.yaml and versions.json once training has started; hand the configuration to loggers other than our own.
 
-    A restart with the same configuration changes nothing; with another one, the old file stays as config.1.yaml.
+    A restart with the same configuration changes nothing; with another one, the old file stays as config.1.yaml. A start that is refused,
+    by the checkpoint, the data or whatever else looks at them before the first step, leaves the run's configuration as it was: its
+    checkpoints are opened by that.
     """
 
     def __init__(self, folder: str | Path, config_yaml: str, config: dict[str, Any]) -> None:
@@ -84,16 +87,35 @@ class RunFolder(Callback):
         self.config_yaml = config_yaml
         self.config = config
         self._lock: Any = None
+        self._written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def begin() -> None:
+            if stage == "fit" or trainer.loggers:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if stage == "fit":
+                self._take()
+            self._tell_loggers(trainer, stage)
+
+        self._on_first(trainer, begin)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._write_once(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_once(trainer)
+
+    def _write_once(self, trainer: Trainer) -> None:
+        if not self._written:
+            self._written = True
+            self._on_first(trainer, self._write)
+
+    def _on_first(self, trainer: Trainer, work: Callable[[], None]) -> None:
+        """Have the first rank do something; what goes wrong is a UserError on all."""
         problem = None
         if trainer.is_global_zero:
             try:
-                if stage == "fit" or trainer.loggers:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                if stage == "fit":
-                    self._take()
-                self._write(trainer, stage)
+                work()
             except OSError as error:
                 problem = f"run_dir: {error.filename or self.folder}: {error.strerror or error}"
             except UserError as error:
@@ -128,22 +150,21 @@ class RunFolder(Callback):
         self._lock.write(f"process {os.getpid()} on {platform.node()}{job}\n")
         self._lock.flush()
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def _tell_loggers(self, trainer: Trainer, stage: str) -> None:
         for logger in trainer.loggers:
             # A trained run's configuration is that of its training.
             if not isinstance(logger, RunLogger) and (stage == "fit" or wandb_run.trial() is not None):
                 logger.log_hyperparams(self.config)
-        if stage != "fit":
-            return
+            if isinstance(logger, WandbLogger) and stage == "fit":
+                _write(self.folder / wandb_run.ID_FILE, f"{logger.version}\n")
+
+    def _write(self) -> None:
         path = self.folder / "config.yaml"
         if path.is_file() and path.read_text(encoding="utf-8") != self.config_yaml:
             number = 1 + len(list(self.folder.glob("config.*.yaml")))
             path.rename(self.folder / f"config.{number}.yaml")
         _write(path, self.config_yaml)
         _write(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _write(self.folder / wandb_run.ID_FILE, f"{logger.version}\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
@@ -168,6 +189,7 @@ class RunCheckpoint(Checkpoint):
         self.signals, self.monitor = signals, monitor
         self.recipe = hashlib.sha256(recipe.encode()).hexdigest()
         self.saved_step = 0
+        self._started = False  # before that, what the trainer holds is what was read, in part
         self._random: dict[str, Any] | None = None
         self._stale: list[Path] = []  # checkpoints that are not of this run's past: it started anew, or they are broken
 
@@ -197,7 +219,7 @@ class RunCheckpoint(Checkpoint):
             counts.update(ready=whole, started=whole, processed=whole, completed=whole - pending)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.saved_step = trainer.global_step
+        self.saved_step, self._started = trainer.global_step, True
         found = checkpoints.newest_first(self.folder)
         if trainer.ckpt_path is None:
             self._stale = found
@@ -225,7 +247,7 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # After an error on one rank the others cannot be expected to join in a save.
         alone = trainer.world_size == 1 and not isinstance(exception, BadStep)
-        if (trainer.training or trainer.validating) and (alone or self.signals.agreed):
+        if self._started and (trainer.training or trainer.validating) and (alone or self.signals.agreed):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def assert_exactly(found, expected):
 
 
 def assert_closely(found, expected):
-    """Weights and averages are the same up to rounding."""
-    for one, other in zip(found[:2], expected[:2], strict=True):
+    """Weights, averages and losses, which are those of the global batch, are the same up to rounding."""
+    for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
@@ -231,3 +232,15 @@ def test_one_shard_is_enough_for_two_ranks_of_two_workers(tmp_path):
         folder.mkdir()
         went_well(fit(folder, count, "ddp", *data, f"--data.init_args.workers={workers}"))
     assert_closely(result(four), result(one))
+
+
+def test_ranks_that_torchrun_starts_in_a_job_of_slurms_are_torchruns(tmp_path):
+    shutil.copyfile(Path(__file__).parent / "tiny.yaml", tmp_path / "tiny.yaml")
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1",
+           "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    line = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "nar_t2i", "fit", "--config", "tiny.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {**os.environ, **job, "PYTHONPATH": str(ranks.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([Path(sys.executable).parent / line[0], *line[1:]], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result(tmp_path)
+    assert checkpoints.manifest(tmp_path / "run/checkpoints/last.ckpt")["world_size"] == 2

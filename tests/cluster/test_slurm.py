@@ -63,16 +63,18 @@ def test_a_job_of_two_ranks_finishes(cluster, tmp_path, strategy, nodes):
     ("scontrol requeue", "null"), ("scancel --signal=USR1", "null"), ("scancel --signal=USR1", "fresh"),
 ])  # fmt: skip
 def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how, begin):
-    number = submit(cluster, tmp_path, SLOW, f"--ckpt_path={begin}")
-    wait_for_step(tmp_path, 3)
+    folder = tmp_path / "a folder whose name is long and has spaces, so that YAML breaks it into lines, is one as well"
+    folder.mkdir()
+    number = submit(cluster, folder, SLOW, f"--ckpt_path={begin}")
+    wait_for_step(folder, 3)
     cluster.call(*how.split(), number)
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED")
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(tmp_path)
-    said = log(tmp_path)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(folder)
+    said = log(folder)
     assert "start 0" in said and "start 1" in said  # one log, continued
     assert "going on from" in said
     assert ("train.sh: queueing" in said) == ("scancel" in how)
-    result(tmp_path)
+    result(folder)
 
 
 def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):

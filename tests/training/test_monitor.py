@@ -137,3 +137,12 @@ class Shown(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["loss"])
         self.on_bar.append(trainer.progress_bar_metrics.get("loss"))
+
+
+@pytest.mark.parametrize("micro_batch", [16, 2])
+def test_rates_are_of_whole_steps_however_many_micro_batches_they_take(folder, micro_batch, monkeypatch):
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *arguments, **more: (time.sleep(4 * STEP), step(*arguments, **more))[1])
+    assert fit(f"--data.init_args.micro_batch_size={micro_batch}", "--trainer.max_steps=10", "--trainer.val_check_interval=10") == 0
+    first, *rates = logged(folder, "images_per_second").values()
+    assert len(rates) == 1 and 16 / (16 * STEP) < rates[0] < 16 / (4 * STEP)
