@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
         save_whole(contact_sheet(images, prompts), out / "sheet.png")
         if films:
             films.save([out / name for name in names], arguments.film)
+    if t2i.text.truncated:
+        print(f"nar-t2i: {t2i.text.truncated} of the texts are longer than this model reads; their ends were left out", file=sys.stderr)
     print(f"{len(images)} pictures in {out}, all of them on {out / 'sheet.png'}")
     return 0
 

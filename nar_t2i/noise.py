@@ -87,6 +87,12 @@ class Noise:
         copied._keys = torch.where(number == 0, copied._keys, other)
         return copied
 
+    def of_images(self, rows: Tensor) -> Noise:
+        """That of some of the images. rows: (R,) integers."""
+        chosen = Noise(self.seed, self.ids[rows], self.dtype)
+        chosen._keys, chosen._copies = self._keys[rows], self._copies
+        return chosen
+
     def at(self, step: int | Tensor, positions: Tensor) -> SlotNoise:
         """The numbers of the slots in `positions`: integers (B, M), or booleans (B, N), flattened to (R,)."""
         return SlotNoise(self, step, positions)

@@ -215,6 +215,8 @@ def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrat
     """A strategy with another setting, and so the one that draws first, where there is one."""
     has = inspect.signature(type(inference).__init__).parameters
     changes = {name: value} if name in has else {}
+    if changes and name == "temperature" and "final_temperature" in has:
+        changes["final_temperature"] = None  # of all draws
     if "first" in has and (not changes or name in inspect.signature(type(inference.first).__init__).parameters):
         changes["first"] = _with(inference.first, name, value)
     if not changes:
@@ -227,8 +229,8 @@ def seeds_of(seed: int | Sequence[int], count: int) -> Tensor:
     try:
         seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
         as_tensor = torch.tensor(seeds, dtype=torch.int64)
-    except (OverflowError, RuntimeError):
-        raise UserError(f"seed {seed} does not fit into 64 bits") from None
+    except (OverflowError, RuntimeError, ValueError, TypeError):
+        raise UserError(f"seed {seed} is no whole number of 64 bits, nor a list of such") from None
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} prompts")
     return as_tensor

@@ -40,6 +40,8 @@ class TruncatedGaussian:
     def __post_init__(self) -> None:
         if not (0 <= self.low < self.high <= 1 and self.deviation > 0):
             raise UserError(f"{self}: needs 0 <= low < high <= 1 and a deviation above 0")
+        if not self.low - 7 * self.deviation <= self.mean <= self.high + 7 * self.deviation:
+            raise UserError(f"{self}: the mean lies more than 7 deviations outside, where next to nothing of the distribution is left")
 
     def ratio(self, t: Tensor) -> Tensor:
         """The inverse of the distribution function at 1 − t, in double precision."""
@@ -81,7 +83,7 @@ def masked_counts(schedule: MaskSchedule, steps: int, unknown: Tensor) -> list[T
     counts, left = [], unknown
     for step in range(1, steps + 1):
         ratio = mask_ratio(schedule, torch.tensor(step / steps, dtype=torch.float64)).item()
-        wanted = torch.floor(unknown * ratio + 1e-9).long()
+        wanted = torch.floor(unknown.double() * ratio + 1e-9).long()
         left = torch.minimum(wanted, left - 1).clamp(min=0) if step < steps else torch.zeros_like(unknown)
         counts.append(left)
     return counts

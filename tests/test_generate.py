@@ -150,6 +150,14 @@ def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path
         assert picture(*other) != plain, other
 
 
+def test_a_prompt_that_is_cut_off_and_a_seed_that_is_too_long_are_told(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(model, "--prompt", "a red star and " * 20) == 0
+    assert "1 of the texts are longer than this model reads" in capsys.readouterr().err
+    assert run(model, "--prompt", "a red star") == 0 and "longer" not in capsys.readouterr().err
+    assert run(model, "--prompt", "a red star", "--seed", str(2**63)) == 2
+    assert "seed 9223372036854775808 is no whole number of 64 bits" in capsys.readouterr().err
+
+
 def test_a_recipe_says_how_to_decode(model: Path, capsys: pytest.CaptureFixture) -> None:
     def picture(*arguments: str) -> bytes:
         assert main(["generate", "--model", str(model), "--out", "out", "--prompt", "a red star", *arguments]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import BestOf, EntropyBounded, GibbsSweeps, Likelihood, OneStep
+from nar_t2i.inference import BestOf, Confidence, EntropyBounded, GibbsSweeps, Likelihood, OneStep
 from nar_t2i.pipeline import PARTS, TextToImage
 from nar_t2i.types import Known
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -220,6 +220,9 @@ def test_candidates_are_drawn_and_settings_reach_what_draws_them(exact: TextToIm
         exact.inference = GibbsSweeps(before, block=16)
         changed = exact.decoding(2, None, 0.0, None)[0]
         assert (changed.temperature, changed.first.temperature, changed.first.steps) == (0.0, 0.0, 2)
+        exact.inference = BestOf(Confidence(4, temperature=0.7, final_temperature=0.1), 2)
+        first = exact.decoding(None, None, 0.5, None)[0].first
+        assert [first.temperature_at(step) for step in range(4)] == [0.5] * 4  # of an annealed one, too
     finally:
         exact.inference = before
 

@@ -55,7 +55,8 @@ class Likelihood(Scorer):
     def score(self, network: TokenNetwork, condition: Condition, tokens: Tensor, free: Tensor, noise: Noise) -> Tensor:
         rows, length = self.rows(network), (network.spec.length,)
         if network.causal:
-            asked, masked = free, torch.zeros_like(free)  # it sees only what stands before
+            # It sees only what stands before, so that what is given behind the drawn tokens tells of them, too.
+            asked, masked = torch.ones_like(free), torch.zeros_like(free)
         else:
             split = [(noise.uniform("score", number, length) * self.groups).long() for number in range(self.splits)]
             groups = [free & (group == hidden) for group in split for hidden in range(self.groups)]

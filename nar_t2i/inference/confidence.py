@@ -61,6 +61,9 @@ class AmusedConfidence(Confidence):
         # Confidence's falls to 0 with the pass that is done, this one with the pass that begins; the last pass chooses nothing.
         super().__init__(steps, schedule, temperature, choice_temperature * steps / max(steps - 1, 1))
 
+    def passes(self, unknown: int) -> int:
+        return self.steps
+
     def ratios(self) -> Tensor:
         """(steps) float32, on the host: the share that stays masked after each pass."""
         return mask_ratio(self.schedule, torch.arange(1, self.steps + 1) / self.steps)

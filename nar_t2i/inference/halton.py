@@ -16,14 +16,14 @@ from nar_t2i.types import TokenSpec
 BASES = (2, 3, 5)
 
 
-def radical_inverse(number: int, base: int) -> float:
-    """The digits of `number` behind the point, mirrored: 6 = 110 in base 2 is 0.011."""
-    inverse, scale = 0.0, 1.0
+def mirrored(number: int, base: int, size: int) -> int:
+    """Which of `size` equal parts of 0 to 1 the radical inverse of `number` falls into, whose digits are those of `number` behind the
+    point, mirrored: 6 = 110 in base 2 is 0.011, in the second of four. In whole numbers, since it often falls on an edge."""
+    inverse, scale = 0, 1
     while number:
         number, digit = divmod(number, base)
-        scale /= base
-        inverse += digit * scale
-    return inverse
+        inverse, scale = inverse * base + digit, scale * base
+    return inverse * size // scale
 
 
 def halton_order(shape: tuple[int, ...]) -> list[int]:
@@ -33,7 +33,7 @@ def halton_order(shape: tuple[int, ...]) -> list[int]:
     while len(found) < math.prod(shape):
         slot = 0
         for size, base in zip(shape, BASES):
-            slot = slot * size + int(radical_inverse(number, base) * size)
+            slot = slot * size + mirrored(number, base, size)
         found.setdefault(slot)
         number += 1
     return list(found)

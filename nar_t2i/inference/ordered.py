@@ -22,16 +22,15 @@ class Ordered(Scheduled):
         """(B, N) numbers, all different in a row: slots of small ones come first."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def decode(
+    def _decode(
         self,
         network: TokenNetwork,
         condition: Condition,
         null: Condition,
         noise: Noise,
         guidance: Guidance,
-        known: Known | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        known: Known | None,
+        on_step: Callable[[Step], None] | None,
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)

@@ -97,13 +97,20 @@ class Particles(InferenceStrategy):
             last = step == len(stages) - 1
             sampled = said.sample(draws.at(step, here.expand(len(tokens), -1)), self.final_temperature if last else self.temperature, **self.truncation)
             free = unknown[:, here].view(len(tokens), size, *[1] * (tokens.ndim - 2))
+            if last:  # which no later pass weighs: given tokens there are told by what stands before
+                told = (self._log_prob(said, tokens[:, here]) * ~unknown[:, here]).sum(1)
+                likelihood, weights = likelihood + told, weights + told
             tokens = tokens.index_copy(1, here, torch.where(free, sampled.values, tokens[:, here]))
             if not last:
                 apart = self._log_prob(said, tokens[:, here])
                 likelihood = likelihood + apart[:, 0]
                 weights = weights + apart[:, 0] * ~unknown[:, here][:, 0]
             before, start = here, start + size
-        kept = likelihood.view(images, count).argmax(1) if self.likeliest else noise.integers("kept", count)
+        if self.likeliest:
+            kept = likelihood.view(images, count).argmax(1)
+        else:
+            shares = weights.view(images, count).double().softmax(dim=1).cumsum(dim=1)
+            kept = torch.searchsorted(shares, noise.uniform("kept")[:, None].double()).clamp(max=count - 1)[:, 0]
         tokens = tokens[kept + torch.arange(images, device=kept.device) * count]
         if on_step:
             self._tell(on_step, network.order, stages, tokens, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,8 @@ from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Predicti
 class Scheduled(InferenceStrategy):
     """Each pass predicts the unknown tokens and keeps those of the highest score, as many as the schedule says.
 
-    steps: passes. schedule: of the share that stays masked. temperature: of the token draws, 0 = the mode;
+    steps: passes; where fewer tokens are unknown, as many as these are, with the guidance and the temperatures of a decoding of that
+    many. schedule: of the share that stays masked. temperature: of the token draws, 0 = the mode;
     final_temperature: what it changes to, linearly, until the last pass; None = it stays. top_k, top_p: see
     `Categorical.sample`. A subclass says what the score is.
     """
@@ -59,6 +61,10 @@ class Scheduled(InferenceStrategy):
         """(B, M): the slots of the highest scores keep their tokens."""
         raise NotImplementedError
 
+    def passes(self, unknown: int) -> int:
+        """For so many tokens to fill."""
+        return min(self.steps, unknown)
+
     @torch.no_grad()
     def decode(
         self,
@@ -70,6 +76,49 @@ class Scheduled(InferenceStrategy):
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Decoded:
+        tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
+        wanted = torch.tensor([self.passes(unknown) for unknown in to_fill(masked, known).tolist()])
+        groups = wanted.unique().tolist()
+        if len(groups) == 1:
+            return self._of(groups[0])._decode(network, condition, null, noise, guidance, known, on_step)
+        # Rows of other numbers of passes are decoded apart, so that an image does not depend on its batch.
+        steps: list[tuple[Tensor, list[Step]]] = []
+        found = []
+        for passes in groups:
+            rows = (wanted == passes).nonzero()[:, 0].to(tokens.device)
+            steps.append((rows, [Step(-1, tokens[rows], masked[rows])]))
+            found.append(self._of(passes)._decode(
+                network, condition.map(lambda x: x[rows]), null.map(lambda x: x[rows]), noise.of_images(rows), guidance,
+                Known(known.mask[rows], known.tokens[rows]), steps[-1][1].append if on_step else None,
+            ))  # fmt: skip
+        for step in range(max(len(told) for _, told in steps) - 1 if on_step else 0):
+            for rows, told in steps:
+                state = told[min(step + 1, len(told) - 1)]
+                tokens, masked = tokens.index_copy(0, rows, state.tokens), masked.index_copy(0, rows, state.masked)
+            on_step(Step(step, tokens, masked))
+        for (rows, _), decoded in zip(steps, found, strict=True):
+            tokens = tokens.index_copy(0, rows, decoded.tokens)
+        return Decoded(tokens, max(decoded.passes for decoded in found), max(decoded.rows for decoded in found))
+
+    def _of(self, passes: int) -> Scheduled:
+        """The same in so many passes."""
+        if passes == self.steps:
+            return self
+        other = copy.copy(self)
+        other.steps = passes
+        return other
+
+    def _decode(
+        self,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
+        known: Known | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> Decoded:
+        """All rows in `steps` passes."""
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         unknown = to_fill(masked, known)

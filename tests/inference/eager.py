@@ -1,5 +1,7 @@
 """The strategies once more, as plain as can be: one image at a time, all logits of both rows in every pass, no gather."""
 
+import copy
+
 import torch
 
 from nar_t2i.inference import Confidence, EntropyBounded, GibbsSweeps, Halton, Moment, ProgressiveStages, Purity, RandomOrder
@@ -41,6 +43,9 @@ class Eager:
         if isinstance(strategy, EntropyBounded):
             return self.entropy_bounded(strategy, tokens, masked)
         free, unknown, left = masked.clone(), int(masked.sum()), int(masked.sum())
+        if not isinstance(strategy, ProgressiveStages):
+            strategy = copy.copy(strategy)
+            strategy.steps = min(strategy.steps, unknown)
         for step in range(strategy.steps):
             if left == 0 and not (isinstance(strategy, ProgressiveStages) and unknown):  # which revises to the end
                 break

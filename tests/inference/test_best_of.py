@@ -149,6 +149,21 @@ def test_a_causal_network_says_how_likely_its_tokens_are():
     assert torch.equal(found.tokens[0], drawn[likely.index(max(likely))])
 
 
+def test_a_causal_network_asks_given_tokens_too_which_tell_of_those_before_them():
+    torch.manual_seed(0)
+    network = CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2).double()
+    torch.nn.init.normal_(network.head.logits.weight)
+    condition = make_condition(1, torch.float64)[0].map(lambda x: x.repeat(32, *[1] * (x.ndim - 1)))
+    tokens = torch.randint(SPEC.size, (32, 16), generator=torch.Generator().manual_seed(0))
+    tokens[:, 8:] = 3
+    free = (torch.arange(16) < 8).expand(32, -1)
+    scores = Likelihood().score(network, condition, tokens, free, Noise(0, torch.arange(32), torch.float64))
+    masked = torch.zeros(32, 16, dtype=torch.bool)
+    likely = -network(TokenState(tokens, masked), network.prepare(condition)).nll(tokens)
+    torch.testing.assert_close(scores, likely.sum(1))
+    assert not scores.argsort().equal(likely[:, :8].sum(1).argsort())  # the control
+
+
 def test_bad_numbers_are_refused():
     with pytest.raises(UserError, match="candidates"):
         BestOf(candidates=0)

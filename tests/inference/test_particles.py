@@ -43,7 +43,7 @@ def plainly(strategy, network, row, rows=3, scale=2.0, known=None):
         return (logits / strategy.temperature).log_softmax(-1)[value].item()
 
     candidates = [torch.zeros(network.spec.length, dtype=torch.long) for _ in range(count)]
-    start, owed = 0, [0.0] * count
+    start, owed, told = 0, [0.0] * count, [0.0] * count
     for step, size in enumerate(stages):
         if step and stages[step - 1] > 1:
             before = start - stages[step - 1]
@@ -72,12 +72,15 @@ def plainly(strategy, network, row, rows=3, scale=2.0, known=None):
                 tokens[slot] = known.tokens[row, slot] if given else drawn[place]
                 if given and place == 0 and step < len(stages) - 1:
                     owed[number] += log_prob(logits[0], tokens[slot])
+                if given and step == len(stages) - 1:
+                    told[number] += log_prob(logits[place], tokens[slot])
         start += size
     if not strategy.likeliest:
-        return candidates[int(noise.integers("kept", count))]
+        shares = torch.tensor(told, dtype=torch.float64).softmax(0).cumsum(0)
+        return candidates[int((shares < noise.uniform("kept")).sum())]
     total = [
-        sum(log_prob(guided(tokens, [rank], rank)[0], tokens[order[rank]]) for rank in range(sum(network.stages)))
-        for tokens in candidates
+        told[number] + sum(log_prob(guided(tokens, [rank], rank)[0], tokens[order[rank]]) for rank in range(sum(network.stages)))
+        for number, tokens in enumerate(candidates)
     ]
     return candidates[max(range(count), key=lambda i: total[i])]
 
@@ -95,8 +98,8 @@ def test_the_fast_code_is_the_plain_one(strategy, given):
         assert found[row].equal(plainly(strategy, network, row, known=known or None)), row
 
 
-def distribution(strategy, rows=6000):
-    """(drawn shares, true ones) of all images of a tiny network."""
+def distribution(strategy, rows=6000, known=None):
+    """(drawn shares, true ones) of all images of a tiny network. known: {slot: code} that is given."""
     network = make_network(spec=TINY, stages=[3])
     every = torch.tensor(list(itertools.product(range(3), repeat=4)))
     text = make_condition(1, torch.float64)[0]
@@ -104,13 +107,17 @@ def distribution(strategy, rows=6000):
         prepared = network.prepare(text.map(lambda x: x.expand(len(every), *x.shape[1:])))
         true = -network(TokenState(every, torch.zeros_like(every, dtype=torch.bool)), prepared).nll(every).sum(1)
     many = text.map(lambda x: x.expand(rows, *x.shape[1:]))
-    drawn = strategy.decode(network, many, many, Noise(1, torch.arange(rows), torch.float64), Guidance(1.0)).tokens
+    given = None
+    for slot, code in (known or {}).items():
+        true = true.masked_fill(every[:, slot] != code, -torch.inf)
+        given = Known(torch.arange(4).expand(rows, -1) == slot, torch.full((rows, 4), code))
+    drawn = strategy.decode(network, many, many, Noise(1, torch.arange(rows), torch.float64), Guidance(1.0), given).tokens
     which = (drawn * 3 ** torch.arange(3, -1, -1)).sum(1)
-    return torch.bincount(which, minlength=81) / rows, true.exp()
+    return torch.bincount(which, minlength=81) / rows, true.softmax(0)
 
 
-def apart(strategy):
-    drawn, true = distribution(strategy)
+def apart(strategy, known=None):
+    drawn, true = distribution(strategy, known=known)
     return (drawn - true).abs().sum().item() / 2
 
 
@@ -118,6 +125,12 @@ def test_many_particles_draw_the_joint_distribution_and_one_does_not():
     """The total variation distance of 6,000 exact draws is about 0.03 here."""
     distances = [apart(Particles(count, likeliest=False)) for count in (1, 6, 48)]
     assert distances[0] > 0.08 > 0.05 > distances[2] and distances[0] > distances[1] > distances[2]
+
+
+def test_tokens_that_are_given_in_the_last_stage_tell_of_those_before():
+    last = make_network(spec=TINY, stages=[3]).order[3].item()
+    distances = [apart(Particles(count, likeliest=False), {last: 2}) for count in (1, 48)]
+    assert distances[0] > 0.08 > 0.05 > distances[1]
 
 
 def test_resampling_is_as_often_as_weights_say():

@@ -23,7 +23,8 @@ from nar_t2i.inference import (
     Purity,
     RandomOrder,
 )
-from nar_t2i.inference.halton import halton_order, radical_inverse
+from nar_t2i.inference.halton import halton_order, mirrored
+from nar_t2i.inference.scheduled import Scheduled
 from nar_t2i.networks import CausalDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli, Categorical
 from nar_t2i.noise import Noise
@@ -142,6 +143,32 @@ def test_passes_end_when_nothing_is_left(strategy):
     assert decoded(strategy, known=known).passes == 5
 
 
+@pytest.mark.parametrize("strategy", [Confidence(12, temperature=0.9, final_temperature=0.1), RandomOrder(12, temperature=0.9, final_temperature=0.1)], ids=named)
+def test_where_few_tokens_are_unknown_settings_run_their_course(strategy, monkeypatch):
+    """And an image of few in a batch with others is the one that it is alone; steps tell of all images."""
+    known, steps, scales, temperatures = some_known(), [], [], []
+    together = decoded(strategy, known=known, on_step=steps.append)
+    assert [step.step for step in steps] == list(range(together.passes)) and together.passes == 11
+    assert steps[-1].tokens.equal(together.tokens) and not steps[-1].masked.any()
+    assert all((one.masked | ~other.masked).all() for one, other in itertools.pairwise(steps))
+    at, temperature_at = Guidance.at, Scheduled.temperature_at
+    monkeypatch.setattr(Guidance, "at", lambda self, progress: scales.append(at(self, progress)) or scales[-1])
+    monkeypatch.setattr(Scheduled, "temperature_at", lambda self, step: temperatures.append(temperature_at(self, step)) or temperatures[-1])
+    condition, null = make_condition(3, torch.float64)
+    for row, unknown in enumerate((~known.mask).sum(1).tolist()):
+        part = slice(row, row + 1)
+        one = [c.map(lambda x, part=part: x[part]) for c in (condition, null)]
+        scales.clear()
+        temperatures.clear()
+        ramp, plain = (strategy.decode(make_network(torch.float64), *one, Noise(0, torch.tensor([row]), torch.float64), guidance, Known(known.mask[part], known.tokens[part]))
+                       for guidance in (Guidance(2.0, ramp="linear"), Guidance(2.0)))  # fmt: skip
+        assert plain.tokens[0].equal(together.tokens[row])
+        last = ramp.passes - 1
+        assert last + 1 == min(unknown, 12) and len(scales) == len(temperatures) == 2 * ramp.passes
+        if last:
+            assert (scales[0], scales[last]) == (1, 2) and (temperatures[0], temperatures[last]) == pytest.approx((0.9, 0.1))
+
+
 def test_no_strategy_is_another_one():
     traces, prefixes, twin = {}, test_prefix.make_network(), CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2).double()
     torch.nn.init.normal_(twin.head.logits.weight)
@@ -214,8 +241,8 @@ def test_an_adaptive_strategy_reads_one_number_a_pass():
 
 
 def test_the_halton_order_spreads():
-    assert [radical_inverse(n, 2) for n in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
-    assert [radical_inverse(n, 3) for n in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1 / 9])
+    assert [mirrored(n, 2, 8) for n in range(5)] == [0, 4, 2, 6, 1]
+    assert [mirrored(n, 3, 9) for n in range(6)] == [0, 3, 6, 1, 4, 7]  # all on an edge
     for shape in ((8, 8), (5, 7), (128,), (2, 2), (32, 32)):
         order = halton_order(shape)
         assert sorted(order) == list(range(len(order)))

@@ -129,7 +129,7 @@ def test_mask_ratios_that_are_fixed_or_exponential():
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: TruncatedGaussian(low=0.9, high=0.5), lambda: TruncatedGaussian(deviation=0.0), lambda: FixedRatio(0.0),
+    lambda: TruncatedGaussian(5, 0.1, 0, 1), lambda: TruncatedGaussian(low=0.9, high=0.5), lambda: TruncatedGaussian(deviation=0.0), lambda: FixedRatio(0.0),
     lambda: FixedRatio(1.5), lambda: Replaced(0.6, 0.6), lambda: Replaced(-0.1), lambda: Replaced(visible_weight=-1.0),
     lambda: Progressive(1), lambda: Progressive(revise=2.0), lambda: Unrolled(0), lambda: Masked(label_smoothing=1.0),
 ])  # fmt: skip

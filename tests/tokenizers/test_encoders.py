@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nar_t2i.errors import UserError
 from nar_t2i.tokenizers.convolutional import LocalEncoder, OutlineEncoder, PatternEncoder
+from nar_t2i.tokenizers.vqgan import VQGAN
 
 
 def disc(size: int, inside: tuple[float, float, float], outside: tuple[float, float, float]) -> Tensor:
@@ -81,3 +83,8 @@ def test_a_latent_depends_on_its_own_patch_alone(kind: type[LocalEncoder]) -> No
     before, after = encoder(images), encoder(changed)
     assert torch.equal(before[..., 1:], after[..., 1:]) and torch.equal(before[..., 1, :], after[..., 1, :])
     assert not torch.equal(before[..., 0, 0], after[..., 0, 0])
+
+
+def test_an_outline_needs_enough_pixels() -> None:
+    with pytest.raises(UserError, match="encoder outline needs 6 pixels a token or more, not 4"):
+        VQGAN(image_size=8, channels=(16,), patch=2, encoder="outline")
