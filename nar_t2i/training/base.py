@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nar_t2i.errors import UserError
+from nar_t2i.training.collectives import mean_over_ranks
 from nar_t2i.training.ema import EMA
 from nar_t2i.training.guard import Guard
 from nar_t2i.training.optim import OptimizerConfig
@@ -145,8 +146,8 @@ class TrainedModule(lightning.LightningModule):
             self._logged_step, self._of_step = self.trainer.global_step, []
         self._of_step.append(torch.stack([value.detach().float() for value in values.values()]))
         means = torch.stack(self._of_step).mean(0)
-        if self.trainer.world_size > 1 and self.trainer._logger_connector.should_update_logs:
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        if self.trainer._logger_connector.should_update_logs:
+            means = mean_over_ranks(means)
         for name, mean in zip(values, means, strict=True):
             self.log(name, mean)
 

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
+from nar_t2i.training.collectives import mean_over_ranks
 from nar_t2i.types import Batch
 
 NOT_FINITE = "a gradient is not finite"
@@ -138,7 +139,7 @@ class Guard(Callback):
         """Have the optimizer leave its update out, or not, as the device finds."""
         own = torch.stack(self._losses).sum()
         self._losses = []
-        mean, norm = trainer.strategy.reduce(own.clone(), reduce_op="mean"), _norm(optimizer)
+        mean, norm = mean_over_ranks(own), _norm(optimizer)
         optimizer.found_inf = 1 - (mean.isfinite() & norm.isfinite()).float()
         numbers = torch.stack([mean.float(), norm.float(), own.float()]).to("cpu", non_blocking=True)
         done = torch.cuda.Event() if own.is_cuda else None
@@ -165,7 +166,7 @@ class Guard(Callback):
         """The mean loss of the step, or None where it is to be left out."""
         own = torch.stack(self._losses).sum()  # each is divided by their number already
         self._losses = []
-        loss = float(trainer.strategy.reduce(own.clone(), reduce_op="mean"))
+        loss = float(mean_over_ranks(own))
         problem = None
         if not math.isfinite(loss):
             problem = f"the loss is {loss}"

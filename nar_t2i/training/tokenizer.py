@@ -76,7 +76,9 @@ class TokenizerModule(TrainedModule):
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
         if stage == "fit":
-            self.validate_by_steps(self.trainer.datamodule.accumulation(self.trainer.world_size))
+            # Which Lightning would not be told before: it divides nothing where a module steps by itself, but counts steps by it.
+            self.trainer.accumulate_grad_batches = self.trainer.datamodule.accumulation(self.trainer.world_size)
+            self.validate_by_steps(self.trainer.accumulate_grad_batches)
         if isinstance(strategy, DeepSpeedStrategy):
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
         if getattr(strategy.precision_plugin, "scaler", None) is not None:
@@ -127,8 +129,7 @@ class TokenizerModule(TrainedModule):
         reconstruction, quantized = self.codec(images)
         reconstruction = reconstruction.float()
         loss = self.reconstruction_loss(reconstruction, images)
-        self.log("reconstruction_loss", loss.detach())
-        self.log("quantizer_loss", quantized.loss.detach())
+        self.log_of_step({"reconstruction_loss": loss, "quantizer_loss": quantized.loss})
         total = loss + quantized.loss
         if discriminating:
             self.discriminator.requires_grad_(False)

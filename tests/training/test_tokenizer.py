@@ -1,5 +1,6 @@
 """Tokenizer training: what steps when, that ranks and micro-batches do not matter, and what is logged and exported."""
 
+import csv
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nar_t2i.tokenizers import VQGAN, VectorQuantizer
 from nar_t2i.tokenizers.losses import PatchDiscriminator, discriminator_loss
 from nar_t2i.training import TokenizerModule
 from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.training.run_folder import RunLogger
 from tests.tokenizers.random_vgg import random_vgg
 
 SIZE = 16
@@ -153,6 +155,17 @@ def test_micro_batches_do_not_matter(tmp_path):
     fit(divided, tmp_path, 3, data(8))
     assert_close(whole.codec, divided.codec)
     assert whole.codec.quantizer.updates == divided.codec.quantizer.updates == 3
+
+
+def test_curves_count_optimizer_steps_and_are_of_the_global_batch(tmp_path):
+    curves = []
+    for micro in (16, 4):
+        trainer = Trainer(max_steps=3, log_every_n_steps=1, accelerator="cpu", logger=RunLogger(tmp_path / str(micro)), enable_checkpointing=False, limit_val_batches=0,
+                          enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path)  # fmt: skip
+        trainer.fit(made(discriminator=False), datamodule=data(micro))
+        with open(tmp_path / str(micro) / "metrics.csv", newline="") as file:
+            curves.append({int(row["step"]): float(row["reconstruction_loss"]) for row in csv.DictReader(file) if row["reconstruction_loss"]})
+    assert list(curves[0]) == [0, 1, 2] and curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_two_ranks_train_what_one_does(tmp_path):
