@@ -430,10 +430,17 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
     assert main(["export", "run/checkpoints/step-00000004.ckpt", "before"]) == 0 and main(["export", "run", "after"]) == 0
     scales = [json.loads(Path(name, "config.json").read_text())["guidance"]["init_args"]["scale"] for name in ("model", "before", "after")]
     assert scales[0] == scales[1] != scales[2] == 9
+    # A finished run that is started again writes its model by the recipe, and says so.
+    assert fit("--trainer.max_steps=5", "--model.init_args.guidance.scale=7", recipe="tiny.yaml") == 0
+    said = [json.loads((run / "model/config.json").read_text())["guidance"], yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["guidance"]]
+    assert said[0]["init_args"]["scale"] == said[1]["scale"] == 7
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("width: 16", "width: 32"))
-    (run / "config.1.yaml").unlink()
+    for earlier in run.glob("config.*.yaml"):
+        earlier.unlink()
     assert main(["export", "run", "never"]) == 2 and "is of another model than" in capsys.readouterr().err and not Path("never").exists()
+    BREAKS["run.pt is missing or cut off"](run / "checkpoints/step-00000005.ckpt")
+    assert main(["export", "run/checkpoints/step-00000005.ckpt", "never"]) == 2 and "is not a whole checkpoint" in capsys.readouterr().err
 
 
 def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):

@@ -52,16 +52,15 @@ class CriticGuided(Scheduled):
         self.critic = frozen_network(critic)
         self.static = self.critic.static
 
-    @torch.no_grad()
-    def decode(
+    def _decode(
         self,
         network: TokenNetwork,
         condition: Condition,
         null: Condition,
         noise: Noise,
         guidance: Guidance,
-        known: Known | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        known: Known | None,
+        on_step: Callable[[Step], None] | None,
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)

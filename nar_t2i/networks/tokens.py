@@ -97,5 +97,6 @@ def select(x: Tensor, read: Tensor | None) -> Tensor:
     if read is None:
         return x
     if read.dtype == torch.bool:
-        return x.flatten(0, 1).index_select(0, read.flatten().nonzero()[:, 0])
+        rows = read.flatten().nonzero()[:, 0]  # first: torch.compile breaks off here
+        return x.flatten(0, 1).index_select(0, rows)
     return x.gather(1, read.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

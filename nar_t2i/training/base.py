@@ -74,7 +74,8 @@ class TrainedModule(lightning.LightningModule):
 
     A training step reads nothing from the device and copies nothing to it that would be waited for, so that the host runs ahead of a GPU.
     Numbers of the host are therefore logged as tensors, and what is logged in training is not put on the progress bar by
-    `prog_bar`, for which Lightning reads it in every step: on_bar names what the monitor puts there whenever it logs.
+    `prog_bar`, for which Lightning reads it in every step: on_bar names what the monitor puts there whenever it logs;
+    without a logger there is none.
     """
 
     on_bar: tuple[str, ...] = ()

@@ -37,7 +37,8 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
     before = load_weights(model, cli.config.init_from).loaded if cli.config.init_from else []  # frozen weights, which no checkpoint holds
     report = load_weights(model, checkpoint, averaged=averaged)
     was_averaged = report.averaged
-    if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - set(before)):
+    brought = set(before) & {name for name, p in model.named_parameters() if not p.requires_grad}
+    if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - brought):
         raise UserError(f"{checkpoint}: is of another model than {config} describes: for {len(others)} of that one's weights it has none that "
                         f"fit, such as {others[0]}")  # fmt: skip
     if exactly and was_averaged != averaged:
@@ -54,7 +55,10 @@ def configuration_of(checkpoint: Path) -> Path:
     run = checkpoint.parents[1]
     if not (run / CONFIG).is_file():
         raise UserError(f"{run / CONFIG}: a checkpoint is exported with its run's configuration, and there is none")
-    recipe = checkpoints.manifest(checkpoint).get("recipe")
+    try:
+        recipe = checkpoints.manifest(checkpoint).get("recipe")
+    except checkpoints.Broken as error:
+        raise UserError(f"{error}; {checkpoint} is not a whole checkpoint") from error
     earlier = sorted(run.glob("config.*.yaml"))
     return next((file for file in (run / CONFIG, *earlier) if file_hash(file) == recipe), run / CONFIG)
 

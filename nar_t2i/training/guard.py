@@ -107,7 +107,8 @@ class Guard(Callback):
     def check(self, trainer: Trainer, optimizer: Optimizer) -> bool:
         """Whether an update is to be made; to be called before each, on all ranks. Raises BadStep."""
         self._read()
-        if self.config.spike is None and trainer.lightning_module.automatic_optimization and _leaves_out(optimizer) and loss_scale(trainer) == 1:
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if self.config.spike is None and trainer.lightning_module.automatic_optimization and _leaves_out(optimizer) and not scaled:
             self._ask(trainer, optimizer)
             return True
         loss = self._judge(trainer, optimizer)
@@ -141,7 +142,7 @@ class Guard(Callback):
         self._losses = []
         mean, norm = mean_over_ranks(own), _norm(optimizer)
         optimizer.found_inf = 1 - (mean.isfinite() & norm.isfinite()).float()
-        numbers = torch.stack([mean.float(), norm.float(), own.float()]).to("cpu", non_blocking=True)
+        numbers = torch.stack([mean.float(), norm.float(), own.float()]).to("cpu", non_blocking=own.is_cuda)
         done = torch.cuda.Event() if own.is_cuda else None
         if done is not None:
             done.record()

@@ -171,7 +171,8 @@ def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict
     def is_muons(p: nn.Parameter) -> bool:
         return min(len(p), p[0].numel()) > _THIN
 
-    ratio = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+    rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
+    ratio = rate / config.learning_rate
     divided = []
     for group in groups:
         muons = [p for p in group["params"] if group["matrices"] and is_muons(p)]

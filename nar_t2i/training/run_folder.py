@@ -102,8 +102,8 @@ class RunFolder(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._write_once(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_once(trainer)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_once(trainer)  # where there was no step left, and before the module writes what it draws by
 
     def _write_once(self, trainer: Trainer) -> None:
         if not self._written:
@@ -246,8 +246,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # After an error on one rank the others cannot be expected to join in a save.
-        alone = trainer.world_size == 1 and not isinstance(exception, BadStep)
-        if self._started and (trainer.training or trainer.validating) and (alone or self.signals.agreed):
+        together = trainer.world_size == 1 or self.signals.agreed
+        if self._started and (trainer.training or trainer.validating) and together and not isinstance(exception, BadStep):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -78,6 +78,10 @@ class TokenizerModule(TrainedModule):
         if stage == "fit":
             # Which Lightning would not be told before: it divides nothing where a module steps by itself, but counts steps by it.
             self.trainer.accumulate_grad_batches = self.trainer.datamodule.accumulation(self.trainer.world_size)
+            # It would also write metrics after each micro-batch of a step whose metrics are written.
+            connector, loop = self.trainer._logger_connector, self.trainer.fit_loop.epoch_loop
+            write = type(connector).update_train_step_metrics
+            connector.update_train_step_metrics = lambda: None if loop._should_accumulate() else write(connector)
             self.validate_by_steps(self.trainer.accumulate_grad_batches)
         if isinstance(strategy, DeepSpeedStrategy):
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")

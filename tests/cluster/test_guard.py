@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from nar_t2i.training import checkpoints
 from tests.cluster import ranks
@@ -33,6 +34,15 @@ def test_a_step_without_a_number_ends_the_run_and_names_its_samples(tmp_path, st
     found = checkpoints.latest(tmp_path / "run")
     assert checkpoints.step_of(found) == 6
     assert all(value.isfinite().all() for value in checkpoints.read(found)["state_dict"].values())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_without_a_number_is_not_saved_either_when_the_run_is_told_to_save(tmp_path, count):
+    faults = [*json.loads(bad(7, rank=0)), {"class_path": "tests.cluster.faults.SignalAt", "init_args": {"step": 7, "rank": 0, "name": "SIGUSR1"}}]
+    ended = fit(tmp_path, count, "ddp", f"--trainer.callbacks={json.dumps(faults)}")
+    assert ended.status == [2] * count, ended.errors
+    assert "step 7: the loss is nan" in ended.errors[0]
+    assert checkpoints.step_of(checkpoints.latest(tmp_path / "run")) == 6
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -95,6 +105,26 @@ def test_a_scaler_that_looks_for_its_scale_is_left_alone(tmp_path):
     assert 2.0**10 < precision.scaler.get_scale() < 2.0**40  # it did overflow
     assert trainer.callback_metrics["gradient_norm"] > 0.01  # of the loss itself
     assert 0 < guard.mean < 10
+
+
+def test_under_fp16_no_update_is_left_out_but_the_scalers(tmp_path):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from nar_t2i.training.guard import Guard, GuardConfig
+    from tests.cluster import tiny
+    from tests.cluster.faults import BadLoss
+
+    module, sums = tiny.Generator(), []
+
+    class Sums(Callback):
+        def on_train_batch_end(self, *arguments):
+            sums.append(sum(float(p.detach().double().sum()) for p in module.parameters()))
+
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+    callbacks = [Guard(GuardConfig("skip")), BadLoss(5, 0, "gradient"), Sums()]
+    tiny.trainer("auto", 1, 9, default_root_dir=tmp_path, plugins=[precision], callbacks=callbacks).fit(module, datamodule=tiny.data())
+    assert sums[5] == sums[4] and precision.scaler.get_scale() < 1
+    assert len({*sums[5:8]}) == 3  # each later step updates, but for the last, at a rate of 0
 
 
 def test_a_leap_of_the_loss_is_skipped_until_patience_ends(tmp_path):

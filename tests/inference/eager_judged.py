@@ -1,5 +1,7 @@
 """The strategies that ask a judge, as plain as can be (see eager.py): a critic that revokes, a scorer that chooses."""
 
+import copy
+
 import torch
 
 from nar_t2i.noise import gumbel
@@ -15,6 +17,8 @@ class EagerCritic(Eager):
             tokens, free = torch.where(known.mask[0], known.tokens[0], tokens), ~known.mask[0]
         masked, total, protected, stay = free.clone(), int(free.sum()), set(), int(free.sum())
         text = strategy.critic.prepare(self.texts[0])
+        strategy = copy.copy(strategy)
+        strategy.steps = min(strategy.steps, total)
         for step in range(strategy.steps):
             if stay == 0:
                 break

@@ -118,7 +118,8 @@ def test_what_was_protected_once_stays_to_the_end():
 
 @pytest.mark.parametrize("persistent", [0.0, 0.4, 1.0])
 def test_known_tokens_stay_and_images_do_not_depend_on_the_batch(persistent):
-    known = some_known()
+    # As many in each row: Judge knows the rows of a whole batch.
+    known = Known((torch.arange(16) + torch.arange(3)[:, None]) % 4 == 0, torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(1)))
     found, steps = decoded(CriticGuided(Judge(), steps=5, persistent=persistent, choice_temperature=1.0), known)
     assert all(torch.equal(step.tokens[known.mask], known.tokens[known.mask]) for step in steps)
     assert not any((step.masked & known.mask).any() for step in steps) and not steps[-1].masked.any()
@@ -128,7 +129,7 @@ def test_known_tokens_stay_and_images_do_not_depend_on_the_batch(persistent):
     torch.manual_seed(0)
     critic = TokenCritic(SPEC, (8,), width=16, depth=1, heads=2).double()
     torch.nn.init.normal_(critic.head.logits.weight)
-    strategy = CriticGuided(critic, steps=5, persistent=persistent)
+    strategy, known = CriticGuided(critic, steps=5, persistent=persistent), some_known()
     together = decoded(strategy, known)[0].tokens
     condition, null = make_condition(3, torch.float64)
     for row in range(3):

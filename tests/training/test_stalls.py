@@ -26,12 +26,14 @@ from tests.toys import ToyCodec
 READ, COPIED, COUNTED = "a number is read", "something is copied", "slots are counted"
 
 
-# Lightning does not wait for a batch's copy to a GPU; what torch's clipping moves is on the device already.
-ASIDE = {"move_data_to_device", "_get_total_norm", "_clip_grads_with_norm_"}
+# Lightning does not wait for a batch's copy to a GPU; what torch's clipping moves is on the device already; data are read, and captions
+# made into tokens, on the host; and what the guard reads has reached it (see below).
+ASIDE = {"move_data_to_device", "_get_total_norm", "_clip_grads_with_norm_", "__getitem__", "__getitems__", "tokenize", "_ask", "_read"}
+BY_METHOD = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.item, torch.Tensor.__array__}
 
 
 class Copies(TorchFunctionMode):
-    """Counts what is made on the host and copied to a device, and waited for."""
+    """Counts what is made on the host and copied to a device, and waited for, and what is read by methods that a CPU has no operation for."""
 
     def __init__(self):
         super().__init__()
@@ -41,8 +43,8 @@ class Copies(TorchFunctionMode):
         kwargs = kwargs or {}
         made = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
         moved = func is torch.Tensor.to and any(isinstance(x, (torch.device, str)) for x in (*args, *kwargs.values()))
-        if made or (moved and not kwargs.get("non_blocking")):
-            self.found[COPIED] += not ASIDE & {frame.name for frame in traceback.extract_stack()}
+        if made or (moved and not kwargs.get("non_blocking")) or func in BY_METHOD:
+            self.found[READ if func in BY_METHOD else COPIED] += not ASIDE & {frame.name for frame in traceback.extract_stack()}
         return func(*args, **kwargs)
 
 
@@ -89,7 +91,8 @@ def stalls(folder, steps=4, **settings):
         "auto", 1, steps + 3, default_root_dir=folder, callbacks=[Guard(GuardConfig()), Monitor(folder), watched], log_every_n_steps=100,
     )  # fmt: skip
     trainer.fit(tiny.Generator(**settings), datamodule=data)
-    return {what: count / steps for mode in watched.modes for what, count in mode.found.items() if count}
+    found = sum((mode.found for mode in watched.modes), Counter())
+    return {what: count / steps for what, count in found.items()}
 
 
 def bert(folder):
@@ -125,9 +128,20 @@ class Looks(Masked):
     def loss(self, network, batch, noise, progress):
         terms = super().loss(network, batch, noise, progress)
         assert float(terms["loss"].total) > 0
+        terms["loss"].total.detach().tolist(), terms["loss"].total.detach().cpu()
         torch.tensor(0.5, device=batch.tokens.device)
         return terms
 
 
 def test_what_reads_a_loss_or_copies_a_number_is_seen(tmp_path):
-    assert stalls(tmp_path, learning=Looks()) == {READ: 1, COPIED: 1, COUNTED: 2}
+    assert stalls(tmp_path, learning=Looks()) == {READ: 3, COPIED: 1, COUNTED: 2}
+
+
+def test_the_guard_reads_a_step_when_the_next_has_been_computed(tmp_path, monkeypatch):
+    asked, read = Guard._ask, Guard._read
+    order = []
+    monkeypatch.setattr(Guard, "_ask", lambda self, trainer, optimizer: (order.append(("ask", trainer.global_step)), asked(self, trainer, optimizer))[1])
+    monkeypatch.setattr(Guard, "_read", lambda self: (self._asked and order.append(("read", self._asked.step, self._asked.trainer.global_step)), read(self))[1])
+    trainer = tiny.trainer("auto", 1, 4, default_root_dir=tmp_path, callbacks=[Guard(GuardConfig())])
+    trainer.fit(tiny.Generator(), datamodule=tiny.data())
+    assert order == [("ask", 0), ("read", 0, 1), ("ask", 1), ("read", 1, 2), ("ask", 2), ("read", 2, 3), ("ask", 3), ("read", 3, 4)]
