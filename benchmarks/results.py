@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nar_t2i.cli import leave
 from nar_t2i.errors import UserError
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import describe_machine
@@ -29,7 +30,7 @@ def program(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
-    sys.exit(status)
+    leave(status or 0)
 
 
 def positive(text: str) -> int:

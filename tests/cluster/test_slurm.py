@@ -128,7 +128,8 @@ def test_a_job_runs_in_the_container_that_is_named(cluster, tmp_path):
     number = submit(cluster, tmp_path, "--trainer.max_steps=12", **environment)
     job = cluster.wait(number, "FAILED", "COMPLETED")
     assert job["JobState"] == "COMPLETED", log(tmp_path)
-    assert log(tmp_path).count(f"in the container: {sys.executable}") == 3  # to resolve the recipe, and each rank
+    # To resolve the recipe, to read its folder, and each rank.
+    assert log(tmp_path).count(f"in the container: {sys.executable}") == 4
     result(tmp_path)
 
 
