@@ -145,4 +145,4 @@ def test_rates_are_of_whole_steps_however_many_micro_batches_they_take(folder, m
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *arguments, **more: (time.sleep(4 * STEP), step(*arguments, **more))[1])
     assert fit(f"--data.init_args.micro_batch_size={micro_batch}", "--trainer.max_steps=10", "--trainer.val_check_interval=10") == 0
     first, *rates = logged(folder, "images_per_second").values()
-    assert len(rates) == 1 and 16 / (16 * STEP) < rates[0] < 16 / (4 * STEP)
+    assert len(rates) == 1 and 16 / (24 * STEP) < rates[0] < 16 / (4 * STEP)  # of a micro-batch alone it would be below 10
