@@ -457,7 +457,9 @@ def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, c
     ("--trainer.gradient_clip_val=0.1", "key trainer.gradient_clip_val: is the module's: set model.init_args.optimizer.clip_norm"),
 ])  # fmt: skip
 def test_keys_of_the_trainer_that_would_do_nothing_are_refused(folder, capsys, wrong, said):
-    assert fit(wrong) == 2 and said in capsys.readouterr().err
+    shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", "tiny.yaml")
+    assert fit(wrong, recipe="tiny.yaml") == 2 and said in capsys.readouterr().err
+    assert fit(wrong, "--trainer.max_steps=1") == 0  # of somebody else's module they are Lightning's
 
 
 def test_validation_comes_after_steps_whatever_an_epoch_is(folder, capsys):

@@ -250,10 +250,11 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
         raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")
     if isinstance(trainer, dict) and trainer.get("use_distributed_sampler"):
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
+    ours = str((recipe.config.get("model") or {}).get("class_path", "")).startswith("nar_t2i.")
     if isinstance(trainer, dict):
         for key, instead in (("accumulate_grad_batches", "follows from data.init_args.global_batch_size and micro_batch_size; set these"),
                              ("gradient_clip_val", "is the module's: set model.init_args.optimizer.clip_norm")):  # fmt: skip
-            if trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
+            if ours and trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
                 raise recipe.error(f"trainer.{key}", instead)
         if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
             trainer.setdefault("check_val_every_n_epoch", None)
