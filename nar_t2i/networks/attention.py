@@ -13,6 +13,7 @@ from nar_t2i.errors import UserError
 
 
 _writes_out = True  # see `fused`
+_KERNEL_HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile would break off at it
 
 
 @contextmanager
@@ -30,15 +31,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen, or numbers
     that are added to the scores.
 
-    On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
-    sequences are written out there where there will be one.
+    On a CPU in bf16, short sequences are written out: torch's fused kernel is slower than two matrix products, and its
+    backward pass several times so.
     """
-    if _writes_out and torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024:
+    if _writes_out and q.device.type == "cpu" and q.dtype == torch.bfloat16 and _is_short(q, k):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _is_short(q: Tensor, k: Tensor) -> bool:
+    """Whether two matrix products are faster than the fused kernel. Without a backward pass they are where there is enough to do
+    to be worth more launches, and the kernel has no matrix instructions (AMX) to use."""
+    if torch.is_grad_enabled():
+        return k.shape[-2] <= 1024
+    scores = q.shape[:-1].numel() * k.shape[-2]
+    return k.shape[-2] <= 512 and scores >= 2**16 and not _KERNEL_HAS_AMX
 
 
 def mask_for(mask: Tensor, dtype: torch.dtype) -> Tensor:

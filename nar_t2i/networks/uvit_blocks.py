@@ -81,13 +81,6 @@ class ScaleAndShift(nn.Module):
         return Affine(1 + scale, shift.contiguous())
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend`, whose way round a slow backward pass is not needed where there is none. mask: see `mask_for`."""
-    if torch.is_grad_enabled() and (mask is None or mask.dtype == torch.bool):
-        return attend(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention on (B, N, C)."""
 
@@ -99,7 +92,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.out(merge_heads(read(q, k, v)))
+        return self.out(merge_heads(attend(q, k, v)))
 
 
 class CrossAttention(nn.Module):
@@ -117,7 +110,7 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, keys_and_values: KeysAndValues, mask: Tensor) -> Tensor:
-        return self.out(merge_heads(read(split_heads(self.q(x), self.heads), *keys_and_values, mask)))
+        return self.out(merge_heads(attend(split_heads(self.q(x), self.heads), *keys_and_values, mask)))
 
 
 class GatedMLP(nn.Module):

@@ -1,12 +1,14 @@
 """Emage's network: what is read does not change what is said, padding does not matter, and every weight learns."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nar_t2i.errors import UserError
-from nar_t2i.networks import EncoderDecoder
-from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend
+from nar_t2i.networks import EncoderDecoder, attention
+from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend, mask_for
 from nar_t2i.types import Condition, TokenSpec, TokenState
 
 SPEC = TokenSpec((3, 4), "categorical", 10)
@@ -199,6 +201,24 @@ def test_attention_written_out_fused_and_by_hand(masked):
     written = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert written.dtype == torch.bfloat16
     torch.testing.assert_close(written.float(), fused, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["none", "words", "added"])
+def test_long_attention_is_written_out_without_gradients_too(monkeypatch, kind):
+    monkeypatch.setattr(attention, "_KERNEL_HAS_AMX", False)
+    kernel = Mock(side_effect=F.scaled_dot_product_attention)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", kernel)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 128, 8), torch.randn(2, 4, 72, 8), torch.randn(2, 4, 72, 8)
+    words = torch.arange(72) < torch.tensor([72, 30])[:, None, None, None]
+    with torch.no_grad():
+        mask = {"none": None, "words": words, "added": mask_for(words, torch.float32)}[kind]
+        rounded = mask_for(words, torch.bfloat16) if kind == "added" else mask
+        written = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), rounded)
+        assert kernel.call_count == 0
+        torch.testing.assert_close(written.float(), attend(q, k, v, mask), rtol=0.03, atol=0.03)
+        attend(q[:, :, :1].bfloat16(), k.bfloat16(), v.bfloat16())  # a single token: more to launch than to do
+    assert kernel.call_count == 2
 
 
 def test_gradients_of_attention_written_out():
