@@ -212,7 +212,12 @@ class RunCheckpoint(Checkpoint):
             return
         if not checkpoint.get("optimizer_states", True):
             raise UserError("ckpt_path: the checkpoint was written under ZeRO; go on under ZeRO, or start with init_from")
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]
+        between = progress["current"]["processed"] % saved["micro_batches"]
+        if between and progress["current"]["completed"] < progress["current"]["processed"]:
+            # Lightning counts the step that the checkpoint was saved in as taken.
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         for counts in (progress["total"], progress["current"]):
             pending = counts["processed"] - counts["completed"]  # of hooks, where the checkpoint was saved in one
             whole = counts["processed"] // saved["micro_batches"] * self._micro_batches

@@ -10,7 +10,7 @@ import torch
 
 from nar_t2i.training import checkpoints
 from tests.cluster import ranks
-from tests.cluster.test_resume import fit, result, went_well
+from tests.cluster.test_resume import assert_closely, fit, result, went_well
 
 STATUS = {"SIGUSR1": 85, "SIGUSR2": 85, "SIGTERM": 143, "SIGINT": 130}
 
@@ -38,6 +38,16 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, whole, nam
     if strategy == "ddp":
         found, _, losses = result(tmp_path)
         assert losses == whole[2] and all(torch.equal(found[name], whole[0][name]) for name in found)
+
+
+def test_a_signal_between_micro_batches_is_gone_on_from_the_last_whole_step(tmp_path, whole):
+    four = "--data.init_args.micro_batch_size=4"
+    ended = fit(tmp_path, 1, "auto", fault("SignalAt", step=4, rank=0, name="SIGUSR1"), four)
+    assert ended.status == [85], ended.errors[0][-2000:]
+    saved = checkpoints.read(tmp_path / "run/checkpoints/last.ckpt")
+    assert saved["global_step"] == 4 and saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 17
+    went_well(fit(tmp_path, 1, "auto", four))
+    assert_closely(result(tmp_path), whole)  # the steps that its curves name, too
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
