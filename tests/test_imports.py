@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "nar_t2i"
 # From the bottom to the top. A module imports from its own room and from lower layers; a row holds rooms side by side,
 # which do not import each other.
 LAYERS = [
-    ["errors", "nar_t2i"],
+    ["errors", "liveness", "nar_t2i"],
     ["recipe", "hardware", "hashing"],
     ["types", "noise", "schedules", "parts", "pixels"],
     ["folders"],

@@ -186,6 +186,10 @@ class CachedSource(SourceAround):
     def lost(self) -> list[Loss]:
         return [*self._source.lost, *self._lost.values()]
 
+    @property
+    def lost_count(self) -> int:
+        return self._source.lost_count + len(self._lost)
+
     def check_tokens(self, spec: TokenSpec, codec_hash: str) -> None:
         self.cache.check(None, spec, codec_hash)
 

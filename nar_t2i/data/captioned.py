@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from nar_t2i.data.cache import CONDITIONS
 from nar_t2i.data.losses import LossLedger
 from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
@@ -18,6 +20,8 @@ from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
 from nar_t2i.types import TextEncoder, TokenCodec, TokenSpec
+
+log = logging.getLogger(__name__)
 
 MINIMUM_TRIED = 1000  # samples to read before the share of lost ones means anything
 
@@ -93,6 +97,8 @@ class CaptionedImages(lightning.LightningDataModule):
         self._sources: dict[str, Source] = {}
         self._ledgers: dict[str, LossLedger] = {}
         self._loader: CountedLoader | None = None
+        self._fingerprint = ""  # of the training source
+        self._began_with: dict[str, Any] | None = None  # what a resumed run's order followed from
         # Samples consumed when the current pass began, and Lightning's count of micro-batches then; None before the
         # pass begins, since Lightning restores its count after this module's.
         self._begun: tuple[int, int | None] = (0, None)
@@ -165,10 +171,26 @@ class CaptionedImages(lightning.LightningDataModule):
         return samples + done - done % self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples}
+        return {"samples": self.samples, "order": self._order_told()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.resume_at(state_dict["samples"])
+        self._began_with = state_dict.get("order")
+
+    def _order_told(self) -> dict[str, Any]:
+        """What the order of training samples follows from."""
+        if self.streams:
+            return {"train": self._train, "seed": self._seed}
+        self._fingerprint = self._fingerprint or self.source("train").fingerprint()
+        return {"train": self._fingerprint, "seed": self._seed, "window": self._window}
+
+    def _tell_other_order(self) -> None:
+        now, before = self._order_told(), self._began_with
+        changed = [] if before is None else [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed and self.rank == 0:
+            log.warning("data.init_args: %s changed since this run was saved; it goes on after %d images of another order, so that until its next "
+                        "epoch some images come twice, and others not at all", ", ".join(changed), self.samples)  # fmt: skip
+        self._began_with = None
 
     def resume_at(self, samples: int) -> None:
         """Begin the next pass after so many consumed samples."""
@@ -186,9 +208,17 @@ class CaptionedImages(lightning.LightningDataModule):
             view = self._view if split == "train" else self._plain_view
             source.check_views(view.random_crop, view.random_flip)
             ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
-            ledger.note_unindexed(source.lost, len(source) + len(source.lost))
+            ledger.note_unindexed(source.lost, source.lost_count, len(source) + source.lost_count)
+            self._tell_absent(source)
             self._sources[split], self._ledgers[split] = source, ledger
         return self._sources[split]
+
+    def _tell_absent(self, source: Source) -> None:
+        known = source.scalar_names
+        absent = [] if known is None else [name for name in self._view.scalars if name not in known and name not in CONDITIONS]
+        if absent:
+            log.warning("data.init_args.scalars: no sample of %s has %s (they have %s), so that what a network takes for absent ones is all it is "
+                        "told", source.name, ", ".join(absent), ", ".join(sorted(known)) or "none")  # fmt: skip
 
     def train_dataloader(self) -> CountedLoader:
         self.accumulation()  # sizes that do not divide are told before anything is read
@@ -197,6 +227,7 @@ class CaptionedImages(lightning.LightningDataModule):
         else:
             self.source("train")
             ledger = self._ledgers["train"]
+        self._tell_other_order()
         length = None if self._epoch_size is None else self._epoch_size // (self.micro_batch_size() * self.world)
         samples = self.samples
         self._loader = CountedLoader(self._train_reads, ledger, length)

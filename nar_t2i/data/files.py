@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import glob
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+
+MOST_FILES = 1 << 16  # that a process asks to hold open
+
+
+def allow_open_files() -> None:
+    """Let this process, and those that it starts, hold as many files open as the system lets them, up to MOST_FILES: a shard
+    with its index and caches takes several, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextmanager

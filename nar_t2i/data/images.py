@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a few kilobytes can claim billions, which is how decompression bombs work
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -41,7 +41,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
 def upright(image: Image.Image) -> Image.Image:
     """Rotate as the EXIF orientation says; metadata that cannot be parsed says nothing."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which would be copied
     except Exception:  # broken EXIF blocks are common, raise many types, and do not harm the pixels
         return image
 
@@ -56,7 +57,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 class Fitted(NamedTuple):

@@ -25,11 +25,12 @@ class LossLedger:
         self.failed = 0
         self.records: dict[tuple[str, str], Loss] = {}
 
-    def note_unindexed(self, losses: list[Loss], total: int) -> None:
-        """Samples of `total` that were known to be unusable before reading. Raises UserError when too many."""
+    def note_unindexed(self, losses: list[Loss], count: int, total: int) -> None:
+        """`count` samples of `total` were known to be unusable before reading. losses: what is known of them, one entry for the
+        rest of a damaged shard. Raises UserError when too many."""
         self._record(losses)
-        if losses and len(losses) > self._max_share * total:
-            self._refuse(len(losses), total)
+        if count > self._max_share * total:
+            self._refuse(count, total)
 
     def note(self, tried: int, failed: int, losses: list[Loss]) -> None:
         """`failed` of `tried` samples were lost. Raises UserError when too many were lost so far."""

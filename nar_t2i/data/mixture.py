@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,8 @@ class Mixture(Source):
         lengths = np.array([len(s) for s in sources])
         self._starts = np.cumsum(lengths) - lengths
         self._block_starts = np.cumsum([0, *(len(s.blocks) for s in sources)])
+        told = [s.truncated for s in sources]
+        self.truncated = None if None in told else float(np.average(told, weights=weights))
 
     def __len__(self) -> int:
         return sum(len(s) for s in self._sources)
@@ -95,9 +98,22 @@ class Mixture(Source):
         part = int(np.searchsorted(self._block_starts, block, side="right")) - 1
         return self._sources[part].identity(block - int(self._block_starts[part]))
 
+    def fingerprint(self) -> str:
+        parts = [f"{weight:g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     @property
     def lost(self) -> list[Loss]:
         return [loss for source in self._sources for loss in source.lost]
+
+    @property
+    def lost_count(self) -> int:
+        return sum(source.lost_count for source in self._sources)
+
+    @property
+    def scalar_names(self) -> set[str] | None:
+        names = [source.scalar_names for source in self._sources]
+        return None if None in names else set().union(*names)
 
     def order(self, seed: int, window: int) -> Order:
         parts = [source.order(seed, window) for source in self._sources]

@@ -182,7 +182,7 @@ def validation_batches(count: int, micro_batch_size: int, rank: int = 0, world: 
     """A rank's batches of indices: every sample once over the ranks, and every rank the same number of batches.
 
     Rows are spread evenly (batches differ by at most one), since ranks that ran fewer batches would leave the others
-    waiting in a collective. Raises UserError when there are fewer samples than ranks.
+    waiting in a collective; for that, where there are few samples, a batch may have one row more than `micro_batch_size`. Raises UserError when there are fewer samples than ranks.
     """
     if count < world:
         raise UserError(f"validation has {count} samples for {world} ranks; give it at least one a rank")

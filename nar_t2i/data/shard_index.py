@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -28,12 +28,15 @@ from nar_t2i.data.arrays import Arrays, open_map
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.source import Loss, scalar_columns
 from nar_t2i.errors import UserError
+from nar_t2i.liveness import going_on
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
+INDEX_SUFFIX = ".index.safetensors"
+REST = "(all that follow)"  # where keys stand: what a tar held behind the place where it is damaged
 MAX_TEXT = 1 << 20  # bytes of a caption or a JSON member
 
 
@@ -70,13 +73,11 @@ def read_captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, float
     if not isinstance(fields, dict):
         raise ValueError("the .json is not an object")
     try:
-        text = members["txt"].decode("utf-8") if "txt" in members else None
+        text = members["txt"].decode("utf-8-sig") if "txt" in members else None
     except UnicodeDecodeError as error:
         raise ValueError(f"the caption is not UTF-8 ({error})") from error
-    found = fields.get("captions")
-    if not isinstance(found, list):
-        found = [text if text is not None else fields.get("caption")]
-    captions = [" ".join(c.split()) for c in found if isinstance(c, str) and c.strip()]
+    listed = fields.get("captions")
+    captions = _tidied(listed if isinstance(listed, list) else []) or _tidied([text if text is not None else fields.get("caption")])
     if not captions:
         raise ValueError("no caption" if text is None else "empty caption")
     try:
@@ -86,11 +87,16 @@ def read_captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, float
     return captions, numbers
 
 
+def _tidied(captions: list[Any]) -> list[str]:
+    return [" ".join(c.split()) for c in captions if isinstance(c, str) and c.strip()]
+
+
 @dataclass
 class _Members:
-    """What a scan found under one key."""
+    """What a scan found under one key. dotted: images whose names have more dots, such as a mask beside the image."""
 
     image: tuple[int, int] | None = None
+    dotted: list[str] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
     problem: str = ""
 
@@ -111,6 +117,7 @@ def scan_tar(path: Path) -> tuple[list[Row], list[Loss]]:
         try:
             for member in tar:
                 tar.members.clear()  # tarfile remembers every header otherwise
+                going_on()
                 _take_member(file, member, size, samples)
         except (tarfile.TarError, OSError, EOFError) as error:
             damage = str(error)
@@ -120,12 +127,14 @@ def scan_tar(path: Path) -> tuple[list[Row], list[Loss]]:
     rows, losses = _sort_out(samples, path.name)
     if damage:
         log.warning("%s is cut off or damaged (%s): %d samples before that are readable", path, damage, len(rows))
-        losses.append(Loss("(all that follow)", path.name, f"the tar is cut off or damaged: {damage}"))
+        losses.append(Loss(REST, path.name, f"the tar is cut off or damaged: {damage}"))
     return rows, losses
 
 
 def _take_member(file, member: tarfile.TarInfo, tar_size: int, samples: dict[str, _Members]) -> None:
     key, suffix = split_name(member.name)
+    if member.isreg() and "." in suffix and suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+        samples.setdefault(key, _Members()).dotted.append(member.name)
     if not member.isreg() or member.issparse() or suffix not in IMAGE_SUFFIXES + TEXT_SUFFIXES:
         return  # never opened, pickles among them
     found = samples.setdefault(key, _Members())
@@ -146,6 +155,9 @@ def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list
     rows, losses = [], []
     for key, found in samples.items():
         problem = found.problem
+        if found.image is None and found.dotted:
+            losses += [Loss(name, shard, "a key ends at the first dot, and this name has others before its suffix") for name in found.dotted]
+            continue
         if not problem and found.image is None:
             problem = "no image (.jpg, .png or .webp)"
         elif not problem and found.image[1] == 0:
@@ -212,6 +224,12 @@ class ShardIndex:
         self._base = arrays.start
         self._key_ends, self._caption_ends = arrays["key_ends"], arrays["caption_ends"]
         self._caption_rows = arrays["caption_rows"]
+        rows, captions = len(self.images), len(self._caption_ends) - 1
+        ends = self._key_ends[-1:].tolist(), self._caption_ends[-1:].tolist(), self._caption_rows[-1:].tolist()
+        wanted = [len(arrays["key_bytes"])], [len(arrays["caption_bytes"])], [captions]
+        shapes = self.images.shape == (rows, 2) and self.scalars.shape == (rows, len(self.scalar_names))
+        if not shapes or ends != wanted or len(self._key_ends) != rows + 1 or len(self._caption_rows) != rows + 1:
+            raise ValueError("its arrays do not fit together")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -236,7 +254,7 @@ class ShardIndex:
 
 
 def index_path(tar: Path) -> Path:
-    return tar.with_suffix(".index.safetensors")
+    return tar.with_suffix(INDEX_SUFFIX)
 
 
 def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:
@@ -245,16 +263,18 @@ def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:
         file.write(encode_index(rows, losses, tar.stat().st_size))
 
 
-def open_index(tar: Path, compared: bool = False) -> ShardIndex:
+def open_index(tar: Path, path: Path | None = None, compared: bool = False) -> ShardIndex:
     """The index of a tar; one is made where there is none (kept in memory where the folder is read-only).
 
-    compared: a tar that is newer than its index was compared with it before. Raises UserError when the tar is not the one that was indexed.
+    path: of the index; none: beside the tar. compared: a tar that is newer than its index was compared with it before. Raises
+    UserError when the tar is not the one that was indexed.
     """
-    path = index_path(tar)
+    path = index_path(tar) if path is None else path
     if not path.exists():
         log.info("indexing %s", tar)
         encoded = encode_index(*scan_tar(tar), tar.stat().st_size)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 file.write(encoded)
         except OSError as error:
@@ -262,7 +282,9 @@ def open_index(tar: Path, compared: bool = False) -> ShardIndex:
             return ShardIndex(encoded)
     try:
         index = ShardIndex(open_map(path))
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError, TypeError, MemoryError, struct.error) as error:
         raise UserError(f"{path} is not a readable shard index ({error}); delete it, and it is made anew") from error
     size = tar.stat().st_size
     if size != index.tar_size:

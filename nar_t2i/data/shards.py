@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import braceexpand
 import numpy as np
+import torch.distributed as dist
 
+from nar_t2i.data.files import allow_open_files
 from nar_t2i.data.images import MAX_PIXELS, ImageError, decode_image
-from nar_t2i.data.shard_index import ShardIndex, open_index
+from nar_t2i.data.shard_index import INDEX_SUFFIX, REST, ShardIndex, index_path, open_index
 from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts
 from nar_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 128  # file handles a process keeps; a window of the data order needs far fewer
 
@@ -22,24 +27,45 @@ class ShardSource(Source):
     """Tar shards in img2dataset's layout: `key.jpg|jpeg|png|webp`, `key.txt`, `key.json`.
 
     path: a folder of tars, one tar, or a pattern such as `shards/{00000..00099}.tar` or `shards/*.tar`.
-    max_pixels: larger images are refused.
+    max_pixels: larger images are refused. index_folder: of the indices, where they cannot stand beside the tars.
     """
 
-    def __init__(self, path: str, max_pixels: int = MAX_PIXELS):
+    def __init__(self, path: str, max_pixels: int = MAX_PIXELS, index_folder: str | None = None):
+        allow_open_files()
         self.name = str(path)
         self._tars = find_tars(path)
-        self._stems = Counter(tar.stem for tar in self._tars)
+        self._names = block_names(self._tars)
         self._max_pixels = max_pixels
         self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
         self._compared: set[int] = set()  # shards that were, with their index
         self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
-        self._lengths, self._identities, self._lost = [], [], []
+        self._lengths, self._identities, self._lost, self._damaged, self._scalar_names = [], [], [], [], set()
+        self._index_paths = index_paths(self._tars, self._names, index_folder)
+        self._make_missing()
         for shard in range(len(self._tars)):
-            index = self._shard(shard)[0]
+            index = self._index(shard)
             self._lengths.append(len(index))
             self._identities.append(index.identity)
             self._lost += index.lost
+            self._damaged.append(any(loss.key == REST for loss in index.lost))
+            self._scalar_names.update(index.scalar_names)
         self._starts = np.cumsum(self._lengths) - self._lengths
+
+    def _make_missing(self) -> None:
+        """Index the shards that were not. Ranks begin in different places, and leave to each other what is done by then."""
+        missing = [shard for shard, path in enumerate(self._index_paths) if not path.exists()]
+        if not missing:
+            return
+        log.warning("%d of %d shards of %s have no index yet and are read through once; data_prep/index_shards.py does that ahead, by many "
+                    "processes", len(missing), len(self._tars), self.name)  # fmt: skip
+        together = dist.is_available() and dist.is_initialized()
+        first = len(missing) * dist.get_rank() // dist.get_world_size() if together else 0
+        for shard in missing[first:] + missing[:first]:
+            if not self._index_paths[shard].exists():
+                self._index(shard)
+        if self._in_memory:
+            log.warning("%s is read-only, so that every start, and every rank, reads its shards through and keeps their indices in memory; make them "
+                        "elsewhere with data_prep/index_shards.py --index-folder, and name it as ShardSource's index_folder", self.name)  # fmt: skip
 
     def __len__(self) -> int:
         return sum(self._lengths)
@@ -52,9 +78,19 @@ class ShardSource(Source):
     def lost(self) -> list[Loss]:
         return self._lost
 
+    @property
+    def lost_count(self) -> int:
+        """A damaged shard counts as many as others have more than it."""
+        lengths, damaged = np.array(self._lengths), np.array(self._damaged)
+        usual = int(np.median(lengths[~damaged])) if not damaged.all() else 0
+        return len(self._lost) + int((usual - lengths[damaged] - 1).clip(min=0).sum())
+
+    @property
+    def scalar_names(self) -> set[str]:
+        return self._scalar_names
+
     def block_name(self, block: int) -> str:
-        stem = self._tars[block].stem
-        return stem if self._stems[stem] == 1 else f"{block:05d}-{stem}"  # tars of several folders may bear one name
+        return self._names[block]
 
     def identity(self, block: int) -> str:
         return self._identities[block]
@@ -115,13 +151,30 @@ class ShardSource(Source):
             return self._open[shard]
         while len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][1])
-        path = self._tars[shard]
-        index = self._in_memory.get(shard) or open_index(path, compared=shard in self._compared)
+        self._open[shard] = self._index(shard), os.open(self._tars[shard], os.O_RDONLY)
+        return self._open[shard]
+
+    def _index(self, shard: int) -> ShardIndex:
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        index = open_index(self._tars[shard], self._index_paths[shard], compared=shard in self._compared)
         self._compared.add(shard)
         if index.in_memory:
             self._in_memory[shard] = index
-        self._open[shard] = index, os.open(path, os.O_RDONLY)
-        return self._open[shard]
+        return index
+
+
+def block_names(tars: list[Path]) -> list[str]:
+    """A name for each, without those of folders, although tars of several folders may bear one."""
+    stems = Counter(tar.stem for tar in tars)
+    return [tar.stem if stems[tar.stem] == 1 else f"{block:05d}-{tar.stem}" for block, tar in enumerate(tars)]
+
+
+def index_paths(tars: list[Path], names: list[str], folder: str | Path | None) -> list[Path]:
+    """Where the indices of tars stand: in a folder, by the names of blocks; none: beside the tars."""
+    if folder is None:
+        return [index_path(tar) for tar in tars]
+    return [Path(folder, name + INDEX_SUFFIX) for name in names]
 
 
 def find_tars(path: str) -> list[Path]:

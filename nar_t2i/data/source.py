@@ -143,10 +143,27 @@ class Source:
         """A hash of what the block holds: a token cache made from another block is refused by it."""
         return hashlib.sha256(f"{self.name}:{block}:{self.blocks[block]}".encode()).hexdigest()
 
+    def fingerprint(self) -> str:
+        """A hash of what decides which sample stands where in its order, but for the order's seed and window."""
+        told = hashlib.sha256(self.name.encode())
+        for block, length in enumerate(self.blocks):
+            told.update(f"{self.identity(block)}:{length}".encode())
+        return told.hexdigest()
+
     @property
     def lost(self) -> list[Loss]:
         """Samples that are known to be unusable before any is read; they have no index."""
         return []
+
+    @property
+    def lost_count(self) -> int:
+        """How many these are, where one entry stands for all that a damaged shard held."""
+        return len(self.lost)
+
+    @property
+    def scalar_names(self) -> set[str] | None:
+        """The numbers that samples may have; None where that is not known before they are read."""
+        return None
 
     def order(self, seed: int, window: int) -> Order:
         """The endless shuffled order of this source. window: blocks that are shuffled together."""
@@ -204,6 +221,14 @@ class SourceAround(Source):
     @property
     def lost(self) -> list[Loss]:
         return self._source.lost
+
+    @property
+    def lost_count(self) -> int:
+        return self._source.lost_count
+
+    @property
+    def scalar_names(self) -> set[str] | None:
+        return self._source.scalar_names
 
 
 def scalar_columns(rows: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:

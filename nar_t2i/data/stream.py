@@ -38,7 +38,10 @@ def expand(urls: str) -> list[str]:
         )
     if urls.startswith("http") and shutil.which("curl") is None:
         raise UserError("streaming over http needs the program curl; install it, or name another command with pipe:")
-    return list(braceexpand.braceexpand(urls))
+    try:
+        return list(braceexpand.braceexpand(urls))
+    except ValueError as error:
+        raise UserError(f"{urls}: is no pattern of shards: {error}") from error
 
 
 class StreamShare(NamedTuple):
@@ -193,7 +196,7 @@ def _decode(raw: dict[str, Any], counts: _Counts) -> Sample | None:
     encoded = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
     try:
         if encoded is None:
-            raise ValueError("no image (.jpg, .png or .webp)")
+            raise ValueError("no image (.jpg, .png or .webp) next to its text in the tar")
         captions, numbers = read_captions(raw)
         sample = Sample(raw["__key__"], decode_image(encoded), captions, numbers)
     except (ImageError, ValueError) as error:

@@ -31,24 +31,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q kᵀ / √d) v for (B, heads, length, d). mask: broadcastable to (B, heads, N, L), True = may be seen, or numbers
     that are added to the scores.
 
-    On a CPU in bf16, short sequences are written out: torch's fused kernel is slower than two matrix products, and its
-    backward pass several times so.
+    On a CPU in bf16, torch's fused kernel has a backward pass several times slower than two matrix products, so short
+    sequences are written out there where there will be one.
     """
-    if _writes_out and q.device.type == "cpu" and q.dtype == torch.bfloat16 and _is_short(q, k):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(dim=-1) @ v
+    if _is_bf16_on_cpu(q) and torch.is_grad_enabled() and k.shape[-2] <= 1024:
+        return _written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _is_short(q: Tensor, k: Tensor) -> bool:
-    """Whether two matrix products are faster than the fused kernel. Without a backward pass they are where there is enough to do
-    to be worth more launches, and the kernel has no matrix instructions (AMX) to use."""
-    if torch.is_grad_enabled():
-        return k.shape[-2] <= 1024
-    scores = q.shape[:-1].numel() * k.shape[-2]
-    return k.shape[-2] <= 512 and scores >= 2**16 and not _KERNEL_HAS_AMX
+def attend_among(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` of tokens to one another, none of which is padding, so that their number is not that of the longest in a batch.
+
+    Hence it may decide by their number what is computed, and a sample's result still does not depend on its batch: on a CPU in
+    bf16 two matrix products are faster without a backward pass, too, for some hundred tokens, if the fused kernel has no matrix
+    instructions (AMX) to use.
+    """
+    if _is_bf16_on_cpu(q) and 128 <= k.shape[-2] <= 512 and not _KERNEL_HAS_AMX:
+        return _written_out(q, k, v, None)
+    return attend(q, k, v)
+
+
+def _is_bf16_on_cpu(q: Tensor) -> bool:
+    return _writes_out and q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(dim=-1) @ v
 
 
 def mask_for(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,7 +122,8 @@ class SelfAttention(nn.Module):
 
     def mix(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, 3·D) queries, keys and values, side by side → (B, L, D), what each query reads."""
-        return merge_heads(attend(*self.heads_of(qkv), mask))
+        q, k, v = self.heads_of(qkv)
+        return merge_heads(attend_among(q, k, v) if mask is None else attend(q, k, v, mask))
 
     def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, 3·D) → three of (B, heads, L, D / heads)."""

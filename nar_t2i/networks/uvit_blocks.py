@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_t2i.networks.attention import attend, merge_heads, split_heads
+from nar_t2i.networks.attention import attend, attend_among, merge_heads, split_heads
 
 EPS = 1e-6  # of all norms
 
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.out(merge_heads(attend(q, k, v)))
+        return self.out(merge_heads(attend_among(q, k, v)))
 
 
 class CrossAttention(nn.Module):

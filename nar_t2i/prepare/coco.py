@@ -7,6 +7,7 @@ folder of images. All captions of an image are kept. Run the same command again 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -30,7 +31,8 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
             names[entry["id"]] = str(entry["file_name"])
         order = sorted(names)
         for entry in content["annotations"]:
-            captions[entry["image_id"]].append(str(entry["caption"]).strip())
+            caption = entry["caption"]
+            captions[entry["image_id"]].append(caption.strip() if isinstance(caption, str) else "")
     except OSError as error:
         raise UserError(f"{annotations} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -41,11 +43,14 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
 
 
 def _item(name: str, root: Path, captions: list[str]) -> Item:
+    """A name is told by its letters whether it stays in the folder: the images there may be links to elsewhere."""
     try:
-        inside = (root / name).resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError) as error:
-        return Item(repr(name), root / "?", tuple(captions), f"file_name is none: {error}")
-    if not inside:
+        problem = "it holds a null byte" if b"\0" in os.fsencode(name) else ""
+    except UnicodeEncodeError as error:
+        problem = str(error)
+    if problem:
+        return Item(repr(name), root / "?", tuple(captions), f"file_name is none: {problem}")
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
         return Item(name, root / "?", tuple(captions), "file_name leads out of the image folder")
     return Item(name, root / name, tuple(c for c in captions if c), "" if captions else "no caption")
 

@@ -36,7 +36,7 @@ def find_items(images: str | Path) -> list[Item]:
             path = Path(folder, name)
             if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                 pictures.append(path)
-            elif path.suffix.lower() == ".txt":
+            elif path.suffix.lower() == ".txt" and not name.startswith("."):
                 texts.add(path)
     items = [_item(path, root) for path in pictures]
     alone = sorted(texts - {path.with_suffix(".txt") for path in pictures})

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.images import ImageError, decode_image
-from nar_t2i.data.shard_index import IMAGE_SUFFIXES
+from nar_t2i.data.shard_index import IMAGE_SUFFIXES, MAX_TEXT
 from nar_t2i.errors import UserError
 from nar_t2i.prepare.command import shard_range
 from nar_t2i.prepare.shards import ShardFile, is_finished
@@ -31,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are st
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
+MAX_CAPTIONS = MAX_TEXT // 4  # bytes, of which JSON makes up to three times as many
 SUMMARY = "summary.json"
 
 
@@ -87,6 +88,8 @@ def text_problem(captions: Sequence[str]) -> str:
     """Why these captions cannot be used, or empty."""
     if not any(c.strip() for c in captions):
         return "empty caption"
+    if sum(len(c.encode("utf-8", "surrogatepass")) for c in captions) > MAX_CAPTIONS:
+        return f"captions are longer than {MAX_CAPTIONS} bytes"
     # Readers below let bytes that are not UTF-8 through as surrogates, to be found here, by item.
     if any("\ud800" <= character <= "\udfff" for c in captions for character in c):
         return "caption is not UTF-8"

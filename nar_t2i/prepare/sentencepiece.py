@@ -2,7 +2,7 @@
 
     train_sentencepiece.py SHARDS OUT.model --vocab-size 8000
 
-Byte-pair encoding with byte fallback: any Unicode text survives. The same captions always give the same model.
+Byte-pair encoding of lower-case text, as the encoder reads it, with byte fallback: any Unicode text survives. The same captions always give the same model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
     model, problems = io.BytesIO(), []
 
     def kept() -> Iterator[str]:
-        """The captions; SentencePiece would tell a problem of theirs, and Ctrl-C, as one of its own."""
+        """The captions, as ScratchTextEncoder reads them; SentencePiece would tell a problem of theirs, and Ctrl-C, as one of its own."""
         try:
-            yield from captions
+            yield from (caption.lower() for caption in captions)
         except BaseException as problem:
             problems.append(problem)
             raise

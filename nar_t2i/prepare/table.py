@@ -1,15 +1,18 @@
 """A CSV, TSV or Parquet table of (path, caption) → shards.
 
-Paths are relative to --root (default: the table's folder). Rows with the same path are several captions of one image.
-Run the same command again after an interruption.
+Paths are relative to --root (default: the table's folder). Rows with the same path are several captions of one image. In a CSV a
+caption with a comma or a line break stands in quotes; a TSV has one row a line, and quotes are a part of the caption unless they
+enclose it. Run the same command again after an interruption.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -19,7 +22,8 @@ from nar_t2i.prepare.command import parser
 from nar_t2i.prepare.import_command import add_import_options, run_import
 from nar_t2i.prepare.importing import Item, Options, Summary, import_items
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+FIELD = re.compile(rf"(?:^|(?<=\t))(?:{QUOTED.pattern}(?=\t|$)|[^\t]*)")
 
 
 def find_items(
@@ -29,19 +33,31 @@ def find_items(
     table = Path(table)
     root = table.parent if root is None else Path(root)
     captions: dict[str, list[str]] = {}
-    for path, caption in _rows(table, (path_column, caption_column)):
-        captions.setdefault(path or "", []).append((caption or "").strip())
+    unusable = []
+    for row in _rows(table, (path_column, caption_column)):
+        if row.problem:
+            unusable.append(Item(row.problem[0], root / "?", (), row.problem[1]))
+        else:
+            captions.setdefault(row.path or "", []).append((row.caption or "").strip())
     return [
         Item(path or "(no path)", root / path, tuple(c for c in found if c), "" if path else "row without a path")
         for path, found in captions.items()
-    ]
+    ] + unusable
 
 
-def _rows(table: Path, columns: tuple[str, str]) -> Iterator[tuple[str | None, str | None]]:
+class Row(NamedTuple):
+    """What a row says. problem: which row, and why it cannot be used."""
+
+    path: str | None
+    caption: str | None
+    problem: tuple[str, str] | None = None
+
+
+def _rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
     try:
         if table.suffix.lower() == ".parquet":
             yield from _parquet_rows(table, columns)
-        elif table.suffix.lower() in SEPARATORS:
+        elif table.suffix.lower() in (".csv", ".tsv"):
             yield from _text_rows(table, columns)
         else:
             raise UserError(f"{table} is not a table: its name must end in .csv, .tsv or .parquet")
@@ -49,22 +65,58 @@ def _rows(table: Path, columns: tuple[str, str]) -> Iterator[tuple[str | None, s
         raise UserError(f"{table} cannot be read: {error}") from error
 
 
-def _text_rows(table: Path, columns: tuple[str, str]) -> Iterator[tuple[str | None, str | None]]:
+def _text_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
     csv.field_size_limit(1 << 24)  # captions may be longer than the module's 128 KiB
     # Bytes that are not UTF-8 come through as surrogates, so that they cost a row and not the table.
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter=SEPARATORS[table.suffix.lower()])
-        _check_columns(table, rows.fieldnames or [], columns)
-        for row in rows:
-            yield row[columns[0]], row[columns[1]]
+        rows = _csv_rows(table, file) if table.suffix.lower() == ".csv" else _tsv_rows(file)
+        _, head = next(rows, (1, []))
+        if isinstance(head, str):
+            raise UserError(f"{table}, line 1: {head}")
+        _check_columns(table, head, columns)
+        places = [head.index(column) for column in columns]
+        for line, row in rows:
+            if isinstance(row, str):
+                yield Row(None, None, (f"line {line}", row))
+            elif any(row[len(head) :]) or len(row) <= max(places):
+                yield Row(None, None, (f"line {line}", f"row has other fields than the table: {len(row)}, not {len(head)}"))
+            else:
+                yield Row(*(row[place] for place in places))
 
 
-def _parquet_rows(table: Path, columns: tuple[str, str]) -> Iterator[tuple[str | None, str | None]]:
+def _csv_rows(table: Path, file: TextIO) -> Iterator[tuple[int, list[str] | str]]:
+    """The number of each row's first line, and its fields, or why it has none. Empty lines are none."""
+    rows = csv.reader(file, strict=True)
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise UserError(f"{table}: a quote that is opened in line {line} or later is never closed") from error
+            yield line, f"row is not CSV: {error}"
+        else:
+            if row:
+                yield line, row
+
+
+def _tsv_rows(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """As `_csv_rows`, a line a row. Quotes that do not enclose a field, as spreadsheets would write it, are its own."""
+    for line, text in enumerate(file, 1):
+        if text := text.rstrip("\r\n"):
+            fields = [found[0] for found in FIELD.finditer(text)]
+            quoted = (QUOTED.fullmatch(field) for field in fields)
+            yield line, [field[1:-1].replace('""', '"') if inside else field for field, inside in zip(fields, quoted, strict=True)]
+
+
+def _parquet_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
     with pyarrow.parquet.ParquetFile(table) as file:
         _check_columns(table, file.schema_arrow.names, columns)
         for batch in file.iter_batches(columns=list(columns)):
             strings = [batch.column(name).cast(pyarrow.string()).to_pylist() for name in columns]
-            yield from zip(*strings)
+            yield from (Row(*row) for row in zip(*strings, strict=True))
 
 
 def _check_columns(table: Path, present: list[str], wanted: tuple[str, str]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,17 @@ def encode_text(
         "blocks_hash": hashlib.sha256("".join(block["identity"] for block in blocks).encode()).hexdigest(),
     }  # fmt: skip
     _refuse_others(folder, made_by)
-    captions = list(_number(source, folder, [block["name"] for block in blocks]))
-    names = [f"{number:05d}.text" for number in range(-(-len(captions) // shard))]
+    places = _numbered(source, folder, [block["name"] for block in blocks], made_by["blocks_hash"])
+    names = [f"{number:05d}.text" for number in range(-(-len(places) // shard))]
     chosen = shard_range(shards, len(names))
-    with tqdm(total=min(len(captions), len(chosen) * shard), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
+    with tqdm(total=min(len(places), len(chosen) * shard), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
         for number in chosen:
-            name, own = names[number], captions[number * shard : (number + 1) * shard]
+            name, own = names[number], places[number * shard : (number + 1) * shard]
             record = folder / f"{name}.json"
             if not (record.exists() and _opens(folder / f"{name}.safetensors")):
                 truncated = text.truncated
-                arrays, error = _encode(text, own, stored, batch_size, bar)
+                captions = [source.read_text(index).captions[which] for index, which in own.tolist()]
+                arrays, error = _encode(text, captions, stored, batch_size, bar)
                 with whole_file(folder / f"{name}.safetensors") as file:
                     file.write(save(arrays))
                 told = {"captions": len(own), "truncated": text.truncated - truncated, "error": error}
@@ -120,18 +122,33 @@ def _refuse_others(folder: Path, made_by: dict[str, Any]) -> None:
                             "delete this one")  # fmt: skip
 
 
-def _number(source: Source, folder: Path, names: list[str]) -> Iterator[str]:
-    """Each caption once, in the order of the source; on the way, write which samples have which."""
+def _numbered(source: Source, folder: Path, names: list[str], blocks_hash: str) -> np.ndarray:
+    """(captions, 2) int64, where each stands first: the sample, and which of its captions. They are numbered once, and which samples
+    have which is written; what runs beside or after that, reads it."""
+    record, path = folder / "captions.json", folder / "captions.npy"
+    whole = record.is_file() and read_json(record) == {"blocks_hash": blocks_hash}
+    if whole and all(_opens(folder / f"{name}.captions.safetensors") for name in names):
+        with suppress(OSError, ValueError):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    places = np.array(list(_number(source, folder, names)), dtype=np.int64).reshape(-1, 2)
+    with whole_file(path) as file:
+        np.save(file, places, allow_pickle=False)
+    write_json(record, {"blocks_hash": blocks_hash})  # last: it says that all is there
+    return places
+
+
+def _number(source: Source, folder: Path, names: list[str]) -> Iterator[tuple[int, int]]:
+    """Where each caption stands first, in the order of the source; on the way, write which samples have which."""
     numbers: dict[bytes, int] = {}
     ends = np.cumsum(source.blocks)
     for name, end, length in tqdm(list(zip(names, ends, source.blocks, strict=True)), desc="captions", unit="shard", mininterval=0.5):
         rows, of_block = [0], []
         for index in range(end - length, end):
-            for caption in _captions(source, index):
+            for which, caption in enumerate(_captions(source, index)):
                 key = hashlib.blake2b(caption.encode("utf-8", "surrogateescape"), digest_size=16).digest()
                 if key not in numbers:
                     numbers[key] = len(numbers)
-                    yield caption
+                    yield int(index), which
                 of_block.append(numbers[key])
             rows.append(len(of_block))
         arrays = {"rows": np.array(rows, dtype=np.int64), "captions": np.array(of_block, dtype=np.int64)}

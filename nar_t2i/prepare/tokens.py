@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from nar_t2i.data.cache import CONDITIONS, FORMAT, MANIFEST, pack
 from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
-from nar_t2i.data.reading import BatchReader, Choices, View, make_batch, reads
+from nar_t2i.data.reading import BatchReader, Choices, Read, View, make_batch, reads
 from nar_t2i.data.source import Sample, Source
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part
@@ -75,20 +76,22 @@ def encode_tokens(
         {**made_by, "name": source.block_name(number), "length": length, "identity": source.identity(number)}
         for number, length in enumerate(source.blocks)
     ]
-    with tqdm(total=int(sum(source.blocks[number] for number in chosen)), desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
-        for number in chosen:
+    todo = [number for number in chosen if _finished(folder, wanted[number], len(looks)) is None]
+    spans = [range(starts[number], starts[number + 1]) for number in todo]
+    reader = _LooksReader(source, View(codec.image_size), looks)
+    # One loader for all blocks, whose processes read on while a block is written.
+    loader = reads(DataLoader(reader, batch_sampler=_Batches(spans, batch_size), collate_fn=lambda read: read, num_workers=workers))
+    images = int(sum(source.blocks[number] for number in chosen))
+    finished = images - sum(map(len, spans))
+    with tqdm(total=images, initial=finished, desc=f"→ {folder}", unit="image", mininterval=0.5) as bar:
+        for number, span in zip(todo, spans, strict=True):
             block = wanted[number]
-            name, length = block["name"], block["length"]
-            if _finished(folder, block, len(looks)) is None:
-                indices = np.arange(starts[number], starts[number + 1])
-                arrays, lost = _encode_block(codec, source, indices, looks, errors, batch_size, workers, device, bar)
-                arrays["tokens"] = pack(arrays["tokens"], codec.spec, float_dtype)
-                for kind, array in arrays.items():
-                    with whole_file(folder / f"{name}.{kind}.npy") as file:
-                        np.save(file, array, allow_pickle=False)
-                write_json(folder / f"{name}.tokens.json", {**block, "lost": lost})  # last: it says that the block is whole
-            else:
-                bar.update(length)
+            arrays, lost = _encode_block(codec, loader, span, looks, errors, batch_size, device, bar)
+            arrays["tokens"] = pack(arrays["tokens"], codec.spec, float_dtype)
+            for kind, array in arrays.items():
+                with whole_file(folder / f"{block['name']}.{kind}.npy") as file:
+                    np.save(file, array, allow_pickle=False)
+            write_json(folder / f"{block['name']}.tokens.json", {**block, "lost": lost})  # last: it says that the block is whole
     blocks = [_finished(folder, block, len(looks)) for block in wanted]  # last, since other tasks have worked meanwhile
     if None in blocks:
         return None
@@ -120,35 +123,44 @@ def _finished(folder: Path, wanted: dict[str, Any], looks: int) -> dict[str, Any
     return found
 
 
+class _Batches:
+    """Batches of indices, none of which reaches from one span into another."""
+
+    def __init__(self, spans: list[range], size: int):
+        self._spans, self._size = spans, size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for span in self._spans:
+            for first in span[:: self._size]:
+                yield np.arange(first, min(first + self._size, span.stop))
+
+
 def _encode_block(
     codec: TokenCodec,
-    source: Source,
-    indices: np.ndarray,
+    loader: Iterator[Read],
+    span: range,
     looks: list[tuple[float, bool]],
     errors: bool,
     batch_size: int,
-    workers: int,
     device: str | torch.device,
     bar: tqdm,
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
-    """What a block's files hold, a row a look at a sample, and the samples that could not be read, with key and reason."""
-    spec, rows = codec.spec, len(indices) * len(looks)
+    """What a block's files hold, a row a look at a sample of the span, and the samples that could not be read, with key and reason."""
+    spec, rows = codec.spec, len(span) * len(looks)
     arrays = {"tokens": np.zeros((rows, spec.length, *spec.value_shape), dtype=spec.blank(0).numpy().dtype),
               "conditions": np.zeros((rows, len(CONDITIONS)), dtype=np.float32)}  # fmt: skip
     if errors:
         arrays["errors"] = np.zeros((rows, spec.length), dtype=np.float16)
     lost: dict[str, tuple[str, str]] = {}
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    reader = _LooksReader(source, View(codec.image_size), looks)
-    loader = DataLoader(reader, batch_sampler=batches, collate_fn=lambda read: read, num_workers=workers)
-    for batch, read in zip(batches, reads(loader)):
+    for batch in _Batches([span], batch_size):
+        read = next(loader)
         present = np.array([], dtype=np.int64) if read.batch is None else read.batch.ids.numpy()
         missing = np.setdiff1d(batch, present)  # sorted, like the losses, which come in the order of the batch
         for index, loss in zip(missing, read.losses):
-            lost[str(index - indices[0])] = (loss.key, loss.reason)
+            lost[str(index - span.start)] = (loss.key, loss.reason)
         if read.batch is not None:
             encoded = codec.encode(to_float(read.batch.images.to(device)))
-            at = ((present - indices[0])[:, None] * len(looks) + np.arange(len(looks))).ravel()
+            at = ((present - span.start)[:, None] * len(looks) + np.arange(len(looks))).ravel()
             arrays["tokens"][at] = _checked(encoded.tokens, spec)
             arrays["conditions"][at] = torch.stack([read.batch.scalars[name] for name in CONDITIONS], 1).numpy()
             if errors:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nar_t2i import liveness
 from nar_t2i.errors import UserError
 
 # In rising order: where ranks got different ones, the last counts. The exit statuses tell a batch script what to do.
@@ -158,10 +159,14 @@ class StallWatch(Callback):
             self._wound = now
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._wind()
+        liveness.listen(self._wind)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        liveness.stop_listening(self._wind)
         faulthandler.cancel_dump_traceback_later()
 
-    setup = _wind
     on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = _wind
     on_validation_start = on_validation_batch_start = on_validation_batch_end = on_validation_end = _wind
     on_test_batch_end = on_predict_batch_end = on_save_checkpoint = on_sanity_check_start = _wind

@@ -13,6 +13,7 @@ from torch import nn
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.opening import Weighted
+from nar_t2i.data.shard_index import index_path
 from nar_t2i.data.images import fit
 from nar_t2i.errors import UserError
 
@@ -152,6 +153,17 @@ def test_too_many_known_losses_stop_before_training(tmp_path):
         hurt(tmp_path, max_lost_share=0.1).train_dataloader()
 
 
+def test_a_shard_that_is_cut_off_counts_as_what_others_hold(tmp_path):
+    write_shards(tmp_path, [20] * 4)
+    for number in (1, 3):
+        path = tmp_path / f"{number:05d}.tar"
+        index_path(path).unlink()
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size // 4)
+    with pytest.raises(UserError, match=r"2\d of 80 samples cannot be used"):
+        CaptionedImages(str(tmp_path), 8, 4, max_lost_share=0.3).train_dataloader()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_losses_stop_while_training(tmp_path, workers):
     jpeg = encoded(pixels(0, 64, 64), "JPEG")
@@ -248,11 +260,44 @@ def test_resume_from_a_count_without_a_trainer(tmp_path):
     whole = take(CaptionedImages(folder, 8, 4), 9)
     data = CaptionedImages(folder, 8, 4)
     take(data, 4)
-    assert data.state_dict() == {"samples": 16}
+    assert data.state_dict()["samples"] == 16
     resumed = CaptionedImages(folder, 8, 4, workers=2)
     resumed.load_state_dict({"samples": 16})
     assert resumed.samples == 16
     assert all(same(a, b) for a, b in zip(take(resumed, 5), whole[4:]))
+
+
+def test_a_resumed_run_is_told_of_other_data(tmp_path, caplog):
+    folder = write_shards(tmp_path / "s", [5, 7])
+    first = CaptionedImages(str(folder), 8, 4)
+    take(first, 2)
+    state = first.state_dict()
+
+    def warnings(**options):
+        data = CaptionedImages(str(folder), 8, 4, **options)
+        data.load_state_dict(state)
+        caplog.clear()
+        take(data, 1)
+        return [record.getMessage() for record in caplog.records if "goes on after 8 images" in record.getMessage()]
+
+    assert warnings() == []
+    assert "data.init_args: seed, window changed" in warnings(seed=1, window=2)[0]
+    write_shards(folder, [5, 7, 3])
+    assert "data.init_args: train changed" in warnings()[0]
+
+
+def test_mixtures_of_other_weights_have_another_order(tmp_path):
+    folder = str(write_shards(tmp_path, [4]))
+    orders = [CaptionedImages([Weighted(folder, 1.0), Weighted(folder, w)], 8, 4).state_dict()["order"] for w in (1.0, 1.0, 2.0)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_numbers_that_no_sample_has_are_told(tmp_path, caplog):
+    folder = str(write_shards(tmp_path, [4]))
+    take(CaptionedImages(folder, 8, 4, scalars=["score", "original_width"]), 1)
+    assert not caplog.records
+    take(CaptionedImages(folder, 8, 4, scalars=["scores"]), 1)
+    assert "has scores (they have original_height, original_width, score)" in caplog.text
 
 
 def test_a_count_that_another_global_batch_does_not_divide_is_refused(tmp_path):

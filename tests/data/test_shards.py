@@ -1,13 +1,17 @@
 """Local shards: nothing is lost silently, nothing is executed, nothing is written where a name says."""
 
+import errno
 import logging
 import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 
 from nar_t2i.data import shards
@@ -15,6 +19,7 @@ from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
+from nar_t2i.prepare import indices
 
 
 def test_written_shards_read_back(tmp_path):
@@ -255,3 +260,93 @@ def test_json_that_python_cannot_hold_costs_a_sample(tmp_path, fields, reason):
 def test_a_pattern_without_its_brace_is_one_clear_error():
     with pytest.raises(UserError, match="is no pattern of shards"):
         ShardSource("data/{00..09.tar")
+
+
+def test_names_with_more_dots_are_told_unless_they_stand_beside_an_image(tmp_path):
+    dotted = [("IMG_2020.01.02.png", encoded(pixels(1))), ("IMG_2020.01.02.txt", b"a caption"), ("IMG_2020.03.04.png", encoded(pixels(2)))]
+    write_tar(tmp_path / "0.tar", [*members("good", 0), ("good.mask.png", encoded(pixels(3))), *dotted])
+    source = ShardSource(str(tmp_path))
+    assert len(source) == 1
+    assert [(loss.key, "first dot" in loss.reason) for loss in source.lost] == [("IMG_2020.01.02.png", True), ("IMG_2020.03.04.png", True)]
+
+
+def test_a_byte_order_mark_is_no_caption_and_an_empty_list_hides_none(tmp_path):
+    marked = [("a.png", encoded(pixels(0))), ("a.txt", "\ufeffa cat".encode())]
+    listed = [("b.png", encoded(pixels(1))), ("b.txt", b"a dog"), ("b.json", b'{"captions": []}')]
+    write_tar(tmp_path / "0.tar", [*marked, *listed])
+    source = ShardSource(str(tmp_path))
+    assert [source.read_text(i).captions for i in range(2)] == [["a cat"], ["a dog"]]
+
+
+def strip(folder):
+    for path in folder.glob("*.index.safetensors"):
+        path.unlink()
+
+
+def test_ranks_index_foreign_shards_from_different_places(tmp_path, monkeypatch, caplog):
+    folder = write_shards(tmp_path, [1] * 4)
+    strip(folder)
+    made = []
+    inner = shards.open_index
+
+    def noted(tar, path, compared):
+        if not path.exists():
+            made.append(tar.stem)
+            if tar.stem == "00002":
+                inner(folder / "00000.tar")  # as another rank does meanwhile
+        return inner(tar, path, compared)
+
+    monkeypatch.setattr(shards, "open_index", noted)
+    monkeypatch.setattr(shards, "dist", SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2))
+    assert len(ShardSource(str(folder))) == 4 and made == ["00002", "00003", "00001"]
+    assert "4 of 4 shards" in caplog.text and "index_shards.py" in caplog.text
+    caplog.clear()
+    assert len(ShardSource(str(folder))) == 4 and not caplog.records
+
+
+def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatch):
+    folders = [write_shards(tmp_path / name, [2, 3], first=first) for name, first in (("a", 0), ("b", 5))]
+    for folder in folders:
+        strip(folder)
+        folder.chmod(0o555)
+    both = f"{tmp_path}/{{a,b}}/*.tar"
+    assert indices.main([both, "--index-folder", str(tmp_path / "i"), "--workers", "2"]) == 0
+    assert "10 samples; 0 cannot be used" in capsys.readouterr().out
+    monkeypatch.setattr("nar_t2i.data.shard_index.scan_tar", None)  # would be an error now
+    source = ShardSource(both, index_folder=str(tmp_path / "i"))
+    assert [source.read_text(i).key for i in range(10)] == [f"s{n:06d}" for n in range(10)]
+    assert not list(folders[0].glob("*.safetensors"))
+
+
+def test_an_index_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path, [2])
+
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("nar_t2i.data.shard_index.open_map", full)
+    with pytest.raises(UserError, match="00000.index.safetensors cannot be opened: Too many open files"):
+        ShardSource(str(folder))
+
+
+@pytest.mark.parametrize("name", ["key_bytes", "caption_bytes", "caption_rows", "images", "scalars"])
+def test_an_index_whose_arrays_do_not_fit_is_one_clear_error(tmp_path, name):
+    path = index_path(write_shards(tmp_path, [3]) / "00000.tar")
+    with safe_open(path, "numpy") as file:
+        arrays, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    for damaged in ({key: value for key, value in arrays.items() if key != name}, {**arrays, name: arrays[name][:-1]}):
+        path.write_bytes(save(damaged, metadata))
+        with pytest.raises(UserError, match="is not a readable shard index"):
+            open_index(tmp_path / "00000.tar")
+
+
+def test_a_process_may_open_more_files_than_usual(tmp_path):
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        from nar_t2i.data.files import allow_open_files
+        allow_open_files()
+        files = [open(sys.executable) for _ in range(200)]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr

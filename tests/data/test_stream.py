@@ -131,6 +131,12 @@ def test_other_schemes_ask_for_a_command(url):
         take(CaptionedImages(url, 8, 4), 1)
 
 
+@pytest.mark.parametrize("url", ["pipe:cat {0..3.tar", "pipe:awk '{print' 0.tar"])
+def test_braces_that_are_not_closed_are_one_clear_error(url):
+    with pytest.raises(UserError, match="is no pattern of shards"):
+        take(CaptionedImages(url, 8, 4), 1)
+
+
 def test_streams_are_not_mixed_cached_or_validated_on(tmp_path):
     folder = str(write_shards(tmp_path, [4]))
     with pytest.raises(UserError, match="only be streamed"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nar_t2i.errors import UserError
 from nar_t2i.networks import EncoderDecoder, attention
-from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend, mask_for
+from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend, attend_among
 from nar_t2i.types import Condition, TokenSpec, TokenState
 
 SPEC = TokenSpec((3, 4), "categorical", 10)
@@ -203,22 +203,19 @@ def test_attention_written_out_fused_and_by_hand(masked):
     torch.testing.assert_close(written.float(), fused, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["none", "words", "added"])
-def test_long_attention_is_written_out_without_gradients_too(monkeypatch, kind):
+@pytest.mark.parametrize("tokens", [127, 128, 512, 513])
+def test_attention_among_some_hundred_tokens_is_written_out_in_any_batch(monkeypatch, tokens):
     monkeypatch.setattr(attention, "_KERNEL_HAS_AMX", False)
     kernel = Mock(side_effect=F.scaled_dot_product_attention)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", kernel)
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 128, 8), torch.randn(2, 4, 72, 8), torch.randn(2, 4, 72, 8)
-    words = torch.arange(72) < torch.tensor([72, 30])[:, None, None, None]
+    q, k, v = torch.randn(3, 9, 2, tokens, 8).bfloat16()
     with torch.no_grad():
-        mask = {"none": None, "words": words, "added": mask_for(words, torch.float32)}[kind]
-        rounded = mask_for(words, torch.bfloat16) if kind == "added" else mask
-        written = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), rounded)
-        assert kernel.call_count == 0
-        torch.testing.assert_close(written.float(), attend(q, k, v, mask), rtol=0.03, atol=0.03)
-        attend(q[:, :, :1].bfloat16(), k.bfloat16(), v.bfloat16())  # a single token: more to launch than to do
-    assert kernel.call_count == 2
+        together = attend_among(q, k, v)
+        alone = torch.cat([attend_among(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(9)])
+    assert kernel.call_count == (0 if 128 <= tokens <= 512 else 10)
+    assert torch.equal(together, alone)  # bit for bit: a picture does not depend on its batch
+    torch.testing.assert_close(together.float(), attend(q.float(), k.float(), v.float()), rtol=0.03, atol=0.03)
 
 
 def test_gradients_of_attention_written_out():

@@ -13,6 +13,7 @@ from tests.data.making_shards import encoded, pixels, write_shards
 
 from nar_t2i.cli import main as nar_t2i
 from nar_t2i.data import CaptionedImages
+from nar_t2i.data.mixture import Mixture
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.text_cache import MANIFEST, TextCache, pack_states, unpack_states
 from nar_t2i.errors import UserError
@@ -138,6 +139,25 @@ def test_tasks_that_end_while_others_work_leave_a_manifest(shards, tmp_path, ber
     monkeypatch.setattr(command, "_encode", meanwhile)
     assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=12, shards="1:") is not None
     TextCache(str(tmp_path / "text"))
+
+
+def test_captions_are_numbered_once_for_all_tasks(shards, tmp_path, bert, monkeypatch):
+    first = encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="0:2")
+    inner, numbered = command._number, []
+    monkeypatch.setattr(command, "_number", lambda *arguments: numbered.append(1) or inner(*arguments))
+    assert first is None and encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) is not None and not numbered
+    damaged = next((tmp_path / "text").glob("*.captions.safetensors"))
+    damaged.write_bytes(b"damaged")
+    encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
+    assert numbered and load_file(damaged)
+
+
+def test_a_mixture_tells_what_did_not_fit_by_weight(shards):
+    parts = [ShardSource(shards), ShardSource(shards)]
+    parts[0].truncated, parts[1].truncated = 0.1, 0.4
+    assert Mixture(parts, [1, 2]).truncated == pytest.approx(0.3)
+    parts[0].truncated = None
+    assert Mixture(parts, [1, 2]).truncated is None
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path, joint):

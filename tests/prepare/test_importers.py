@@ -321,3 +321,47 @@ def test_rotated_images_keep_their_bytes_and_read_upright(tmp_path):
     source = ShardSource(str(tmp_path / "out"))
     assert source.read_bytes(0) == data and np.array_equal(source.read(0).image, decode_image(data))
     assert source.read(0).scalars["original_width"] == 12
+
+
+def test_a_coco_caption_of_none_is_none_and_linked_images_are_read(tmp_path):
+    root = images(tmp_path / "store", 2)
+    (tmp_path / "links").mkdir()
+    for number in range(2):
+        (tmp_path / f"links/im{number}.png").symlink_to(root / f"im{number}.png")
+    entries = [{"id": number, "file_name": f"im{number}.png"} for number in range(2)]
+    told = [{"image_id": 0, "caption": None}, {"image_id": 0, "caption": "told"}, {"image_id": 1, "caption": None}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": entries, "annotations": told}))
+    summary = coco.import_coco(tmp_path / "c.json", tmp_path / "links", tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["told"]}
+    assert [(dropped.name, dropped.reason) for dropped in summary.dropped] == [("im1.png", "empty caption")]
+
+
+def test_rows_with_other_fields_than_the_table_are_told(tmp_path):
+    root = images(tmp_path / "in", 5)
+    rows = ["path,caption", "im0.png,good", "inner/im1.png,a cat, on a mat", 'im2.png,"a cat, on a mat"', "inner/im3.png", "", 'im4.png,"a "cat" sits"']
+    (root / "t.csv").write_text("\n".join(rows))
+    summary = table.import_table(root / "t.csv", tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["good"], 2: ["a cat, on a mat"]}
+    told = {dropped.name: dropped.reason for dropped in summary.dropped}
+    assert told.keys() == {"line 3", "line 5", "line 7"} and "row has other fields than the table: 3, not 2" in told["line 3"]
+    (root / "u.csv").write_text('path,caption\nim0.png,good\nim1.png,"never closed\nim2.png,fine\n')
+    with pytest.raises(UserError, match="u.csv: a quote that is opened in line 3 or later is never closed"):
+        table.find_items(root / "u.csv")
+
+
+def test_quotes_in_a_tsv_take_no_rows(tmp_path):
+    root = images(tmp_path / "in", 4)
+    rows = ["path\tcaption", 'im0.png\t"Star Wars poster', "inner/im1.png\ta cat", 'im2.png\tsays hi"', 'inner/im3.png\t"the ""best"" one"']
+    (root / "t.tsv").write_text("\n".join(rows))
+    summary = table.import_table(root / "t.tsv", tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ['"Star Wars poster'], 1: ["a cat"], 2: ['says hi"'], 3: ['the "best" one']}
+    assert not summary.dropped
+
+
+def test_captions_that_no_reader_would_take_are_dropped(tmp_path):
+    root = images(tmp_path / "in", 1)
+    (root / "im0.txt").write_text("word " * 60_000)
+    (root / "._im0.txt").write_bytes(b"\x00\x05\x16")  # as one system leaves it on the disks of others
+    with pytest.raises(UserError, match="captions are longer than 262144 bytes"):
+        folder.import_folder(root, tmp_path / "out")
+    assert [item.name for item in folder.find_items(root)] == ["im0.png"]

@@ -7,6 +7,7 @@ from tests.data.making_shards import write_shards
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.prepare.sentencepiece import captions_of, main, train_sentencepiece
+from nar_t2i.text import ScratchTextEncoder
 
 CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "green") for s in ("circle", "star") for p in ("on grey", "above it")] * 5
 
@@ -62,3 +63,12 @@ def test_the_command(tmp_path, capsys):
     assert "pieces" in capsys.readouterr().out and (tmp_path / "out.model").exists()
     assert main([str(tmp_path / "none"), str(tmp_path / "out.model")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_vocabulary_is_of_what_the_encoder_reads(tmp_path):
+    captions = [f"{a} {b} over the {c}" for a in ("Red", "Green", "Blue") for b in ("Tower", "Bridge", "Castle") for c in ("River", "Ocean")] * 20
+    train_sentencepiece([caption.title() for caption in captions], tmp_path / "title.model", 400)
+    train_sentencepiece([caption.lower() for caption in captions], tmp_path / "lower.model", 400)
+    assert (tmp_path / "title.model").read_bytes() == (tmp_path / "lower.model").read_bytes()
+    encoder = ScratchTextEncoder(str(tmp_path / "title.model"), width=8, depth=1, heads=1, max_length=32)
+    assert int(encoder.tokenize(["Red Tower Over The River"])[1].sum()) == 6  # five words, and the end

@@ -1,0 +1,31 @@
+"""The watch over stalls is for ranks that hang, not for work that takes long before training."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """if True:
+    import sys, time
+    from types import SimpleNamespace
+    from nar_t2i.liveness import going_on
+    from nar_t2i.training.preemption import StallWatch
+    watch = StallWatch(0.03)  # 1.8 seconds
+    watch.setup(None, None, "fit")
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        if sys.argv[1] == "tells":
+            going_on()
+    watch.teardown(None, None, "fit")
+    time.sleep(2)  # nothing is watched any more
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("tells", 0), ("is silent", 1)])
+def test_what_says_that_it_goes_on_is_not_ended(how, status):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stderr
+    assert ("Timeout (0:00:01" in done.stderr) == bool(status)
