@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import read_json
+from nar_t2i.folders import first_difference, read_json
 from nar_t2i.inference import AmusedConfidence
 from nar_t2i.networks.uvit import UVit
 from nar_t2i.networks.uvit_weights import FILE, uvit_from_amused
@@ -83,7 +83,7 @@ def _tokenizer(folder: Path, config: dict, network: UVit) -> AmusedVQ:
     try:
         tokenizer.model.load_state_dict(load_file(folder / FILE))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder / FILE}: {error}".splitlines()[0]) from error
+        raise UserError(f"{folder / FILE}: {first_difference(error)}") from error
     if tokenizer.spec != network.spec:
         raise UserError(f"{folder}: has {tokenizer.spec.size} codes, and transformer has {network.spec.size}")
     return tokenizer

@@ -95,8 +95,16 @@ def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
     except FileNotFoundError:
         raise UserError(f"{folder / WEIGHTS}: no such file") from None
     except (SafetensorError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder}: {error}".splitlines()[0]) from error
+        raise UserError(f"{folder}: {first_difference(error)}") from error
+    except (KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be built: {type(error).__name__}: {error}") from error
     return part.eval()
+
+
+def first_difference(error: Exception) -> str:
+    """What an error says in one line; of torch's about weights that do not fit, the first that does not."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines and lines[0].startswith("Error(s) in loading") else "".join(lines[:1])
 
 
 def frozen_network(model: str | nn.Module) -> nn.Module:

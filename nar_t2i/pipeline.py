@@ -77,6 +77,9 @@ class TextToImage:
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")
         parts = {name: load_part(folder / name, trusted) for name in PARTS}
+        for (name, part), kind in zip(parts.items(), (TokenCodec, TextEncoder, NullCaption, TokenNetwork), strict=True):
+            if not isinstance(part, kind):
+                raise UserError(f"{folder / name}: a {type(part).__name__}, and no {kind.__name__}")
         try:
             inference, guidance = (build(config[name], trusted) for name in ("inference", "guidance"))
         except (KeyError, TypeError, AttributeError) as error:

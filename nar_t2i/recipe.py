@@ -1,10 +1,11 @@
 """A recipe: a YAML file that is a diff over the recipes it extends, resolved to one plain configuration.
 
 `extends: ../base/scenes.yaml` (or a list of them, later ones on top) names the recipes below, relative to the file that
-says it. Mappings merge deeply; every other value, lists included, replaces what was there. Three rules beyond that:
+says it. Mappings merge deeply; every other value, lists included, replaces what was there. Four rules beyond that:
 
 - Where a recipe changes a `class_path`, the `init_args` below it are dropped: they belonged to another class.
 - A mapping whose keys are all numbers, laid over a list, changes those: `trainer.callbacks.0.init_args.decay=0.9`.
+- A recipe that two others extend is read once, before the first of them.
 - Interpolation (`${model.init_args.network.init_args.width}`, `${oc.env:HOME}`) is resolved over the merged whole.
 
 Every mistake is a UserError that names the file and the key.
@@ -12,6 +13,7 @@ Every mistake is a UserError that names the file and the key.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +25,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nar_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 
@@ -62,8 +66,15 @@ def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
     names = [paths] if isinstance(paths, (str, Path)) else list(paths)
     config: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    seen: list[Path] = []
     for name in names:
-        _read(_find(str(name), None, "", option), (), config, sources)
+        before, known = dict(sources), len(seen)
+        path = _find(str(name), None, "", option)
+        _read(path, (), config, sources, seen)
+        bases = {str(base) for base in seen[known:]} - {str(path)}
+        again = [key for key, source in before.items() if source not in bases and sources.get(key) in bases]
+        if again:
+            log.warning("%s: key %s: set by %s, and set again by %s, which %s extends", option, again[0], before[again[0]], sources[again[0]], path)
     _merge(config, _parse_overrides(overrides), "", COMMAND_LINE, sources)
     recipe = Recipe(config, sources, str(names[0]) if names else COMMAND_LINE)
     return Recipe(_resolve(recipe), sources, recipe.name)
@@ -85,20 +96,24 @@ def _find(name: str, folder: Path | None, file: str, key: str) -> Path:
     raise UserError(f"{where}: recipe {name!r} does not exist, neither there nor among the shipped ones in {shipped()}")
 
 
-def _read(path: Path, chain: tuple[Path, ...], config: dict[str, Any], sources: dict[str, str]) -> None:
-    """Merge the recipe at `path`, and first all that it extends, into `config`."""
+def _read(path: Path, chain: tuple[Path, ...], config: dict[str, Any], sources: dict[str, str], seen: list[Path]) -> None:
+    """Merge the recipe at `path`, and first all that it extends, into `config`. seen: what was merged before, which nothing
+    that extends it merges again: a second recipe on the same base is a difference, too, and does not undo the first one's."""
     identity = path.resolve()
     if identity in chain:
         circle = [*chain[chain.index(identity):], identity]
         raise UserError(f"{path}: key extends: circular: {' → '.join(p.name for p in circle)}")
+    if chain and any(identity == other.resolve() for other in seen):
+        return
     content = _parse(path)
     extends = content.pop("extends", None)
     extends = [extends] if isinstance(extends, str) else extends or []
     if not (isinstance(extends, list) and all(isinstance(name, str) for name in extends)):
         raise UserError(f"{path}: key extends: must be a path or a list of paths, not {extends!r}")
     for name in extends:
-        _read(_find(name, path.parent, str(path), "extends"), (*chain, identity), config, sources)
+        _read(_find(name, path.parent, str(path), "extends"), (*chain, identity), config, sources, seen)
     _merge(config, content, "", str(path), sources)
+    seen.append(path)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -156,9 +171,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any], prefix: str, source: st
         if isinstance(value, dict) and isinstance(present, list) and all(str(k).isdigit() for k in value):
             present = {str(i): item for i, item in enumerate(present)}
             _merge(present, {str(k): v for k, v in value.items()}, f"{key}.", source, sources)
-            if list(present) != [str(i) for i in range(len(present))]:
-                raise UserError(f"{source}: key {key}: the list has no item {list(value)[-1]}")
-            below[name] = list(present.values())
+            beyond = [number for number in present if int(number) >= len(present)]
+            if beyond:
+                raise UserError(f"{source}: key {key}: the list has no item {beyond[0]}")
+            below[name] = [present[number] for number in sorted(present, key=int)]
         elif isinstance(value, dict) and isinstance(present, dict):
             _merge(present, value, f"{key}.", source, sources)
         else:

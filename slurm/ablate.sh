@@ -15,6 +15,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 set -euo pipefail
+fail() { echo "ablate.sh: $*" >&2; exit 2; }
 readonly REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/training/preemption.py
 
 if [ "${1:-}" = --task ]; then  # this is the job
@@ -22,15 +23,14 @@ if [ "${1:-}" = --task ]; then  # this is the job
   cd "$SLURM_SUBMIT_DIR"
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  command=("${NAR_T2I_PYTHON:-$PWD/.venv/bin/python}")
-  if [ -n "${NAR_T2I_CONTAINER:-}" ]; then
-    command=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}")
-  fi
-  [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || { echo "ablate.sh: started 50 times and not finished; not queued again" >&2; exit 2; }
+  root=$PWD
+  . slurm/python.sh
+  python_of "$root"
+  [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || fail "started 50 times and not finished; not queued again"
   echo "ablate.sh: task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID, start ${SLURM_RESTART_COUNT:-0}"
   status=0
   # Without SLURM_NTASKS Lightning looks for no other ranks.
-  srun --ntasks=1 env -u SLURM_NTASKS "${command[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
+  srun --ntasks=1 env -u SLURM_NTASKS "${python[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
   if [ "$status" -eq "$REQUEUE" ]; then
     echo "ablate.sh: queueing ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID again"
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -51,20 +51,25 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ ${#recipes[@]} -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-python=${NAR_T2I_PYTHON:-.venv/bin/python}
+root=$PWD
+. slurm/python.sh
+python_of "$root"
 
 if $judged; then
-  tasks=$("$python" -m nar_t2i ablate "${recipes[@]}" ${ablation[@]+"${ablation[@]}"} --count)
+  tasks=$("${python[@]}" -m nar_t2i ablate "${recipes[@]}" ${ablation[@]+"${ablation[@]}"} --count)
   exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" ${options[@]+"${options[@]}"} slurm/ablate.sh --task "${recipes[@]}" ${ablation[@]+"${ablation[@]}"}
 fi
 for recipe in "${recipes[@]}"; do
-  [ -f "$recipe" ] || { echo "ablate.sh: there is no recipe $recipe" >&2; exit 2; }
+  [ -f "$recipe" ] || fail "there is no recipe $recipe"
 done
 # Recipes inherit run_dir, and two runs in one folder would be one.
-folders=$(for recipe in "${recipes[@]}"; do
-  "$python" -m nar_t2i fit --config "$recipe" --print_config | "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])'
-done)
-twice=$(sort <<<"$folders" | uniq -d)
-[ -z "$twice" ] || { echo "ablate.sh: several recipes have the run_dir $twice; give each its own" >&2; exit 2; }
+folders=()
+for recipe in "${recipes[@]}"; do
+  resolved=$("${python[@]}" -m nar_t2i fit --config "$recipe" --print_config)
+  folder=$(run_dir_of <<<"$resolved")
+  folders+=("$folder")
+done
+twice=$(printf '%s\n' "${folders[@]}" | sort | uniq -d)
+[ -z "$twice" ] || fail "several recipes have the run_dir $twice; give each its own"
 exec sbatch --job-name=nar-t2i --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" ${options[@]+"${options[@]}"} \
   slurm/train.sh --one-of "${recipes[@]}"

@@ -23,6 +23,7 @@ fail() { echo "sweep.sh: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit it: sbatch --array=0-8%3 slurm/sweep.sh ENTITY/PROJECT/SWEEP_ID"
 [ $# -eq 1 ] || fail "name one sweep: ENTITY/PROJECT/SWEEP_ID"
+[ -z "${NAR_T2I_CONTAINER:-}" ] || fail "a sweep's agent runs outside of containers; unset NAR_T2I_CONTAINER, and name a Python with NAR_T2I_PYTHON"
 root=${SLURM_SUBMIT_DIR}
 [ -d "$root/nar_t2i" ] || fail "submit it from the project's folder: there is no nar_t2i in $root"
 cd "$root"

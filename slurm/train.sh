@@ -8,7 +8,8 @@
 # command again goes on, too. A run that fails is not queued again, and neither is one that was cancelled.
 #
 # NAR_T2I_PYTHON     the Python to run          (default: .venv/bin/python of the project; in a container, its python3)
-# NAR_T2I_CONTAINER  an Apptainer image to run it in, which holds what the package depends on (default: none)
+# NAR_T2I_CONTAINER  an Apptainer image to run it in, which holds what the package depends on (default: none). The project and the
+#                    run are there; name what else a recipe reads in APPTAINER_BIND
 #
 #SBATCH --job-name=nar-t2i
 #SBATCH --nodes=1
@@ -35,13 +36,8 @@ fi
 recipe=$1
 shift
 
-if [ -n "${NAR_T2I_CONTAINER:-}" ]; then
-  [ -e "$NAR_T2I_CONTAINER" ] || fail "NAR_T2I_CONTAINER: there is no $NAR_T2I_CONTAINER"
-  python=(apptainer exec --nv --bind "$root" --pwd "$root" "$NAR_T2I_CONTAINER" "${NAR_T2I_PYTHON:-python3}")
-else
-  python=("${NAR_T2I_PYTHON:-$root/.venv/bin/python}")
-fi
-command=("${python[@]}" -m nar_t2i)
+. slurm/python.sh
+python_of "$root"
 
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
 tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -52,8 +48,8 @@ settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
 # What is edited while the job waits to go on changes nothing: recipe and code are those of its first start.
 pointer=runs/.slurm/$SLURM_JOB_ID
 if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
-  resolved=$("${command[@]}" fit --config "$recipe" "${settings[@]}" "$@" --print_config)
-  run=$("${python[@]}" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<<"$resolved")
+  resolved=$("${python[@]}" -m nar_t2i fit --config "$recipe" "${settings[@]}" "$@" --print_config)
+  run=$(run_dir_of <<<"$resolved")
   [ "${run:0:1}" = / ] || run=$root/$run
   snapshot=$run/slurm/$SLURM_JOB_ID
   mkdir -p "$snapshot" runs/.slurm
@@ -66,6 +62,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
 fi
 run=$(cat "$pointer")
 snapshot=$run/slurm/$SLURM_JOB_ID
+python_of "$root" "$run"
 
 # Without PYTHONSAFEPATH the folder that the job stands in would come before the snapshot.
 export PYTHONPATH="$snapshot:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
@@ -83,7 +80,7 @@ before=$(readlink "$run/checkpoints/last.ckpt" || true)
 status=0
 # Ranks that leave with a status of their own do so within moments of each other, but for the first, which tells W&B; after four minutes,
 # of the five that Slurm gives, the rest is stuck.
-srun --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${command[@]}" fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
+srun --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${python[@]}" -m nar_t2i fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
 
 if [ "$status" -eq "$REQUEUE" ]; then
   # A run that gets no further between two requeues never would.

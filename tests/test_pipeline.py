@@ -142,8 +142,22 @@ def test_a_damaged_file_is_named(saved: Path, file: str, damage: str) -> None:
     assert str(path.parent) in str(caught.value)
 
 
+def test_a_part_of_another_kind_is_refused(saved: Path) -> None:
+    shutil.rmtree(saved / "null")
+    shutil.copytree(saved / "text", saved / "null")
+    with pytest.raises(UserError, match=r"null: a ScratchTextEncoder, and no NullCaption"):
+        TextToImage.from_pretrained(saved)
+
+
 def test_weights_of_another_network_are_refused(saved: Path) -> None:
     edit(saved / "network/config.json", lambda config: config["init_args"].update(width=32))
+    with pytest.raises(UserError, match=r"network: Error\(s\) in loading state_dict for .*: size mismatch for \S+: .* shape"):
+        TextToImage.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(("key", "value"), [("activation", "foo"), ("spec", None)])
+def test_arguments_that_no_network_takes_are_one_clear_error(saved: Path, key: str, value: object) -> None:
+    edit(saved / "network/config.json", lambda config: config["init_args"].update({key: value}))
     with pytest.raises(UserError, match="network"):
         TextToImage.from_pretrained(saved)
 

@@ -45,6 +45,17 @@ def test_extends_a_list_in_order_and_a_diamond_is_no_circle(write):
     assert load(write("top.yaml", "extends: [left.yaml, right.yaml]\n")).config == {"r": 0, "v": "right", "l": 1}
 
 
+def test_a_base_of_two_recipes_undoes_neither(write, caplog):
+    write("base.yaml", "x: 1\ny: 1\nz: 1\n")
+    a, b = write("a.yaml", "extends: base.yaml\nx: 2\n"), write("b.yaml", "extends: base.yaml\ny: 2\n")
+    both = write("both.yaml", "extends: [a.yaml, b.yaml]\n")
+    assert load(both).config == load([a, b]).config == {"x": 2, "y": 2, "z": 1} and not caplog.records
+    assert load([a, write("base.yaml", "x: 1\ny: 1\nz: 1\n")]).config["x"] == 1  # what is named itself, is laid on top
+    write("other.yaml", "x: 3\n")
+    assert load([a, write("c.yaml", "extends: other.yaml\ny: 3\n")]).config == {"x": 3, "y": 3, "z": 1}
+    assert "key x: set by" in caplog.text and "and set again by" in caplog.text and "other.yaml, which" in caplog.text
+
+
 def test_several_recipes_are_laid_over_each_other(write):
     first, second = write("first.yaml", "a: 1\nb: 1\n"), write("second.yaml", "b: 2\n")
     assert load([first, second]).config == {"a": 1, "b": 2}
@@ -86,6 +97,8 @@ def test_overrides_reach_into_lists(write):
     path = write("r.yaml", "callbacks: [{class_path: A, init_args: {x: 1}}, {class_path: B}]\n")
     recipe = load(path, ["callbacks.0.init_args.x=2"])
     assert recipe.config == {"callbacks": [{"class_path": "A", "init_args": {"x": 2}}, {"class_path": "B"}]}
+    with pytest.raises(UserError, match="command line: key callbacks: the list has no item 7"):
+        load(write("t.yaml", "callbacks: [1, 2]\n"), ["callbacks.7=3", "callbacks.0=4"])
     with pytest.raises(UserError, match="command line: key callbacks: the list has no item 5"):
         load(path, ["callbacks.5.init_args.x=2"])
 

@@ -100,6 +100,8 @@ def _reason(text: str) -> str:
     if match := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
         return f"class {match[1]!r} is not a {match[2]}"
     if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        if "." not in match[1] and (choices := re.search(r"Literal\[(.*?)\]", text)):
+            return f"expected one of {choices[1]}, or a class_path, got {match[1]}"
         return f"class {match[1]!r} does not exist; give its full path"
     given = re.search(r"(?:Got value|Given value): (.*)", text)
     value = f", got {_short(given[1])}" if given else ""

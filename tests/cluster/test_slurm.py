@@ -110,7 +110,7 @@ def test_the_same_command_again_goes_on(cluster, tmp_path):
 APPTAINER = """#!/bin/bash
 # What `apptainer exec --nv --bind FOLDER --pwd FOLDER IMAGE …` does, without the image.
 [ "$1 $2 $3 $5 $7" = "exec --nv --bind --pwd {image}" ] || {{ echo "apptainer: $*" >&2; exit 9; }}
-cd "$6" && shift 7 && echo "in the container: $1" >&2 && exec "$@"
+cd "$6" && folders=$4 && shift 7 && echo "in the container: $1, with $folders" >&2 && exec "$@"
 """
 
 
@@ -129,7 +129,8 @@ def test_a_job_runs_in_the_container_that_is_named(cluster, tmp_path):
     job = cluster.wait(number, "FAILED", "COMPLETED")
     assert job["JobState"] == "COMPLETED", log(tmp_path)
     # To resolve the recipe, to read its folder, and each rank.
-    assert log(tmp_path).count(f"in the container: {sys.executable}") == 4
+    assert log(tmp_path).count(f"in the container: {sys.executable}, with {ROOT}\n") == 2
+    assert log(tmp_path).count(f"in the container: {sys.executable}, with {ROOT},{tmp_path}/run\n") == 2
     result(tmp_path)
 
 

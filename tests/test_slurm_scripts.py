@@ -1,0 +1,59 @@
+"""What the scripts of slurm/ do before anything is queued. tests/cluster/test_slurm.py runs them on a Slurm."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Names the folders that it is given, and what it would run.
+APPTAINER = '#!/bin/bash\necho "in the container: $4" >&2; shift 7; exec "$@"\n'
+SBATCH = '#!/bin/bash\necho "queued: $*"\n'
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script from the project's folder, with an sbatch that tells what it is asked for."""
+    for name, text in {"sbatch": SBATCH, "apptainer": APPTAINER}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def script(name, *arguments, **environment):
+        environment = {**os.environ, "NAR_T2I_PYTHON": sys.executable, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
+        line = ["bash", f"slurm/{name}", *map(str, arguments)]
+        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    return script
+
+
+def recipe(folder, name, text=""):
+    path = folder / f"{name}.yaml"
+    path.write_text(f"extends: {ROOT}/tests/cluster/tiny.yaml\nrun_dir: {folder}/{name}/run\n{text}")
+    return path
+
+
+@pytest.mark.parametrize("order", ["good bad", "bad good"])
+def test_a_recipe_with_a_mistake_keeps_all_from_being_queued(script, tmp_path, order):
+    recipes = [recipe(tmp_path, name, "model: {init_args: {learnin: 1}}" if name == "bad" else "") for name in order.split()]
+    done = script("ablate.sh", "--nodes", 1, *recipes)
+    assert done.returncode == 2 and "queued" not in done.stdout
+    assert "bad.yaml: key model.init_args.learnin: unknown key; did you mean 'learning'?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_recipes_are_resolved_in_the_container_that_is_named(script, tmp_path):
+    image = tmp_path / "image.sif"
+    one = recipe(tmp_path, "one")
+    missing = script("ablate.sh", one, NAR_T2I_CONTAINER=str(image))
+    assert missing.returncode == 2 and f"ablate.sh: NAR_T2I_CONTAINER: there is no {image}" in missing.stderr
+    image.touch()
+    done = script("ablate.sh", "--nodes", 1, one, NAR_T2I_CONTAINER=str(image))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"--nodes 1 slurm/train.sh --one-of {one}") and f"in the container: {ROOT}\n" in done.stderr
+
+
+def test_a_sweep_says_that_it_runs_outside_of_containers(script, tmp_path):
+    done = script("sweep.sh", "team/project/sweep", NAR_T2I_CONTAINER="image.sif", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(ROOT))
+    assert done.returncode == 2 and "outside of containers" in done.stderr
