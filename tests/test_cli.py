@@ -362,6 +362,12 @@ def test_a_mistake_in_a_file_names_that_file(folder, capsys):
     assert "error: base.yaml: key model.init_args.network.init_args.widht: unknown key" in capsys.readouterr().err
 
 
+def test_names_are_told_beside_the_classes_that_may_take_their_place(capsys):
+    assert fit("--model.init_args.learning.init_args.schedule=cosin", recipe="quickstart/generator") == 2
+    said = "key model.init_args.learning.init_args.schedule: expected one of 'cosine', 'linear', 'square', 'arccos', 'exponential', or a class_path, got cosin"
+    assert said in capsys.readouterr().err
+
+
 def test_circular_extends_and_yaml_mistakes(folder, capsys):
     (folder / "base.yaml").write_text("extends: toy.yaml\n")
     assert fit() == 2
