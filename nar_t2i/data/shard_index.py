@@ -253,8 +253,12 @@ class ShardIndex:
         return [buffer[a:b].decode("utf-8") for a, b in zip(starts, stops)]
 
 
-def index_path(tar: Path) -> Path:
-    return tar.with_suffix(INDEX_SUFFIX)
+def index_path(tar: Path, folder: str | Path | None = None) -> Path:
+    """Where the index of a tar stands: beside it, or in a folder, where tars of other folders may bear the same name."""
+    if folder is None:
+        return tar.with_suffix(INDEX_SUFFIX)
+    of_path = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
+    return Path(folder, f"{tar.stem}-{of_path}{INDEX_SUFFIX}")
 
 
 def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:

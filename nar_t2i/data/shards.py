@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nar_t2i.data.files import allow_open_files
 from nar_t2i.data.images import MAX_PIXELS, ImageError, decode_image
-from nar_t2i.data.shard_index import INDEX_SUFFIX, REST, ShardIndex, index_path, open_index
+from nar_t2i.data.shard_index import REST, ShardIndex, index_path, open_index
 from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts
 from nar_t2i.errors import UserError
 
@@ -34,13 +34,13 @@ class ShardSource(Source):
         allow_open_files()
         self.name = str(path)
         self._tars = find_tars(path)
-        self._names = block_names(self._tars)
+        self._stems = Counter(tar.stem for tar in self._tars)
         self._max_pixels = max_pixels
         self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
         self._compared: set[int] = set()  # shards that were, with their index
         self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
         self._lengths, self._identities, self._lost, self._damaged, self._scalar_names = [], [], [], [], set()
-        self._index_paths = index_paths(self._tars, self._names, index_folder)
+        self._index_paths = [index_path(tar, index_folder) for tar in self._tars]
         self._make_missing()
         for shard in range(len(self._tars)):
             index = self._index(shard)
@@ -90,7 +90,8 @@ class ShardSource(Source):
         return self._scalar_names
 
     def block_name(self, block: int) -> str:
-        return self._names[block]
+        stem = self._tars[block].stem
+        return stem if self._stems[stem] == 1 else f"{block:05d}-{stem}"  # tars of several folders may bear one name
 
     def identity(self, block: int) -> str:
         return self._identities[block]
@@ -162,19 +163,6 @@ class ShardSource(Source):
         if index.in_memory:
             self._in_memory[shard] = index
         return index
-
-
-def block_names(tars: list[Path]) -> list[str]:
-    """A name for each, without those of folders, although tars of several folders may bear one."""
-    stems = Counter(tar.stem for tar in tars)
-    return [tar.stem if stems[tar.stem] == 1 else f"{block:05d}-{tar.stem}" for block, tar in enumerate(tars)]
-
-
-def index_paths(tars: list[Path], names: list[str], folder: str | Path | None) -> list[Path]:
-    """Where the indices of tars stand: in a folder, by the names of blocks; none: beside the tars."""
-    if folder is None:
-        return [index_path(tar) for tar in tars]
-    return [Path(folder, name + INDEX_SUFFIX) for name in names]
 
 
 def find_tars(path: str) -> list[Path]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nar_t2i.data.shard_index import open_index
-from nar_t2i.data.shards import block_names, find_tars, index_paths
+from nar_t2i.data.shard_index import index_path, open_index
+from nar_t2i.data.shards import find_tars
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import usable_cores
 from nar_t2i.prepare.command import add_shard_range, at_least, parser, run, shard_range
@@ -28,12 +28,11 @@ def index_shards(shards: str, index_folder: str | Path | None = None, workers: i
     Raises UserError where a shard is not readable, or an index cannot be written.
     """
     tars = find_tars(shards)
-    paths = index_paths(tars, block_names(tars), index_folder)
     own = shard_range(chosen, len(tars))
     kept = lost = 0
     with ProcessPoolExecutor(workers) as pool:
         try:
-            counted = pool.map(_count, [tars[shard] for shard in own], [paths[shard] for shard in own])
+            counted = pool.map(_count, [tars[shard] for shard in own], [index_path(tars[shard], index_folder) for shard in own])
             for samples, losses in tqdm(counted, total=len(own), desc="indices", unit="shard", mininterval=0.5):
                 kept, lost = kept + samples, lost + losses
         except BaseException:

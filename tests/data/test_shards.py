@@ -305,7 +305,7 @@ def test_ranks_index_foreign_shards_from_different_places(tmp_path, monkeypatch,
 
 
 def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatch):
-    folders = [write_shards(tmp_path / name, [2, 3], first=first) for name, first in (("a", 0), ("b", 5))]
+    folders = [write_shards(tmp_path / name, [2, 3], first=first) for name, first in (("a", 0), ("b", 5))]  # of the same names
     for folder in folders:
         strip(folder)
         folder.chmod(0o555)
@@ -316,6 +316,7 @@ def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatc
     source = ShardSource(both, index_folder=str(tmp_path / "i"))
     assert [source.read_text(i).key for i in range(10)] == [f"s{n:06d}" for n in range(10)]
     assert not list(folders[0].glob("*.safetensors"))
+    assert ShardSource(str(folders[1]), index_folder=str(tmp_path / "i")).read_text(0).key == "s000005"
 
 
 def test_an_index_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
