@@ -29,6 +29,7 @@ from nar_t2i.errors import UserError
 log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
+MODEL = "model.class_path"  # set by recipes that are whole, not by what is laid over them
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
         path = _find(str(name), None, "", option)
         _read(path, (), config, sources, seen)
         bases = {str(base) for base in seen[known:]} - {str(path)}
-        again = [key for key, source in before.items() if source not in bases and sources.get(key) in bases]
-        if again:
-            log.warning("%s: key %s: set by %s, and set again by %s, which %s extends", option, again[0], before[again[0]], sources[again[0]], path)
+        if before.get(MODEL) and sources.get(MODEL) in bases:
+            log.warning("%s: %s extends %s, a whole recipe, which is laid over what was named before", option, path, sources[MODEL])
     _merge(config, _parse_overrides(overrides), "", COMMAND_LINE, sources)
     recipe = Recipe(config, sources, str(names[0]) if names else COMMAND_LINE)
     return Recipe(_resolve(recipe), sources, recipe.name)
@@ -170,7 +170,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any], prefix: str, source: st
         present = below.get(name)
         if isinstance(value, dict) and isinstance(present, list) and all(str(k).isdigit() for k in value):
             present = {str(i): item for i, item in enumerate(present)}
-            _merge(present, {str(k): v for k, v in value.items()}, f"{key}.", source, sources)
+            _merge(present, {str(int(k)): v for k, v in value.items()}, f"{key}.", source, sources)
             beyond = [number for number in present if int(number) >= len(present)]
             if beyond:
                 raise UserError(f"{source}: key {key}: the list has no item {beyond[0]}")

@@ -36,7 +36,10 @@ fi
 recipe=$1
 shift
 
-. slurm/python.sh
+pointer=runs/.slurm/$SLURM_JOB_ID  # to its run, once it has one
+helper=slurm/python.sh
+if [ -f "$pointer" ] && [ -f "$(cat "$pointer")/slurm/$SLURM_JOB_ID/python.sh" ]; then helper=$(cat "$pointer")/slurm/$SLURM_JOB_ID/python.sh; fi
+. "$helper"
 python_of "$root"
 
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
@@ -46,14 +49,13 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
 
 # What is edited while the job waits to go on changes nothing: recipe and code are those of its first start.
-pointer=runs/.slurm/$SLURM_JOB_ID
 if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
   resolved=$("${python[@]}" -m nar_t2i fit --config "$recipe" "${settings[@]}" "$@" --print_config)
   run=$(run_dir_of <<<"$resolved")
   [ "${run:0:1}" = / ] || run=$root/$run
   snapshot=$run/slurm/$SLURM_JOB_ID
   mkdir -p "$snapshot" runs/.slurm
-  cp -r nar_t2i "$snapshot"
+  cp -r nar_t2i slurm/python.sh "$snapshot"
   git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
   find "$snapshot" -name __pycache__ -prune -exec rm -rf {} +
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"

@@ -52,8 +52,10 @@ def test_a_base_of_two_recipes_undoes_neither(write, caplog):
     assert load(both).config == load([a, b]).config == {"x": 2, "y": 2, "z": 1} and not caplog.records
     assert load([a, write("base.yaml", "x: 1\ny: 1\nz: 1\n")]).config["x"] == 1  # what is named itself, is laid on top
     write("other.yaml", "x: 3\n")
-    assert load([a, write("c.yaml", "extends: other.yaml\ny: 3\n")]).config == {"x": 3, "y": 3, "z": 1}
-    assert "key x: set by" in caplog.text and "and set again by" in caplog.text and "other.yaml, which" in caplog.text
+    assert load([a, write("c.yaml", "extends: other.yaml\ny: 3\n")]).config == {"x": 3, "y": 3, "z": 1} and not caplog.records
+    models = [write(f"{name}.yaml", f"model: {{class_path: {name}}}\n") for name in ("one", "two")]
+    assert load([models[0], write("d.yaml", "extends: two.yaml\n")]).config == {"model": {"class_path": "two"}}
+    assert "d.yaml extends" in caplog.text and "two.yaml, a whole recipe, which is laid over what was named before" in caplog.text
 
 
 def test_several_recipes_are_laid_over_each_other(write):
@@ -101,6 +103,10 @@ def test_overrides_reach_into_lists(write):
         load(write("t.yaml", "callbacks: [1, 2]\n"), ["callbacks.7=3", "callbacks.0=4"])
     with pytest.raises(UserError, match="command line: key callbacks: the list has no item 5"):
         load(path, ["callbacks.5.init_args.x=2"])
+
+
+def test_numbers_of_list_items_may_have_zeros_in_front(write):
+    assert load(write("t.yaml", "a: [1, 2]\n"), ["a.01=5"]).config == {"a": [1, 5]}
 
 
 def test_order_of_class_and_argument_overrides_does_not_matter(write):

@@ -188,8 +188,8 @@ class CaptionedImages(lightning.LightningDataModule):
         now, before = self._order_told(), self._began_with
         changed = [] if before is None else [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed and self.rank == 0:
-            log.warning("data.init_args: %s changed since this run was saved; it goes on after %d images of another order, so that until its next "
-                        "epoch some images come twice, and others not at all", ", ".join(changed), self.samples)  # fmt: skip
+            log.warning("data.init_args: %s changed since this run was saved after %d images; where that gives another order, some images come twice "
+                        "until its next epoch, and others not at all", ", ".join(changed), self.samples)  # fmt: skip
         self._began_with = None
 
     def resume_at(self, samples: int) -> None:

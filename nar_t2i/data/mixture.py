@@ -99,7 +99,8 @@ class Mixture(Source):
         return self._sources[part].identity(block - int(self._block_starts[part]))
 
     def fingerprint(self) -> str:
-        parts = [f"{weight:g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)]
+        total = sum(self._weights)
+        parts = [f"{weight / total:.6g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property

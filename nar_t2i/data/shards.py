@@ -39,7 +39,8 @@ class ShardSource(Source):
         self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
         self._compared: set[int] = set()  # shards that were, with their index
         self._in_memory: dict[int, ShardIndex] = {}  # of shards in a read-only folder, where a new scan would be slow
-        self._lengths, self._identities, self._lost, self._damaged, self._scalar_names = [], [], [], [], set()
+        self._lengths, self._identities, self._lost, self._scalar_names = [], [], [], set()
+        self._held, self._damaged = [], []  # of each shard: samples that it has, or has lost; whether it is cut off
         self._index_paths = [index_path(tar, index_folder) for tar in self._tars]
         self._make_missing()
         for shard in range(len(self._tars)):
@@ -47,6 +48,7 @@ class ShardSource(Source):
             self._lengths.append(len(index))
             self._identities.append(index.identity)
             self._lost += index.lost
+            self._held.append(len(index) + len(index.lost))
             self._damaged.append(any(loss.key == REST for loss in index.lost))
             self._scalar_names.update(index.scalar_names)
         self._starts = np.cumsum(self._lengths) - self._lengths
@@ -80,10 +82,10 @@ class ShardSource(Source):
 
     @property
     def lost_count(self) -> int:
-        """A damaged shard counts as many as others have more than it."""
-        lengths, damaged = np.array(self._lengths), np.array(self._damaged)
-        usual = int(np.median(lengths[~damaged])) if not damaged.all() else 0
-        return len(self._lost) + int((usual - lengths[damaged] - 1).clip(min=0).sum())
+        """Of a damaged shard as many as others held more than it."""
+        held, damaged = np.array(self._held), np.array(self._damaged)
+        usual = int(np.median(held[~damaged])) if not damaged.all() else 0
+        return len(self._lost) + int((usual - held[damaged]).clip(min=0).sum())
 
     @property
     def scalar_names(self) -> set[str]:

@@ -144,8 +144,8 @@ class Source:
         return hashlib.sha256(f"{self.name}:{block}:{self.blocks[block]}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """A hash of what decides which sample stands where in its order, but for the order's seed and window."""
-        told = hashlib.sha256(self.name.encode())
+        """A hash of the samples and of their order, but for the order's seed and window; not of where they lie."""
+        told = hashlib.sha256()
         for block, length in enumerate(self.blocks):
             told.update(f"{self.identity(block)}:{length}".encode())
         return told.hexdigest()

@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are st
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
-MAX_CAPTIONS = MAX_TEXT // 4  # bytes, of which JSON makes up to three times as many
+MAX_CAPTIONS = MAX_TEXT // 8  # bytes, of which JSON makes up to six times as many
 SUMMARY = "summary.json"
 
 

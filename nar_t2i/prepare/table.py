@@ -1,8 +1,7 @@
 """A CSV, TSV or Parquet table of (path, caption) → shards.
 
 Paths are relative to --root (default: the table's folder). Rows with the same path are several captions of one image. In a CSV a
-caption with a comma or a line break stands in quotes; a TSV has one row a line, and quotes are a part of the caption unless they
-enclose it. Run the same command again after an interruption.
+caption with a comma or a line break stands in quotes; in a TSV quotes are a part of the caption unless they enclose it. Run the same command again after an interruption.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from nar_t2i.prepare.command import parser
 from nar_t2i.prepare.import_command import add_import_options, run_import
 from nar_t2i.prepare.importing import Item, Options, Summary, import_items
 
+MOST_LINES = 100  # of a caption in a .tsv
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
+UNCLOSED = re.compile(r'"(?:[^"]|"")*')
 FIELD = re.compile(rf"(?:^|(?<=\t))(?:{QUOTED.pattern}(?=\t|$)|[^\t]*)")
 
 
@@ -69,7 +70,7 @@ def _text_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
     csv.field_size_limit(1 << 24)  # captions may be longer than the module's 128 KiB
     # Bytes that are not UTF-8 come through as surrogates, so that they cost a row and not the table.
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = _csv_rows(table, file) if table.suffix.lower() == ".csv" else _tsv_rows(file)
+        rows = _csv_rows(table, file) if table.suffix.lower() == ".csv" else _tsv_rows(list(file))
         _, head = next(rows, (1, []))
         if isinstance(head, str):
             raise UserError(f"{table}, line 1: {head}")
@@ -94,7 +95,7 @@ def _csv_rows(table: Path, file: TextIO) -> Iterator[tuple[int, list[str] | str]
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end" in str(error):
+            if "unexpected end" in str(error) or "field limit" in str(error):
                 raise UserError(f"{table}: a quote that is opened in line {line} or later is never closed") from error
             yield line, f"row is not CSV: {error}"
         else:
@@ -102,13 +103,29 @@ def _csv_rows(table: Path, file: TextIO) -> Iterator[tuple[int, list[str] | str]
                 yield line, row
 
 
-def _tsv_rows(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """As `_csv_rows`, a line a row. Quotes that do not enclose a field, as spreadsheets would write it, are its own."""
-    for line, text in enumerate(file, 1):
-        if text := text.rstrip("\r\n"):
-            fields = [found[0] for found in FIELD.finditer(text)]
-            quoted = (QUOTED.fullmatch(field) for field in fields)
-            yield line, [field[1:-1].replace('""', '"') if inside else field for field, inside in zip(fields, quoted, strict=True)]
+def _tsv_rows(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """As `_csv_rows`, a line a row. Quotes that do not enclose a field, as spreadsheets would write it, are its own. One that is
+    open at a line's end encloses the following lines, too, if it ends in them, and none of them could be a row."""
+    columns = len(FIELD.findall(lines[0])) if lines else 0
+    at = 0
+    while at < len(lines):
+        end = at + 1
+        if (fields := _fields(lines[at]))[-1].startswith('"') and not QUOTED.fullmatch(fields[-1]):
+            while end < min(len(lines), at + MOST_LINES) and len(_fields(lines[end])) != columns:
+                end += 1
+                whole = _fields("".join(lines[at:end]))
+                if len(whole) == columns and not UNCLOSED.fullmatch(whole[-1]):
+                    fields = whole
+                    break
+            else:
+                end = at + 1
+        if fields != [""]:
+            yield at + 1, [field[1:-1].replace('""', '"') if QUOTED.fullmatch(field) else field for field in fields]
+        at = end
+
+
+def _fields(text: str) -> list[str]:
+    return [found[0] for found in FIELD.finditer(text.rstrip("\r\n"))]
 
 
 def _parquet_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:

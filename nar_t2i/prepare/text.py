@@ -128,8 +128,9 @@ def _numbered(source: Source, folder: Path, names: list[str], blocks_hash: str) 
     record, path = folder / "captions.json", folder / "captions.npy"
     whole = record.is_file() and read_json(record) == {"blocks_hash": blocks_hash}
     if whole and all(_opens(folder / f"{name}.captions.safetensors") for name in names):
-        with suppress(OSError, ValueError):
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with suppress(OSError, ValueError, EOFError):
+            return np.load(path, allow_pickle=False)
+    record.unlink(missing_ok=True)  # which may be of other data, or of files that are gone
     places = np.array(list(_number(source, folder, names)), dtype=np.int64).reshape(-1, 2)
     with whole_file(path) as file:
         np.save(file, places, allow_pickle=False)

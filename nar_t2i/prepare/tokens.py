@@ -118,7 +118,7 @@ def _finished(folder: Path, wanted: dict[str, Any], looks: int) -> dict[str, Any
         try:
             if len(np.load(folder / f"{wanted['name']}.{kind}.npy", mmap_mode="r", allow_pickle=False)) != looks * wanted["length"]:
                 return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return None
     return found
 
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         if manifest is None:
             return f"{parsed.out}: these shards are done; others are not yet"
         lost = sum(len(block["lost"]) for block in manifest["blocks"])
-        return f"{parsed.out}: tokens of {len(source) - lost} images; {lost + len(source.lost)} could not be read"
+        return f"{parsed.out}: tokens of {len(source) - lost} images; {lost + source.lost_count} could not be read"
 
     return run(work)
 

@@ -1,6 +1,7 @@
 """The data module: what batches hold, what is lost, and where a run goes on."""
 
 import logging
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -164,6 +165,16 @@ def test_a_shard_that_is_cut_off_counts_as_what_others_hold(tmp_path):
         CaptionedImages(str(tmp_path), 8, 4, max_lost_share=0.3).train_dataloader()
 
 
+def test_what_a_damaged_shard_lost_before_the_damage_counts_once(tmp_path):
+    for shard in range(4):
+        told = [m for n in range(20) for m in (members(f"s{n}", n) if shard < 3 or n < 10 else [(f"s{n}.png", encoded(pixels(n)))])]
+        write_tar(tmp_path / f"{shard}.tar", told)
+    with open(tmp_path / "3.tar", "r+b") as file:
+        file.truncate((tmp_path / "3.tar").stat().st_size - 10_240)
+    source = CaptionedImages(str(tmp_path), 8, 4, max_lost_share=0.9).source("train")
+    assert source.lost_count + len(source) in (80, 81)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_losses_stop_while_training(tmp_path, workers):
     jpeg = encoded(pixels(0, 64, 64), "JPEG")
@@ -278,9 +289,13 @@ def test_a_resumed_run_is_told_of_other_data(tmp_path, caplog):
         data.load_state_dict(state)
         caplog.clear()
         take(data, 1)
-        return [record.getMessage() for record in caplog.records if "goes on after 8 images" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "was saved after 8 images" in record.getMessage()]
 
     assert warnings() == []
+    moved = CaptionedImages(str(shutil.copytree(folder, tmp_path / "moved")), 8, 4)
+    moved.load_state_dict(state)
+    take(moved, 1)
+    assert not caplog.records  # nor does another place make another order
     assert "data.init_args: seed, window changed" in warnings(seed=1, window=2)[0]
     write_shards(folder, [5, 7, 3])
     assert "data.init_args: train changed" in warnings()[0]
@@ -289,7 +304,8 @@ def test_a_resumed_run_is_told_of_other_data(tmp_path, caplog):
 def test_mixtures_of_other_weights_have_another_order(tmp_path):
     folder = str(write_shards(tmp_path, [4]))
     orders = [CaptionedImages([Weighted(folder, 1.0), Weighted(folder, w)], 8, 4).state_dict()["order"] for w in (1.0, 1.0, 2.0)]
-    assert orders[0] == orders[1] != orders[2]
+    doubled = CaptionedImages([Weighted(folder, 2.0), Weighted(folder, 2.0)], 8, 4).state_dict()["order"]
+    assert doubled == orders[0] == orders[1] != orders[2]
 
 
 def test_numbers_that_no_sample_has_are_told(tmp_path, caplog):

@@ -147,9 +147,28 @@ def test_captions_are_numbered_once_for_all_tasks(shards, tmp_path, bert, monkey
     monkeypatch.setattr(command, "_number", lambda *arguments: numbered.append(1) or inner(*arguments))
     assert first is None and encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) is not None and not numbered
     damaged = next((tmp_path / "text").glob("*.captions.safetensors"))
-    damaged.write_bytes(b"damaged")
-    encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
-    assert numbered and load_file(damaged)
+    for file, content in ((damaged, b"damaged"), (tmp_path / "text/captions.npy", b"")):
+        numbered.clear()
+        file.write_bytes(content)
+        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
+        assert numbered and load_file(damaged)
+
+
+def test_numbers_of_other_captions_are_never_taken_for_these(shards, tmp_path, bert, monkeypatch):
+    """Two encodings into one folder, each stopped before its first file, and the second before it had recorded its numbers."""
+    other = str(write_shards(tmp_path / "other", [3, 5], captions=1, first=50))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "_encode", stop)
+        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
+    inner = command.write_json
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "write_json", lambda path, value: stop() if path.name == "captions.json" else inner(path, value))
+        encode_text(bert, ShardSource(other), tmp_path / "text", shard=5)
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)["captions"] == encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)["captions"]
 
 
 def test_a_mixture_tells_what_did_not_fit_by_weight(shards):

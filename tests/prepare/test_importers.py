@@ -358,10 +358,21 @@ def test_quotes_in_a_tsv_take_no_rows(tmp_path):
     assert not summary.dropped
 
 
+def test_a_quoted_caption_of_a_tsv_may_have_lines_and_an_open_quote_in_a_large_csv_is_told(tmp_path, monkeypatch):
+    root = images(tmp_path / "in", 3)
+    (root / "t.tsv").write_text('path\tcaption\nim0.png\t"first line\nsecond line"\ninner/im1.png\t"Star Wars\n\nim2.png\tlast')
+    table.import_table(root / "t.tsv", tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["first line second line"], 1: ['"Star Wars'], 2: ["last"]}
+    monkeypatch.setattr(csv, "field_size_limit", lambda limit, inner=csv.field_size_limit: inner(100))
+    (root / "u.csv").write_text('path,caption\nim0.png,"never closed\n' + "im2.png,fine\n" * 100)
+    with pytest.raises(UserError, match="u.csv: a quote that is opened in line 2 or later is never closed"):
+        table.find_items(root / "u.csv")
+
+
 def test_captions_that_no_reader_would_take_are_dropped(tmp_path):
     root = images(tmp_path / "in", 1)
     (root / "im0.txt").write_text("word " * 60_000)
     (root / "._im0.txt").write_bytes(b"\x00\x05\x16")  # as one system leaves it on the disks of others
-    with pytest.raises(UserError, match="captions are longer than 262144 bytes"):
+    with pytest.raises(UserError, match="captions are longer than 131072 bytes"):
         folder.import_folder(root, tmp_path / "out")
     assert [item.name for item in folder.find_items(root)] == ["im0.png"]
