@@ -13,7 +13,7 @@ import results
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import matrix_rate
+from nar_t2i.hardware import exact_fp32, matrix_rate
 
 LONG = 10  # seconds that warm calls of one kind may take
 OVER = 30  # seconds that what has begun may take when a budget is at its end
@@ -81,7 +81,7 @@ class Roofline:
 
     def __init__(self, device: torch.device):
         self.device = device
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        exact_fp32()
         self.copy_rate = copy_rate(device)
 
     def matrix_rate(self, dtype: torch.dtype) -> float:

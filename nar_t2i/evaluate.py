@@ -32,7 +32,7 @@ from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
 from nar_t2i.folders import check_same, write_json
 from nar_t2i.generate import contact_sheet
-from nar_t2i.hardware import describe_machine
+from nar_t2i.hardware import describe_machine, exact_fp32
 from nar_t2i.hashing import text_hash
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.training.opening import Opened, open_models
@@ -44,6 +44,7 @@ SHUFFLED = "shuffled"  # the control, beside the sets of prompts
 
 def main(arguments: argparse.Namespace) -> int:
     protocol = read_plan(arguments)
+    exact_fp32()
     with ranks() as group:
         evaluation = Evaluation(arguments, protocol, group)
         evaluation.work()

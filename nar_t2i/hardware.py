@@ -61,6 +61,11 @@ def _seconds(dtype: torch.dtype, size: int = 512, trials: int = 5, device: torch
     return fastest
 
 
+def exact_fp32() -> None:
+    """From now on fp32 is fp32 on a GPU, too, whose convolutions would round to TF32: what is measured says the same everywhere."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def best_device() -> torch.device:
     """Where a model draws fastest: the first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.suites import SUITES, Suite
 from nar_t2i.evaluation.suites.suite import Item
 from nar_t2i.folders import check_same, write_json
+from nar_t2i.hardware import exact_fp32
 from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.training.opening import open_models
@@ -37,6 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     suite = SUITES[arguments.name]
     if arguments.step == "ingest":
         return ingest(suite, Path(arguments.results), Path(arguments.out))
+    exact_fp32()
     with ranks() as group:
         draw(suite, arguments, group)
     return 0

@@ -173,6 +173,16 @@ def test_a_run_is_evaluated_with_averaged_and_raw_weights(place, run, tmp_path, 
     assert "is a model folder, which holds one kind" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_is_cut_off_is_named(place, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/step-00000002.ckpt"
+    with open(checkpoint / "run.pt", "r+b") as file:
+        file.truncate(100)
+    capsys.readouterr()
+    assert main(["evaluate", str(checkpoint), "--metrics", "scene_frechet", "--data", "scenes", "--count", "4", "--out", str(tmp_path / "no.json")]) == 2
+    assert f"{checkpoint}: is no whole checkpoint: " in capsys.readouterr().err
+
+
 def test_a_run_without_averaged_weights_says_so(place, run, tmp_path, capsys):
     recipe = yaml.safe_load((place / "run.yaml").read_text())
     recipe["run_dir"], recipe["model"]["init_args"]["ema_decay"] = str(tmp_path / "plain"), None

@@ -104,7 +104,7 @@ class InceptionFeatures(Features):
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"--inception {self._file}: must give (B, D) features, and gives {shape} for {len(images)} images")
-        return features.float().cpu()
+        return _finite(features.float().cpu(), f"--inception {self._file}")
 
 
 class ClipFeatures(Features):
@@ -121,7 +121,7 @@ class ClipFeatures(Features):
 
         from nar_t2i.folders import read_json
 
-        folder = Path(folder)
+        folder = self._folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"--clip {folder}: no such folder; it is one that transformers saved, with both towers of CLIP")
         weights = sorted(folder.glob("*.safetensors"))
@@ -135,16 +135,24 @@ class ClipFeatures(Features):
             self._size = _side(how["crop_size"])
             self._shorter, self._resample = _side(how["size"]), Image.Resampling(how.get("resample", 3))
             self._mean, self._std = (torch.tensor(how[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+            model, report = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are told below
+            )  # fmt: skip
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: {reason}") from error
+        # What is missing would be drawn at random, on each rank anew; the scale of logits is not asked.
+        absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+        if wrong := sorted(name for name in map(str, absent) if name != "logit_scale" and "position_ids" not in name):
+            raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: has no {wrong[0]} as its config.json describes it")
+        self._model = model.to(device).eval()
         self._length, self._device = self._model.config.text_config.max_position_embeddings, device
         self.protocol = {
             "folder": folder.resolve().name, "sha256": {file.name: file_hash(file) for file in weights},
             "resize": f"shorter side to {self._shorter} px, {self._resample.name.lower()}, centre crop of {self._size} px",
-            "captions": f"the first {self._length} tokens",
+            "captions": f"the first {self._length} tokens", "precision": "fp32",
         }  # fmt: skip
 
     @torch.no_grad()
@@ -152,7 +160,7 @@ class ClipFeatures(Features):
         rows = [self._seen(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
         pixels = (torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
         states = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
-        return F.normalize(self._model.visual_projection(states).float(), dim=-1).cpu()
+        return _finite(F.normalize(self._model.visual_projection(states), dim=-1).cpu(), f"--clip {self._folder}")
 
     def _seen(self, image: np.ndarray) -> np.ndarray:
         side = self._shorter
@@ -164,7 +172,13 @@ class ClipFeatures(Features):
     def of_texts(self, texts: list[str]) -> Tensor:
         codes = self._tokenizer(texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt").to(self._device)
         states = self._model.text_model(input_ids=codes["input_ids"], attention_mask=codes["attention_mask"]).pooler_output
-        return F.normalize(self._model.text_projection(states).float(), dim=-1).cpu()
+        return _finite(F.normalize(self._model.text_projection(states), dim=-1).cpu(), f"--clip {self._folder}")
+
+
+def _finite(features: Tensor, option: str) -> Tensor:
+    if not torch.isfinite(features).all():
+        raise UserError(f"{option}: gives features that are not finite; does it take other pixels than these?")
+    return features
 
 
 def resized(images: Tensor, side: int, filter: str) -> Tensor:

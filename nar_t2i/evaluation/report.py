@@ -49,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     for folder in folders:
         _check(folder)
     for folder in folders:
-        if (folder / "metrics.csv").exists() or not (folder / "metrics.json").exists():  # a run may have gone on since
+        if _goes_on(folder) or not (folder / "metrics.json").exists():
             write_json(folder / "metrics.json", collect_metrics(folder))
         print(f"{write_report(folder)}\n{folder / 'metrics.json'}")
     if len(paths) > 1 or not folders or arguments.out is not None:
@@ -86,6 +86,13 @@ def write_report(folder: Path) -> Path:
     beside.write_text(text, encoding="utf-8")
     beside.replace(folder / "report.html")
     return folder / "report.html"
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether there may be more than when a report was written: of a run always, of a quickstart until it has ended."""
+    stages = folder / "stages.json"
+    done = _mapping(read_json(stages)).get("done") if stages.exists() else None
+    return (folder / "metrics.csv").exists() or (isinstance(done, list) and "evaluation" not in done)
 
 
 def collect_metrics(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,14 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
 
     # One for all: another may be saved while the ranks look.
     checkpoint = group.agreed(group.together(lambda: find_checkpoint(path) if group.first else None))
-    facts = {"checkpoint": checkpoint.name, "step": group.together(lambda: checkpoints.manifest(checkpoint)["step"])}
+
+    def step() -> int:
+        try:
+            return checkpoints.manifest(checkpoint)["step"]
+        except checkpoints.Broken as error:
+            raise UserError(f"{checkpoint}: is no whole checkpoint: {error}") from error
+
+    facts = {"checkpoint": checkpoint.name, "step": group.together(step)}
     identity = group.together(lambda: file_hash(checkpoint / checkpoints.MANIFEST))
     opened = []
     for name in WEIGHTS[weights or "ema"]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.errors import UserError
@@ -139,7 +141,46 @@ def test_a_clip_folder_of_older_versions_is_read_too(clip, tmp_path):
     assert torch.equal(ClipFeatures(tmp_path, CPU).of_images(pictures()), ClipFeatures(clip, CPU).of_images(pictures()))
 
 
+def without(part):
+    """Spoils a folder: its weights lack a part."""
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: value for name, value in weights.items() if not name.startswith(part)}, folder / "model.safetensors")
+
+    return spoil
+
+
+def wider(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"text_projection.weight": torch.zeros(13, weights["text_projection.weight"].shape[1])}, folder / "model.safetensors")
+
+
+def test_clip_is_computed_in_fp32_whatever_it_is_stored_as(clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "half")
+    transformers.CLIPModel.from_pretrained(clip).half().save_pretrained(tmp_path / "half")
+    features = ClipFeatures(tmp_path / "half", CPU)
+    assert {p.dtype for p in features._model.parameters()} == {torch.float32} and features.protocol["precision"] == "fp32"
+    torch.testing.assert_close(features.of_images(pictures()), ClipFeatures(clip, CPU).of_images(pictures()), rtol=0.01, atol=0.01)
+
+
+def test_features_that_are_not_finite_are_refused(clip, tmp_path):
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().mean((2, 3)) / 0
+
+    with pytest.raises(UserError, match=r"--inception .*nothing.pt: gives features that are not finite"):
+        InceptionFeatures(saved(Nothing(), tmp_path / "nothing.pt"), CPU).of_images(pictures())
+    features = ClipFeatures(clip, CPU)
+    torch.nn.init.constant_(features._model.visual_projection.weight, float("inf"))
+    with pytest.raises(UserError, match="--clip .*: gives features that are not finite"):
+        features.of_images(pictures())
+
+
 @pytest.mark.parametrize("spoil, said", [
+    (without("vision_model."), "not a whole folder of a CLIPModel: has no vision_model"),
+    (without("visual_projection"), "not a whole folder of a CLIPModel: has no visual_projection"),
+    (without("text_model."), "not a whole folder of a CLIPModel: has no text_model"),
+    (wider, "not a whole folder of a CLIPModel: has no text_projection.weight as its config.json describes it"),
     (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
     (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: No such file"),
     (lambda folder: (folder / "processor_config.json").write_text("{}"), "not a whole folder of a CLIPModel"),

@@ -271,6 +271,18 @@ def test_metrics_that_are_there_are_kept(quickstart: Path) -> None:
     assert (quickstart / "metrics.json").read_bytes() == before
 
 
+def test_a_quickstart_that_goes_on_is_reported_anew(quickstart: Path) -> None:
+    def told(done: list[str], seconds: dict[str, float]) -> dict:
+        (quickstart / "stages.json").write_text(json.dumps({"settings": {}, "seconds": seconds, "done": done}))
+        assert main(["report", str(quickstart)]) == 0
+        return json.loads((quickstart / "metrics.json").read_text())
+
+    assert told(["data"], {"data": 3.0})["wall_seconds"] == {"data": 3.0}
+    assert told(["data", "text"], {"data": 3.0, "text": 4.0})["wall_seconds"] == {"data": 3.0, "text": 4.0}
+    (quickstart / "metrics.json").write_text(json.dumps(METRICS))  # as the quickstart ends
+    assert told(["data", "text", "evaluation"], {"data": 3.0}) == METRICS
+
+
 @pytest.mark.parametrize("folder", ["", "absent"])
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="neither a run"):

@@ -119,7 +119,8 @@ def test_what_cannot_be_drawn_is_said(place, tmp_path, capsys, name, options, sa
     ("geneval", '{"tag": "x"}\n', r"file:1: key 'prompt' is missing"), ("geneval", "{\n", "file:1: is not JSON"),
     ("geneval", '{"tag": "a", "prompt": null}', "file:1: key 'prompt' must be a text, not None"),
     ("geneval", "", "holds no prompt"), ("dpg", "a text", "must be the folder of DPG-Bench's prompts"),
-    ("t2i-compbench", "left/right\n", "cannot be part of a file's name"), ("t2i-compbench", "\n", "holds no prompt"),
+    ("t2i-compbench", "left/right\n", "cannot be part of a file's name"),
+    ("t2i-compbench", "a_b under a c\n", "cannot be part of a file's name"), ("t2i-compbench", "\n", "holds no prompt"),
     ("hpsv2", '{"a": 1}', "must be a list of prompts"), ("hpsv2", '["a", " "]', "has no prompt"),
 ])  # fmt: skip
 def test_wrong_prompts_are_named(tmp_path, name, content, said):
@@ -147,6 +148,14 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     scores = ingest(tmp_path, "geneval", tmp_path / "results.jsonl")["scores"]
     assert scores["single_object"] == 0.5 and scores["counting"] == 1 / 8 and scores["overall"] == (0.5 + 1 / 8) / 2
     assert scores["images"] == 3 / 12 and scores["prompts"] == 2 / 3
+
+
+@pytest.mark.parametrize("correct", ["false", None, 2])
+def test_what_geneval_never_writes_is_not_taken_for_right_or_wrong(tmp_path, correct):
+    line = json.dumps({"filename": "0.png", **{key: GENEVAL[0][key] for key in ("tag", "prompt")}, "correct": correct})
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=f"results.jsonl: correct must be true or false, not {correct!r}"):
+        SUITES["geneval"].ingest(tmp_path / "results.jsonl")
 
 
 DPG = """/images/0.png, 1.0, 0.5, 0.75, 0.75, 0.75

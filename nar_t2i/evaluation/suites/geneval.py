@@ -34,7 +34,9 @@ class GenEval(Suite):
     def ingest(self, path: Path) -> Scores:
         correct: dict[str, list[bool]] = {}
         prompts: dict[str, bool] = {}
-        for _, row in _rows(path, {"tag", "prompt", "correct"}):
+        for line, row in _rows(path, {"tag", "prompt", "correct"}):
+            if row["correct"] not in (True, False):
+                raise UserError(f"{path}: correct must be true or false, not {row['correct']!r}: {line[:80]}")
             correct.setdefault(row["tag"], []).append(bool(row["correct"]))
             key = str(row.get("metadata", row["prompt"]))
             prompts[key] = prompts.get(key, False) or bool(row["correct"])

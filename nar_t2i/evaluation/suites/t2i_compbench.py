@@ -29,7 +29,8 @@ class T2ICompBench(Suite):
             prompt = line.split("\t")[0]
             if not prompt.strip():
                 continue
-            if "/" in prompt or "\0" in prompt or len(prompt.encode()) > LONGEST:
+            # They take what stands before the first "_" of a name.
+            if any(character in prompt for character in "/\0_") or len(prompt.encode()) > LONGEST:
                 raise UserError(f"{path}: {prompt!r} cannot be part of a file's name, where the programs read it")
             items.append(Item(prompt, f"{len(items):06d}"))
         return whole(items, path)
