@@ -11,15 +11,15 @@ PROGRAM = """if True:
     from types import SimpleNamespace
     from nar_t2i.liveness import going_on
     from nar_t2i.training.preemption import StallWatch
-    watch = StallWatch(0.03)  # 1.8 seconds
+    watch = StallWatch(0.1)  # six seconds, of which a busy machine may be away some
     watch.setup(None, None, "fit")
-    end = time.monotonic() + 4
+    end = time.monotonic() + 8
     while time.monotonic() < end:
         time.sleep(0.05)
         if sys.argv[1] == "tells":
             going_on()
     watch.teardown(None, None, "fit")
-    time.sleep(2)  # nothing is watched any more
+    time.sleep(7)  # nothing is watched any more
 """
 
 
@@ -28,4 +28,4 @@ def test_what_says_that_it_goes_on_is_not_ended(how, status):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, env=environment)
     assert done.returncode == status, done.stderr
-    assert ("Timeout (0:00:01" in done.stderr) == bool(status)
+    assert ("Timeout (0:00:06" in done.stderr) == bool(status)
