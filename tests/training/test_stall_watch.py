@@ -8,7 +8,6 @@ import pytest
 
 PROGRAM = """if True:
     import sys, time
-    from types import SimpleNamespace
     from nar_t2i.liveness import going_on
     from nar_t2i.training.preemption import StallWatch
     watch = StallWatch(0.1)  # six seconds, of which a busy machine may be away some
