@@ -12,6 +12,7 @@ Python's. The kernels that took longest follow, by name.
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import tempfile
 import time
@@ -64,18 +65,33 @@ def main() -> int:
     if device.type != "cuda" and not parsed.small:
         raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
     quieten()
+    results.write(parsed.out, [])  # what is broken off leaves no older file behind
     size = parsed.micro_batch or (8 if parsed.small else likely_to_fit(device))
     means = EVERYTHING | ({"compile": None} if parsed.no_compile else {})
     with tempfile.TemporaryDirectory() as folder:
-        bench, watch = Bench(Path(folder), device, parsed.small, parsed.steps), Watch(parsed.steps)
-        trainer(Path(folder), [Guard(GuardConfig()), watch], max_steps=WARM_UP + parsed.steps, precision=means["precision"],
-                accelerator=device.type).fit(bench.module(means), datamodule=RandomCodes(bench.codec, size, device))  # fmt: skip
+        bench = Bench(Path(folder), device, parsed.small, parsed.steps)
+        try:
+            watch = watched(bench, means, size)
+        except torch.OutOfMemoryError:
+            watch = None
+        if watch is None:  # outside of the handler, whose traceback holds on to what filled the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            size = max(1, size * 3 // 4)
+            watch = watched(bench, means, size)
     rows = table(watch.kernels, watch.waits, 1e6 * watch.seconds, parsed.steps)
     results.write(parsed.out, rows, recipe="emage/346m-256" + ", in small" * parsed.small, micro_batch=size, compile=means["compile"],
                   step_ms=1000 * watch.seconds / parsed.steps)  # fmt: skip
     for row in rows:
         print(f"{row['ms']:9.2f} ms {row['share']:7.1%} {row['calls']:9.1f}  {row['part']}{'  ' + row['kernel'] if 'kernel' in row else ''}")
     return 0
+
+
+def watched(bench: Bench, means: dict[str, Any], size: int) -> Watch:
+    watch = Watch(bench.steps)
+    trainer(bench.folder, [Guard(GuardConfig()), watch], max_steps=WARM_UP + bench.steps, precision=means["precision"],
+            accelerator=bench.device.type).fit(bench.module(means), datamodule=RandomCodes(bench.codec, size, bench.device))  # fmt: skip
+    return watch
 
 
 def likely_to_fit(device: torch.device) -> int:

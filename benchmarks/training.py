@@ -38,6 +38,7 @@ from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device, matrix_rate, operation_counter
 from nar_t2i.networks.predictions import Categorical
+from nar_t2i.networks.tokens import select
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
 from nar_t2i.text import BertTextEncoder
@@ -314,7 +315,7 @@ class _Whole:
         self.network, self.spec, self.prepare = network, network.spec, network.prepare
 
     def __call__(self, state: TokenState, prepared: Any, read: Tensor) -> Prediction:
-        return Categorical(self.network(state, prepared).logits[read])
+        return Categorical(select(self.network(state, prepared).logits, read))
 
 
 def random_codec(small: bool) -> TokenCodec:

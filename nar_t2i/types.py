@@ -177,7 +177,8 @@ class TokenNetwork(nn.Module):
         """Predict the slots in `read`.
 
         read: None = all slots, (B, N); integers (B, M) = those slots; booleans (B, N) = the True ones, flattened
-        in row order to (R,). The head is evaluated for these alone.
+        in row order to (R,); integers (R,) = places in the flattened (B, N), for which no device is asked how many they are
+        (`SlotNoise.places`). The head is evaluated for these alone.
 
         A causal network shifts by itself: slot i is predicted from the values before it. With `cache`, `state` holds
         only new slots: `positions` says which are predicted, `values` what stands before each (slot 0: anything).

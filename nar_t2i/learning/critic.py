@@ -50,8 +50,9 @@ class CriticOf(LearningStrategy):
         """(B, N, …), what the generator makes of the tokens of which some are hidden."""
         generator = beside(self._generator[0], batch.condition)
         read = torch.ones_like(masked) if self.redraw == "all" else masked
-        prediction = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition), read=read)
-        values = prediction.sample(noise.at(0, read), self.temperature).values
+        draws = noise.at(0, read)
+        prediction = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition), read=draws.places)
+        values = prediction.sample(draws, self.temperature).values
         return batch.tokens.masked_scatter(read.view(*read.shape, *[1] * (batch.tokens.ndim - 2)), values)
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:

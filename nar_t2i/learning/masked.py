@@ -116,6 +116,6 @@ class Masked(LearningStrategy):
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         masked = self.masks(noise, network.spec, progress)
         state = TokenState(batch.tokens, masked)
-        prediction = network(state, network.prepare(batch.condition), read=masked)
         draws = noise.at(0, masked)
+        prediction = network(state, network.prepare(batch.condition), read=draws.places)
         return {"loss": term(image_means(self.nll(prediction, draws.of(batch.tokens), draws), draws.rows, masked.sum(1)))}

@@ -58,8 +58,8 @@ class Progressive(LearningStrategy):
             shown = wrong.view(*wrong.shape, *[1] * len(network.spec.value_shape))
             values = torch.where(shown, random_values(noise, network.spec, "revision"), values)
         read = (stages == drawn) | wrong
-        prediction = network(TokenState(values, masked), network.prepare(batch.condition), read=read)
         draws = noise.at(0, read)
+        prediction = network(TokenState(values, masked), network.prepare(batch.condition), read=draws.places)
         found = slot_nll(prediction, draws.of(batch.tokens), draws, self.label_smoothing)
         nll = torch.zeros(read.shape, device=read.device, dtype=found.dtype).index_put((draws.rows, draws.positions), found)
         return {"loss": term(nll.sum(1) / read.sum(1))}

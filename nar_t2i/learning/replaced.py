@@ -60,9 +60,9 @@ class Replaced(Masked):
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         chosen = self.masks(noise, network.spec, progress)
         read = torch.ones_like(chosen) if self.visible_weight else chosen
-        prediction = network(self.state(batch, chosen, noise, network.spec), network.prepare(batch.condition), read=read)
-        nll = torch.zeros(read.shape, device=read.device, dtype=torch.float32)
         draws = noise.at(0, read)
+        prediction = network(self.state(batch, chosen, noise, network.spec), network.prepare(batch.condition), read=draws.places)
+        nll = torch.zeros(read.shape, device=read.device, dtype=torch.float32)
         found = self.nll(prediction, draws.of(batch.tokens), draws)
         nll = nll.to(found.dtype).index_put((draws.rows, draws.positions), found)
         weights = chosen + self.visible_weight * ~chosen

@@ -44,10 +44,10 @@ class SelfConditioned(Masked):
         masked, prepared = self.masks(noise, network.spec, progress), network.prepare(batch.condition)
         draws = noise.at(0, masked)
         with torch.no_grad():
-            guessed = network(TokenState(batch.tokens, masked), prepared, read=masked).sample(draws).values
+            guessed = network(TokenState(batch.tokens, masked), prepared, read=draws.places).sample(draws).values
         torch.clear_autocast_cache()  # weights that were cast without a gradient must not serve the pass that has one
         shown = noise.uniform("self-conditioning") < self.share
         guess = torch.full_like(batch.tokens, -1).masked_scatter(masked, guessed)
         guess = guess.masked_fill(~shown[:, None], -1)
-        prediction = network(TokenState(batch.tokens, masked, guess=guess), prepared, read=masked)
+        prediction = network(TokenState(batch.tokens, masked, guess=guess), prepared, read=draws.places)
         return {"loss": term(image_means(self.nll(prediction, draws.of(batch.tokens), draws), draws.rows, masked.sum(1)))}

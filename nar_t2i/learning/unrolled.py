@@ -52,8 +52,8 @@ class Unrolled(Masked):
             if stage:
                 masked = draw_masks(noise, self.schedule, network.spec.shape, step=stage, among=hidden)
             read = hidden if self.counted == "hidden" else masked
-            prediction = network(TokenState(values, masked), prepared, read=read)
             draws = noise.at(stage, read)
+            prediction = network(TokenState(values, masked), prepared, read=draws.places)
             nll = self.nll(prediction, draws.of(batch.tokens), draws)
             terms[f"loss_{stage + 1}"] = term(image_means(nll, draws.rows, read.sum(1)))
             if stage + 1 < self.stages:

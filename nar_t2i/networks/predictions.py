@@ -75,12 +75,13 @@ class Categorical:
         temperature: a number, or a tensor that broadcasts to the logits. top_k: only so many likeliest codes are drawn, 0 = all. top_p: only the
         likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
         """
-        log_probs = self.logits.log_softmax(dim=-1)
+        logits = self.logits
+        log_probs = logits.log_softmax(dim=-1)
         fixed = isinstance(temperature, (int, float))
         if fixed and temperature == 0:
             values = log_probs.argmax(dim=-1)
         else:
-            tempered = self.logits if fixed and temperature == 1 else self.logits / temperature
+            tempered = logits if fixed and temperature == 1 else logits / temperature
             mass = _truncated(tempered.softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
             values = (mass < drawn).sum(dim=-1)

@@ -97,6 +97,9 @@ def select(x: Tensor, read: Tensor | None) -> Tensor:
     if read is None:
         return x
     if read.dtype == torch.bool:
-        rows = read.flatten().nonzero()[:, 0]  # first: torch.compile breaks off here
-        return x.flatten(0, 1).index_select(0, rows)
+        read = read.flatten().nonzero()[:, 0]
+    if read.ndim == 1:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # from here on shapes move: see `nar_t2i.training.compiling.compiled`
+        return x.flatten(0, 1).index_select(0, read)
     return x.gather(1, read.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

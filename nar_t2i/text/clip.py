@@ -47,7 +47,7 @@ class ClipTextEncoder(PretrainedTextEncoder):
         return [model.text_model.final_layer_norm, model.text_projection]
 
     def encode(self, codes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        seen = mask.long() if self.mask_padding else None
+        seen = self._seen(mask) if self.mask_padding else None
         output = self.network(input_ids=codes, attention_mask=seen, output_hidden_states=self.layer != -1)
         states, pooled = output.last_hidden_state, output.text_embeds
         if self.layer != -1:
@@ -57,6 +57,13 @@ class ClipTextEncoder(PretrainedTextEncoder):
             # A network that reads no pooled state would leave weights without a gradient, at which DDP stops.
             states = states + 0.0 * pooled.sum()
         return states, pooled
+
+    def _seen(self, mask: Tensor) -> Tensor:
+        """What each place sees: those before it that are real. As attention takes it, see PretrainedTextEncoder.encode."""
+        if self.network.config._attn_implementation != "sdpa":
+            return mask.long()
+        length = mask.shape[1]
+        return mask[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
 
     def fingerprint(self) -> dict[str, str]:
         told = super().fingerprint()

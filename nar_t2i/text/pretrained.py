@@ -96,7 +96,10 @@ class PretrainedTextEncoder(TextEncoder):
 
     def encode(self, codes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) codes and mask of real ones → (B, L, width) states and (B, pooled_width)."""
-        states = self.network(input_ids=codes, attention_mask=mask.long()).last_hidden_state
+        # As attention takes it. Of one that has another form `transformers` asks whether there is padding at all, for which a GPU's
+        # work would have to end first, in every step.
+        seen = mask[:, None, None, :] if self.network.config._attn_implementation == "sdpa" else mask.long()
+        states = self.network(input_ids=codes, attention_mask=seen).last_hidden_state
         return states, mean_state(states, mask)
 
     def _shorten(self, model: nn.Module, depth: int) -> None:

@@ -72,8 +72,8 @@ class TrainedModule(lightning.LightningModule):
 
     budget_minutes: a time budget (see TimeBudget), beside `trainer.max_steps`.
 
-    A generator's training step reads nothing from the device but how many slots are read, and copies nothing to it that would be waited
-    for, so that the host runs ahead of a GPU; a tokenizer's waits for the guard and for dead codes. Numbers of the host are therefore
+    A generator's training step reads nothing from the device but how many slots are read (and words, where a text encoder or network
+    leaves padding out), and copies nothing to it that would be waited for, so that the host runs ahead of a GPU; a tokenizer's waits for the guard and for dead codes. Numbers of the host are therefore
     logged as tensors, and what is logged in training is not put on the progress bar by `prog_bar`, for which Lightning reads it in every
     step: on_bar names what the monitor puts there whenever it logs;
     without a logger there is none.

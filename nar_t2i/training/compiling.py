@@ -7,12 +7,26 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TextEncoder, TokenNetwork
 
 Compiled = Literal["kernels", "kernels and graphs"]
+
+
+def can_compile(kind: Compiled, trainer: Trainer) -> bool:
+    """Whether a run's training steps can be compiled; where it goes on without, it says so. UserError where it could not go on."""
+    if getattr(trainer.strategy, "stage", 0) == 3:
+        rank_zero_warn("compile: is left out under ZeRO-3, whose layers fetch and release their weights as they run")
+        return False
+    if kind == "kernels and graphs" and trainer.strategy.root_device.type == "cuda" and trainer.accumulate_grad_batches > 1:
+        raise UserError("model.init_args.compile: recorded graphs cannot accumulate gradients over micro-batches; take kernels, or a larger "
+                        "data.init_args.micro_batch_size")  # fmt: skip
+    return True
 
 
 def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:

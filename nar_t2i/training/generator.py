@@ -25,7 +25,7 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
 from nar_t2i.training import optim
 from nar_t2i.training.base import TrainedModule
-from nar_t2i.training.compiling import Compiled, compiled, is_watched, longest, of_one_length
+from nar_t2i.training.compiling import Compiled, can_compile, compiled, is_watched, longest, of_one_length
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.pictures import log_picture, rows_of
 from nar_t2i.types import (
@@ -60,8 +60,8 @@ class GeneratorModule(TrainedModule):
     captions, where their states come from a cache).
     compile: "kernels" has torch.compile fuse the network's training passes and the cross-entropy; "kernels and graphs" also records them as CUDA
     graphs where there is a GPU, for which captions are padded to the text encoder's longest; what that brings at which batch
-    has not been measured. Losses are equal up to rounding; the first step takes seconds longer, with graphs a
-    minute, and a C++ compiler is needed. Validation and sampling run as they are.
+    has not been measured, and gradients cannot be accumulated. Losses are equal up to rounding; the first step takes seconds longer, with
+    graphs a minute, and a C++ compiler is needed. Validation and sampling run as they are; under ZeRO-3 everything does.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -106,7 +106,8 @@ class GeneratorModule(TrainedModule):
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
-        self._compiled = [compiled(self.network, compile)] if compile else []  # in a list: the same weights, no second part
+        self._compilation = compile
+        self._compiled: list[TokenNetwork] = []  # by `setup`; in a list: the same weights, no second part
         self._lengths = longest(text) if compile == "kernels and graphs" else None
         self.learning = learning
         self.inference, self.guidance = inference, guidance
@@ -132,6 +133,8 @@ class GeneratorModule(TrainedModule):
             self._cached_truncated = None if datamodule.streams else datamodule.source("train").truncated
             self.trainer.accumulate_grad_batches = datamodule.accumulation(self.trainer.world_size)
             self.validate_by_steps(self.trainer.accumulate_grad_batches)
+            if self._compilation and can_compile(self._compilation, self.trainer):
+                self._compiled = [compiled(self.network, self._compilation)]
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
 
     def configure_optimizers(self) -> Any:

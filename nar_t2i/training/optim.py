@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -126,6 +127,16 @@ class Schedule(LambdaLR):
             if new != old:
                 group["lr"] = new * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        _place_counts(self.optimizer)
+
+
+def _place_counts(optimizer: Optimizer) -> None:
+    """Put the restored counts of steps where the update looks for them: a fused one beside the weights, any other on the host. They were
+    read on the host under ZeRO, and written by the other kind where `fused` was changed; a GPU's kernel takes any address for its own."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    for p, state in optimizer.state.items():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(p.device if fused else "cpu", torch.float32)
 
 
 def build(

@@ -8,6 +8,7 @@ import torch
 
 from nar_t2i.learning import Masked
 from nar_t2i.networks.predictions import Categorical
+from nar_t2i.networks.tokens import select
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import FixedRatio
 from nar_t2i.types import Condition, TokenBatch, TokenNetwork
@@ -45,7 +46,7 @@ class Learner(TokenNetwork):
         agrees = ((STATES[None] == state.values[:, None]) | state.masked[:, None]).all(-1)
         weights = torch.softmax(self.coupling * ENERGY, dim=1) * agrees
         up = (weights @ STATES.double()) / weights.sum(1, keepdim=True)
-        return Categorical(torch.stack([1 - up, up], dim=-1)[read].log())
+        return Categorical(select(torch.stack([1 - up, up], dim=-1), read).log())
 
 
 def variance_of_masked_training(block):

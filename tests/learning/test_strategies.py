@@ -11,6 +11,7 @@ from nar_t2i.learning import Causal, CriticOf, Masked, Prefixes, Progressive, Re
 from nar_t2i.learning.masked import draw_masks
 from nar_t2i.networks import PrefixDecoder, TokenCritic
 from nar_t2i.networks.predictions import Categorical
+from nar_t2i.networks.tokens import select
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import FixedRatio, TruncatedGaussian, mask_ratio
 from nar_t2i.types import TokenBatch, TokenNetwork, TokenSpec
@@ -38,10 +39,11 @@ class Watched(TokenNetwork):
 
     def forward(self, state, prepared, read=None, cache=None):
         self.states.append(state)
-        self.reads.append(read)
+        asked = read is not None and read.ndim == 1
+        self.reads.append(torch.zeros_like(state.masked).flatten().index_fill(0, read, True).view_as(state.masked) if asked else read)
         shown = state.values.masked_fill(state.masked, 7)
         logits = self.weight[shown] + 0.5 * self.weight[shown.roll(1, 1)] + 0.3 * self.weight[shown.roll(8, 1)]
-        return Categorical(logits if read is None else logits[read])
+        return Categorical(select(logits, read))
 
 
 def batch(count=64, seed=0):

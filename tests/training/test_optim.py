@@ -96,6 +96,22 @@ def test_a_run_that_goes_on_takes_the_rates_of_its_recipe(kind):
         assert same in (True, None)
 
 
+def test_restored_counts_lie_where_the_update_looks_for_them():
+    """Under ZeRO they are read on the host, and partitions take the place of the weights; meta stands for a GPU, to which no test can go."""
+    partition = nn.Parameter(torch.zeros(8, device="meta"))
+    optimizer, schedule = build(OptimizerConfig(fused=False), [{"params": [partition], "weight_decay": 0.0, "matrices": False}], 12)
+    saved = copy.deepcopy(schedule.state_dict())
+    schedule._asked[0]["fused"] = True  # as on a GPU
+    optimizer.state[partition]["step"] = torch.tensor(7.0)
+    schedule.load_state_dict(saved)
+    assert optimizer.state[partition]["step"].device == partition.device
+    plain = nn.Parameter(torch.zeros(8))
+    optimizer, schedule = build(OptimizerConfig(fused=False), [{"params": [plain], "weight_decay": 0.0, "matrices": False}], 12)
+    optimizer.state[plain]["step"] = torch.tensor(7)
+    schedule.load_state_dict(saved)
+    assert torch.equal(optimizer.state[plain]["step"], torch.tensor(7.0))
+
+
 def test_fused_and_plain_agree_and_are_adamw():
     results = []
     for fused in (True, False):
