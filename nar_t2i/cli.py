@@ -16,8 +16,8 @@ from nar_t2i.errors import UNWRITABLE, UserError
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
     "validate": "run a model's validation",
-    "test": "run a model's test",
-    "predict": "run a model's prediction",
+    "test": "run the test of a LightningModule of your own",
+    "predict": "run the prediction of a LightningModule of your own",
 }
 # What each of the other subcommands runs: a module with `main(namespace)`.
 MODULES = {

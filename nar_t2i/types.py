@@ -230,6 +230,10 @@ class TextEncoder(nn.Module):
             self.encoded += encoded
             self.truncated += truncated
 
+    def vocabulary_hash(self) -> str:
+        """Of what makes codes of captions; "" where nothing does. Learned embeddings of words mean nothing beside another one."""
+        return ""
+
     def fingerprint(self) -> dict[str, str]:
         """All that its states depend on, by name: a cache of states that were made by another one is refused by it."""
         raise NotImplementedError(f"{type(self).__name__} has no fingerprint, so that its states cannot be cached")

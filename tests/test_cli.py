@@ -383,6 +383,16 @@ def test_a_checkpoint_with_objects_is_not_loaded(folder, capsys):
     assert "holds more than tensors and plain values" in capsys.readouterr().err
 
 
+def test_a_verb_that_has_nothing_to_do_says_so(folder, capsys):
+    shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", "tiny.yaml")
+    assert fit("--trainer.max_steps=1", "--data.init_args.validation=null", recipe="tiny.yaml") == 0
+    assert "across ranks is zero" not in capsys.readouterr().err
+    for verb, said in (("validate", "key data.init_args.validation: names no validation data"), ("test", "has no test_step: `nar-t2i evaluate`"),
+                       ("predict", "has no predict_step")):  # fmt: skip
+        assert fit("--data.init_args.validation=null", verb=verb, recipe="tiny.yaml") == 2
+        assert said in capsys.readouterr().err
+
+
 def test_validate_needs_weights(capsys):
     assert fit(verb="validate") == 2
     assert "key ckpt_path: there is no checkpoint in run" in capsys.readouterr().err

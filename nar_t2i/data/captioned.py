@@ -130,8 +130,14 @@ class CaptionedImages(lightning.LightningDataModule):
         """What the cached tokens are; None when batches hold images."""
         return None if self.streams else self.source("train").token_spec
 
+    def check_size(self, codec: TokenCodec) -> None:
+        """Raise a UserError where images are of another size than the codec's, with a cache, too: sizes and crops are told in its pixels."""
+        if codec.image_size != self.image_size:
+            raise UserError(f"data.init_args.image_size {self.image_size}: the tokenizer is one of {codec.image_size} px")
+
     def check_codec(self, codec: TokenCodec) -> None:
-        """Raise a UserError that says what differs where cached tokens were made by another codec than this one."""
+        """Raise a UserError that says what differs where this codec is of another size, or cached tokens were made by another one."""
+        self.check_size(codec)
         for split in self._splits():
             self.source(split).check_tokens(codec.spec, weights_hash(codec))
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, TextEncoder
 
@@ -51,6 +52,9 @@ class JointTextEncoder(TextEncoder):
     @property
     def truncated(self) -> int:
         return max(encoder.truncated for encoder in self.encoders)
+
+    def vocabulary_hash(self) -> str:
+        return text_hash(" ".join(encoder.vocabulary_hash() for encoder in self.encoders))
 
     def fingerprint(self) -> dict[str, str]:
         own = {"kind": type(self).__name__, "sequence": str(self._sequence), "pooled": str(self._pooled),

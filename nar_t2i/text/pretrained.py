@@ -121,11 +121,14 @@ class PretrainedTextEncoder(TextEncoder):
         """The model of `transformers`, frozen or not."""
         return self._frozen[0] if self._frozen else self.model
 
+    def vocabulary_hash(self) -> str:
+        return text_hash(_vocabulary(self._tokenizer))
+
     def fingerprint(self) -> dict[str, str]:
         return {
             "kind": type(self).__name__,
             "weights": weights_hash(self.network),
-            "vocabulary": text_hash(_vocabulary(self._tokenizer)),
+            "vocabulary": self.vocabulary_hash(),
             "configuration": text_hash(_settings(self.network.config)),
             "layer": str(self._saved_layer),
             "max_length": str(self.max_length),

@@ -109,11 +109,14 @@ class ScratchTextEncoder(TextEncoder):
         for p in self.parameters():
             p.from_elsewhere = not p.requires_grad
 
+    def vocabulary_hash(self) -> str:
+        return text_hash(self._pieces.serialized_model_proto())
+
     def fingerprint(self) -> dict[str, str]:
         return {
             "kind": type(self).__name__,
             "weights": weights_hash(self),
-            "vocabulary": text_hash(self._pieces.serialized_model_proto()),
+            "vocabulary": self.vocabulary_hash(),
             "heads": str(self.blocks[0].self_attention.heads),
             "max_length": str(self.max_length),
             "mask_padding": str(self.mask_padding),

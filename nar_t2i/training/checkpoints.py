@@ -36,6 +36,7 @@ from nar_t2i.training import fragments
 
 FORMAT = 1
 MANIFEST, RUN = "manifest.json", "run.pt"
+READS = "reads"  # of a generator's checkpoint: see GeneratorModule.reads
 PART = ".part"  # what a folder is called while it is written
 T = TypeVar("T")
 

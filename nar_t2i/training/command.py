@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
 from nar_t2i import recipe as recipes
@@ -49,6 +50,7 @@ _WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*The number of training batches \(\d+\) is smaller than the logging interval.*",
     r".*have no `val_dataloader`.*",
+    r".*Total length of .* across ranks is zero.*",  # validation: null
     r".*Trying to infer the `batch_size`.*",
     r".*callbacks used to create the checkpoint need to be provided.*",
     r".*The `srun` command is available on your system but is not used.*",
@@ -77,6 +79,7 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
             raise recipe.error("run_dir", f"{cli.config.run_dir}: {error.strerror}") from error
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
+    _check_verb(subcommand, cli)
     # A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds.
     if cli.config.init_from and (checkpoint is None or has_frozen(cli.model)):
         report = load_weights(cli.model, cli.config.init_from)
@@ -106,6 +109,15 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def _check_verb(subcommand: str, cli: RecipeCLI) -> None:
+    """UserError where a verb would have nothing to do."""
+    if subcommand == "validate" and (cli.config.data or {}).get("init_args", {}).get("validation", "") is None:
+        raise cli.recipe.error("data.init_args.validation", "names no validation data")
+    hook = {"test": "test_step", "predict": "predict_step"}.get(subcommand)
+    if hook is not None and type(cli.model).__module__.startswith("nar_t2i.") and not is_overridden(hook, cli.model):
+        raise UserError(f"{type(cli.model).__name__} has no {hook}: `nar-t2i evaluate` scores a model, `nar-t2i generate` draws with it")
 
 
 def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +17,7 @@ from nar_t2i.evaluation.detector import MIN_SIDE
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.folders import load_part
+from nar_t2i.hashing import weights_hash
 from nar_t2i.inference.confidence import Confidence
 from nar_t2i.networks import predictions
 from nar_t2i.noise import Noise
@@ -23,7 +25,7 @@ from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_float
 from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
-from nar_t2i.training import optim
+from nar_t2i.training import checkpoints, optim
 from nar_t2i.training.base import TrainedModule
 from nar_t2i.training.compiling import Compiled, can_compile, compiled, is_watched, longest, of_one_length
 from nar_t2i.training.optim import OptimizerConfig
@@ -136,6 +138,23 @@ class GeneratorModule(TrainedModule):
             if self._compilation and can_compile(self._compilation, self.trainer):
                 self._compiled = [compiled(self.network, self._compilation)]
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
+
+    @cached_property
+    def reads(self) -> dict[str, str]:
+        """What the weights are trained to read, by the keys that say it: of codes and of words they know only the numbers."""
+        return {"model.init_args.tokenizer": weights_hash(self.codec), "model.init_args.text": self.text.vocabulary_hash()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[checkpoints.READS] = self.reads
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        names = {"model.init_args.tokenizer": "tokenizer", "model.init_args.text": "vocabulary"}
+        for key, there in checkpoint.get(checkpoints.READS, {}).items():
+            if there != self.reads[key]:
+                raise UserError(f"{key}: the checkpoint is of another {names[key]}; give the run another run_dir, or put back the one that it "
+                                "was trained with")  # fmt: skip
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,11 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     (`from_elsewhere = True`, see `check_frozen`). averaged: prefer averaged weights where there are some. Raises UserError where
     the source cannot be read or nothing fits.
     """
-    source, averaged = _read(Path(path), averaged)
+    source, averaged, vocabulary = _read(Path(path), averaged)
+    own = getattr(getattr(module, "text", None), "vocabulary_hash", str)()
+    if own and vocabulary not in (None, own) and any(name.startswith("text.") for name in source):
+        raise UserError(f"init_from: {path} was trained with another vocabulary than model.init_args.text has, so that its embeddings are those of "
+                        "other words; name that one")  # fmt: skip
     target = module.state_dict(keep_vars=True)
     part = Path(path).name
     if (Path(path) / WEIGHTS).is_file() and any(name.startswith(f"{part}.") for name in target):
@@ -113,8 +117,15 @@ def check_frozen(module: nn.Module, report: LoadReport | None) -> None:
                         "model that has them, or train them (trainable: all)")  # fmt: skip
 
 
-def _read(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
-    """All tensors by name, and whether they are averaged ones."""
+class Source(NamedTuple):
+    """All tensors by name, whether they are averaged ones, and the hash of the vocabulary beside which they were trained, where it is known."""
+
+    tensors: dict[str, Tensor]
+    averaged: bool = False
+    vocabulary: str | None = None
+
+
+def _read(path: Path, averaged: bool) -> Source:
     if not path.exists():
         raise UserError(f"init_from: {path} does not exist")
     if path.is_file():
@@ -132,14 +143,14 @@ def _read(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
     for file in files:
         inside = file.relative_to(path)
         parts = inside.parent.parts if file.name == WEIGHTS else (*inside.parent.parts, file.stem)
-        tensors.update({".".join((*parts, name)): value for name, value in _read_file(file, averaged)[0].items()})
-    return tensors, False
+        tensors.update({".".join((*parts, name)): value for name, value in _read_file(file, averaged).tensors.items()})
+    return Source(tensors)
 
 
-def _read_file(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
+def _read_file(path: Path, averaged: bool) -> Source:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path), False
+            return Source(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"init_from: {path} holds more than tensors and plain values; it is not loaded") from error
@@ -150,14 +161,14 @@ def _read_file(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
     return _weights(content, averaged)
 
 
-def _read_checkpoint(path: Path, averaged: bool) -> tuple[dict[str, Tensor], bool]:
+def _read_checkpoint(path: Path, averaged: bool) -> Source:
     try:
         return _weights(checkpoints.read(path), averaged)
     except checkpoints.Broken as error:
         raise UserError(f"init_from: {error}; {path} is not a whole checkpoint") from error
 
 
-def _weights(content: Mapping[str, Any], averaged: bool) -> tuple[dict[str, Tensor], bool]:
+def _weights(content: Mapping[str, Any], averaged: bool) -> Source:
     tensors = {_plain(k): v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)}
     averages = [
         state["average"]
@@ -166,7 +177,7 @@ def _weights(content: Mapping[str, Any], averaged: bool) -> tuple[dict[str, Tens
     ]
     for average in averages:
         tensors.update({_plain(k): v for k, v in average.items()})
-    return tensors, bool(averages)
+    return Source(tensors, bool(averages), content.get(checkpoints.READS, {}).get("model.init_args.text"))
 
 
 def _plain(name: str) -> str:

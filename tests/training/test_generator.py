@@ -17,13 +17,16 @@ from nar_t2i.networks import EncoderDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.pipeline import TextToImage
+from nar_t2i.prepare.sentencepiece import train_sentencepiece
 from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.schedules import Guidance
-from nar_t2i.text import BertTextEncoder
-from nar_t2i.training import GeneratorModule
+from nar_t2i.text import BertTextEncoder, ScratchTextEncoder
+from nar_t2i.training import GeneratorModule, checkpoints
+from nar_t2i.training.init_from import load_weights
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.types import Batch, Encoded, LearningStrategy
 from tests.text.tiny_models import tiny_bert
+from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
 from tests.toys import ToyCodec, ToyText
 
 SIZE = 16
@@ -338,3 +341,44 @@ def test_two_micro_batches_and_two_ranks_train_what_one_does(tmp_path, cached):
     for other in (divided, ranks):
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def reading(place, seed=0, captions=CAPTIONS):
+    """A generator that reads a tokenizer's codes and a vocabulary's words."""
+    place.mkdir(exist_ok=True)
+    t2i = tiny_pipeline(place, seed=seed)
+    train_sentencepiece(captions, place / "vocabulary.model", 300)
+    text = ScratchTextEncoder(str(place / "vocabulary.model"), width=16, depth=1, heads=2, max_length=24)
+    return made(Untrained, text=text, codec=t2i.tokenizer)
+
+
+def test_a_checkpoint_of_another_tokenizer_or_vocabulary_is_refused(tmp_path):
+    """Of the same shapes, which nothing else would tell."""
+    module, others = reading(tmp_path / "a"), ["a big dog beside a tiny cat"] * 12
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    reading(tmp_path / "b").on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="model.init_args.tokenizer: the checkpoint is of another tokenizer"):
+        reading(tmp_path / "c", seed=1).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="model.init_args.text: the checkpoint is of another vocabulary"):
+        reading(tmp_path / "d", captions=others).on_load_checkpoint(checkpoint)
+    del checkpoint[checkpoints.READS]  # from before they were told
+    reading(tmp_path / "e", seed=1).on_load_checkpoint(checkpoint)
+
+
+def test_words_are_not_taken_over_from_another_vocabulary(tmp_path):
+    module, others = reading(tmp_path / "a"), ["a big dog beside a tiny cat"] * 12
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    assert load_weights(reading(tmp_path / "b", seed=1), tmp_path / "run.ckpt").loaded
+    with pytest.raises(UserError, match="run.ckpt was trained with another vocabulary"):
+        load_weights(reading(tmp_path / "c", captions=others), tmp_path / "run.ckpt")
+    assert load_weights(made(Untrained, codec=module.codec), tmp_path / "run.ckpt").loaded  # which has no words
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_of_another_size_than_the_tokenizers_are_refused(tmp_path, cached, cache):
+    data = CaptionedImages(cached[0], 2 * SIZE, 16, cache=cached[1] if cache else None)
+    with pytest.raises(UserError, match=rf"data.init_args.image_size {2 * SIZE}: the tokenizer is one of {SIZE} px"):
+        fit(made(), tmp_path, cached, data=data)
