@@ -36,18 +36,19 @@ def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
     """
     pixels = _read(image)
     if mask is None:
-        redraw = _transparent(image)
+        redraw, lightest = _transparent(image), 0
         if redraw is None:
             raise UserError(f"--image {image}: nothing in it is transparent; say with --mask what is to be drawn anew")
     else:
-        redraw = _read(mask).mean(-1) >= OPAQUE
+        light = _read(mask).mean(-1)
+        redraw, lightest = light >= OPAQUE, round(light.max())
         if (transparent := _transparent(mask)) is not None:  # strokes on a layer of their own
             redraw &= ~transparent
     if redraw.shape != pixels.shape[:2]:
         raise UserError(f"--mask {mask}: {_size(redraw)} pixels, but {image} has {_size(pixels)}")
     fitted = _scaled(redraw, size, Image.Resampling.BOX) > 0  # whatever holds any of it; Lanczos would ring
     if not fitted.any():
-        where = " within the middle square" if redraw.any() else ""
+        where = " within the middle square" if redraw.any() else f": what is below {OPAQUE} of 255 is kept, and its lightest is {lightest}"
         raise UserError(f"--image {image}: the mask leaves nothing to be drawn anew{where}")
     return Edit(torch.tensor(_fit_kept(pixels, ~redraw, size)).permute(2, 0, 1), torch.from_numpy(fitted))
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.parts import build, describe, resolve
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -162,3 +163,9 @@ def _find_assets(config: Any, folder: Path, trusted: tuple[str, ...]) -> None:
                     raise UserError(f"{file}: leads out of this folder")
             config["init_args"][name] = str(path)
         _find_assets(list(config["init_args"].values()), folder, trusted)
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 of the files of a folder, by their names in it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
+    return text_hash("\n".join(f"{file.relative_to(folder)} {file_hash(file)}" for file in files))

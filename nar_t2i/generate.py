@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import textwrap
@@ -10,24 +11,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 from nar_t2i import recipe as recipes
 from nar_t2i.data.files import whole_file
 from nar_t2i.editing import Edit, composited, known_outside, known_share, read_edit, read_image
 from nar_t2i.errors import UserError
+from nar_t2i.folders import folder_hash
 from nar_t2i.hardware import best_device
+from nar_t2i.hashing import file_hash
 from nar_t2i.noise import Noise
-from nar_t2i.parts import build, with_defaults
+from nar_t2i.parts import build, describe, with_defaults
 from nar_t2i.pipeline import TextToImage, seeds_of
 from nar_t2i.pixels import to_uint8
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import InferenceStrategy, Known, Step, TokenCodec
 
-AT_ONCE = 64  # pictures
+AT_ONCE = 64  # pictures, candidates counted
+DRAWN_FROM = "nar-t2i"  # the key under which a PNG says it
 UNKNOWN_GREY = 150
 FRAME_MILLISECONDS = 180
 
@@ -52,38 +58,89 @@ def main(arguments: argparse.Namespace) -> int:
         decode_by(t2i, config)
     if arguments.compile:
         t2i.compile()
+    inference, guidance = t2i.decoding(arguments.steps, arguments.guidance_scale, arguments.temperature, arguments.candidates)
+    if arguments.negative_prompt is not None and guidance.scale == 1:
+        print("nar-t2i: a guidance scale of 1 is no guidance, so that --negative-prompt changes nothing", file=sys.stderr)
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     edit, known = _edit(arguments, t2i, len(prompts))
+    seeds = seeds_of(arguments.seed, len(prompts)).tolist()
+    drawn = _drawn_from(arguments, inference, guidance)
     out = Path(arguments.out)
+    pictures = [Picture(out / f"{seed:04d}-{_slug(prompt)}.png", {"prompt": prompt, "seed": seed, **drawn})
+                for prompt, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
+    missing = [i for i, picture in enumerate(pictures) if not picture.is_there(arguments.film)]
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    names, images = [f"{index:04d}-{_slug(prompt)}" for index, prompt in enumerate(prompts)], []
-    for start in range(0, len(prompts), AT_ONCE):  # what is drawn is on disk, should the rest be interrupted
-        rows = slice(start, start + AT_ONCE)
+    at_once = max(1, AT_ONCE // getattr(inference, "candidates", 1))
+    starts = range(0, len(missing), at_once)
+    for start in tqdm(starts, desc="pictures", unit="batch", mininterval=0.5, disable=len(starts) < 2):
+        rows = missing[start : start + at_once]
         samples = t2i.sample(
-            prompts[rows],
+            [prompts[i] for i in rows],
             steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
             temperature=arguments.temperature,
-            seed=arguments.seed + start,
+            seed=[seeds[i] for i in rows],
             negative_prompts=arguments.negative_prompt,
             known=known and Known(known.mask[rows], known.tokens[rows]),
             on_step=films,
             candidates=arguments.candidates,
         )
         pixels = samples.images if edit is None else composited(samples.images, edit)
-        images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-        with _writing(out):
-            for name, image in zip(names[rows], images[rows], strict=True):
-                save_whole(image, out / f"{name}.png")
+        with _writing(out):  # what is drawn is on disk, should the rest be interrupted
+            for i, image in zip(rows, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                pictures[i].save(Image.fromarray(image))
+            if films:
+                films.save([pictures[i].path.with_suffix("") for i in rows], arguments.film)
     with _writing(out):
-        save_whole(contact_sheet(images, prompts), out / "sheet.png")
-        if films:
-            films.save([out / name for name in names], arguments.film)
+        save_whole(contact_sheet([picture.open() for picture in pictures], prompts), out / "sheet.png")
     if t2i.text.truncated:
         print(f"nar-t2i: {t2i.text.truncated} of the texts are longer than this model reads; their ends were left out", file=sys.stderr)
-    print(f"{len(images)} pictures in {out}, all of them on {out / 'sheet.png'}")
+    before = f" ({len(pictures) - len(missing)} of them drawn before)" if len(missing) < len(pictures) else ""
+    print(f"{len(pictures)} pictures in {out}{before}, all of them on {out / 'sheet.png'}")
     return 0
+
+
+def _drawn_from(arguments: argparse.Namespace, inference: InferenceStrategy, guidance: Guidance) -> dict[str, Any]:
+    """What all pictures of a command follow from, beside their prompts and seeds."""
+    files = {name: getattr(arguments, name) for name in ("image", "mask")}
+    return {
+        "model": folder_hash(Path(arguments.model or shipped_model())),
+        "inference": describe(inference), "guidance": describe(guidance), "negative_prompt": arguments.negative_prompt,
+        **{name: file and file_hash(file) for name, file in files.items()}, "variation": arguments.variation,
+    }  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and nothing is
+    overwritten."""
+
+    path: Path
+    drawn_from: dict[str, Any]
+
+    def is_there(self, film: str) -> bool:
+        """And its film, if there is to be one. UserError where another picture is."""
+        if not self.path.exists():
+            return False
+        try:
+            with Image.open(self.path) as image:
+                there = json.loads(image.info[DRAWN_FROM])
+        except (OSError, ValueError, KeyError):
+            there = {}
+        differing = [key for key, value in json.loads(json.dumps(self.drawn_from)).items() if there.get(key) != value]
+        if differing:
+            what = f"was drawn by another {differing[0].replace('_', ' ')}" if there else "was not drawn by this command"
+            raise UserError(f"--out {self.path.parent}: {self.path.name} is there, and {what}; name another folder, or delete it")
+        return film == "none" or film_path(self.path.with_suffix(""), film).exists()
+
+    def save(self, image: Image.Image) -> None:
+        told = PngInfo()
+        told.add_itxt(DRAWN_FROM, json.dumps(self.drawn_from, ensure_ascii=False))
+        save_whole(image, self.path, pnginfo=told)
+
+    def open(self) -> Image.Image:
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
 
 
 @contextmanager
@@ -131,11 +188,17 @@ def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[E
 
 
 def _read_prompts(path: str) -> list[str]:
+    """Of a .jsonl, what its lines call `prompt`; of any other file, the lines."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
+    if Path(path).suffix == ".jsonl":
+        try:
+            prompts = [str(json.loads(line)["prompt"]).strip() for line in prompts]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"--prompts {path}: a line is no JSON object with a prompt: {error!r}") from error
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt")
     return prompts
@@ -164,8 +227,12 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], column
     return sheet
 
 
+def film_path(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}-film.{'png' if kind == 'strip' else 'gif'}")
+
+
 class Films:
-    """Collects the pictures of every step; tokens that are not known yet are shown as grey patches."""
+    """Collects the pictures of every step, until they are saved; tokens that are not known yet are shown as grey patches."""
 
     def __init__(self, tokenizer: TokenCodec):
         if len(tokenizer.spec.shape) != 2:
@@ -183,20 +250,21 @@ class Films:
         self._batches[-1].append(torch.where(unknown, UNKNOWN_GREY, images).byte().cpu())
 
     def save(self, paths: Sequence[Path], kind: str) -> None:
-        """Write `<path>-film.png` (a strip) or `<path>-film.gif` for every picture."""
+        """Write `<path>-film.png` (a strip) or `<path>-film.gif` for every picture since the last call."""
         films = [film for batch in self._batches for film in zip(*batch, strict=True)]
+        self._batches = []
         for path, film in zip(paths, films, strict=True):
             frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in film]
             if kind == "strip":
                 strip = Image.new("RGB", (len(frames) * (frames[0].width + 2), frames[0].height), "white")
                 for index, frame in enumerate(frames):
                     strip.paste(frame, (index * (frame.width + 2), 0))
-                save_whole(strip, path.with_name(path.name + "-film.png"))
+                save_whole(strip, film_path(path, kind))
             else:
                 large = [f.resize((4 * f.width, 4 * f.height), Image.Resampling.NEAREST) for f in frames]
                 save_whole(
                     large[0],
-                    path.with_name(path.name + "-film.gif"),
+                    film_path(path, kind),
                     save_all=True,
                     append_images=large[1:] + [large[-1]] * 6,
                     duration=FRAME_MILLISECONDS,

@@ -1,5 +1,6 @@
 """Editing through `nar-t2i generate`: what is kept, what is drawn anew, and what its mistakes print."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def generate(*arguments):
+    shutil.rmtree("out", ignore_errors=True)
     return main(["generate", "--prompt", "a red circle", "--steps", "4", "--out", "out", *arguments])
 
 
 def drawn():
-    return np.asarray(Image.open(next(Path("out").glob("0000-*.png"))))
+    return np.asarray(Image.open(next(Path("out").glob("*-a-red-circle.png"))))
 
 
 def test_a_mask_reaches_every_token_that_it_touches(codec):

@@ -1,5 +1,6 @@
 """`nar-t2i generate`: what it writes, where, and what its mistakes print."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
+from safetensors.torch import load_file, save_file
 
 from nar_t2i import generate
 from nar_t2i.cli import main
@@ -59,7 +61,7 @@ def test_a_recipe_that_is_not_there_is_named_with_its_option(model: Path, capsys
 def test_pictures_and_a_contact_sheet(model: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(model, "--prompt", "a red star", "--prompt", "two blue squares", "--seed", "7") == 0
     files = sorted(path.name for path in Path("out").iterdir())
-    assert files == ["0000-a-red-star.png", "0001-two-blue-squares.png", "sheet.png"]
+    assert files == ["0007-a-red-star.png", "0008-two-blue-squares.png", "sheet.png"]  # a picture's number is its seed
     expected = TextToImage.from_pretrained(model)(
         ["a red star", "two blue squares"], steps=STEPS, guidance_scale=3.0, seed=7
     )
@@ -100,9 +102,45 @@ def test_many_prompts_are_written_as_they_are_drawn(model: Path, monkeypatch: py
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(TextToImage, "sample", interrupted)
-    assert run(model, *edited) == 130 and "interrupted" in capsys.readouterr().err
+    assert run(model, *edited) == 130 and "the same command goes on" in capsys.readouterr().err
     left = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert sorted(left) == [f"000{number}-a-red-star-{number}.png" for number in range(4)] and left.items() <= whole.items()
+    assert sorted(left) == [f"000{3 + number}-a-red-star-{number}{film}.png" for number in range(4) for film in ("-film", "")] and left.items() <= whole.items()
+    calls.clear()
+    assert run(model, *edited) == 0 and len(calls) == 1 and "5 pictures in out (4 of them drawn before)" in capsys.readouterr().out
+    assert whole == {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+
+def test_no_picture_is_overwritten(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(model, "--prompt", "a red star") == 0
+    path, others = Path("out/0000-a-red-star.png"), ["--prompt", "a red star"]
+    before = path.read_bytes()
+    capsys.readouterr()
+    with Image.open(path) as picture:
+        told = json.loads(picture.info["nar-t2i"])
+    assert (told["prompt"], told["seed"], told["inference"]["init_args"]["steps"]) == ("a red star", 0, STEPS)
+    # Another picture of that name: drawn otherwise, the very one that is edited, and one that somebody else has put there.
+    for other, words in ((["--temperature", "9"], "inference"), (["--negative-prompt", "green"], "negative prompt"),
+                         (["--image", str(path), "--variation", "0.5"], "image")):  # fmt: skip
+        assert words in failure(capsys, "--model", str(model), "--out", "out", "--steps", str(STEPS), *others, *other)
+        assert path.read_bytes() == before
+    Image.new("RGB", (4, 4)).save(path)
+    assert "was not drawn by this command" in failure(capsys, "--model", str(model), "--out", "out", *others)
+    path.write_bytes(before)
+    assert run(model, *others, "--seed", "1") == 0 and path.read_bytes() == before  # beside it
+    capsys.readouterr()
+    # A model that was trained on, in the same folder, is another one.
+    shutil.copytree(model, "trained")
+    weights = load_file("trained/network/weights.safetensors")
+    save_file({name: value + 1e-3 for name, value in weights.items()}, "trained/network/weights.safetensors")
+    assert "another model" in failure(capsys, "--model", "trained", "--out", "out", "--steps", str(STEPS), *others)
+
+
+def test_prompts_of_json_lines(model: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("scenes.jsonl").write_text('\ufeff{"prompt": "a red circle", "category": "colors"}\n', encoding="utf-8")
+    assert run(model, "--prompts", "scenes.jsonl") == 0 and Path("out/0000-a-red-circle.png").is_file()
+    capsys.readouterr()
+    Path("other.jsonl").write_text('{"caption": "a red circle"}\n')
+    assert "other.jsonl: a line is no JSON object with a prompt" in failure(capsys, "--model", str(model), "--prompts", "other.jsonl")
 
 
 def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
@@ -141,8 +179,10 @@ def test_films_need_a_grid() -> None:
 
 def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path) -> None:
     def picture(*arguments: str) -> bytes:
+        shutil.rmtree("out", ignore_errors=True)
         assert run(model, "--prompt", "a red star", *arguments) == 0
-        return Path("out/0000-a-red-star.png").read_bytes()
+        (path,) = Path("out").glob("*-a-red-star.png")
+        return np.asarray(Image.open(path)).tobytes()
 
     plain = picture()
     assert picture() == plain
@@ -160,18 +200,19 @@ def test_a_prompt_that_is_cut_off_and_a_seed_that_is_too_long_are_told(model: Pa
 
 def test_a_recipe_says_how_to_decode(model: Path, capsys: pytest.CaptureFixture) -> None:
     def picture(*arguments: str) -> bytes:
+        shutil.rmtree("out", ignore_errors=True)
         assert main(["generate", "--model", str(model), "--out", "out", "--prompt", "a red star", *arguments]) == 0
-        return Path("out/0000-a-red-star.png").read_bytes()
+        return np.asarray(Image.open("out/0000-a-red-star.png")).tobytes()
 
     t2i = TextToImage.from_pretrained(model)
     t2i.inference, t2i.guidance = Halton(4, temperature=0.5), Guidance(1.5)
-    t2i("a red star")[0].save("expected.png")
+    expected = np.asarray(t2i("a red star")[0]).tobytes()
     Path("own.yaml").write_text(
         "model: {init_args: {inference: {class_path: nar_t2i.inference.Halton, init_args: {steps: 4, temperature: 0.5}}, "
         "guidance: {scale: 1.5}}}\n"
     )
-    assert picture("--recipe", "own.yaml") == Path("expected.png").read_bytes()
-    assert picture("--recipe", "inference/halton", "--steps", "4") != Path("expected.png").read_bytes()
+    assert picture("--recipe", "own.yaml") == expected
+    assert picture("--recipe", "inference/halton", "--steps", "4") != expected
     capsys.readouterr()
     for recipe, words in (("scale/small", "says no way to decode"), ("inference/none", "does not exist"),
                           ("inference/critic_guided", "critic/model"), ("learning/autoregressive", "not Autoregressive")):  # fmt: skip
@@ -229,12 +270,12 @@ def test_a_mistake_prints_one_line(
 
 @pytest.mark.parametrize("film", ["strip", "gif"])
 def test_a_full_disk_is_one_line_and_leaves_no_half_picture(model: Path, capsys: pytest.CaptureFixture, film: str) -> None:
-    for most in (20, 1_000):
+    for most in (20, 2_000):
         with files_of_at_most(most):
             told = failure(capsys, "--model", str(model), "--out", f"out-{most}", "--prompt", "a star", "--film", film)
         assert f"--out out-{most}: File too large" in told
     written = [path for path in Path().rglob("*") if path.is_file()]
-    assert {path.name for path in written} <= {"0000-a-star.png", "sheet.png"} and written
+    assert {path.name for path in written} <= {"0000-a-star.png", "0000-a-star-film.png", "sheet.png"} and written
     for path in written:
         Image.open(path).load()
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks
-from nar_t2i.folders import CONFIG
-from nar_t2i.hashing import file_hash, text_hash
+from nar_t2i.folders import CONFIG, folder_hash
+from nar_t2i.hashing import file_hash
 
 WEIGHTS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 
@@ -65,9 +65,3 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
         group.on_first(write)
         opened.append(Opened(name, folder, identity, {**facts, "hash": identity}))
     return opened
-
-
-def folder_hash(folder: Path) -> str:
-    """sha256 of the files of a folder, by their names in it."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.json")
-    return text_hash("\n".join(f"{file.relative_to(folder)} {file_hash(file)}" for file in files))
