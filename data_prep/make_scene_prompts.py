@@ -6,25 +6,32 @@ or the categories. Takes a few seconds.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_prompts import save
+from nar_t2i.prepare.command import parser, run
 
 ASSETS = Path(__file__).resolve().parent.parent / "nar_t2i" / "assets" / "prompts"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=ASSETS, help="where to write; default: the package")
-    folder = parser.parse_args().folder
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("folder", nargs="?", type=Path, default=ASSETS, help="where to write; default: the package")
+    folder = arguments.parse_args().folder
+    return run(lambda: write(folder))
+
+
+def write(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
+    told = []
     for which in ("seen", "held_out"):
         prompts = generate(which)
         save(prompts, folder / f"{which}.jsonl")
-        print(f"{folder / f'{which}.jsonl'}: {len(prompts)} prompts")
+        told.append(f"{folder / f'{which}.jsonl'}: {len(prompts)} prompts")
+    return "\n".join(told)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nar_t2i import __version__
-from nar_t2i.errors import UNWRITABLE, UserError
+from nar_t2i.errors import UserError, unwritable
 
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nar-t2i: error: {_message(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in UNWRITABLE or os.environ.get("NAR_T2I_TRACEBACK") == "1":
+        told = unwritable(error)
+        if told is None or os.environ.get("NAR_T2I_TRACEBACK") == "1":
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"nar-t2i: error: {where}{error.strerror}; the same command goes on where it can", file=sys.stderr)
+        print(f"nar-t2i: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nar-t2i: interrupted; the same command goes on where it can", file=sys.stderr)

@@ -2,9 +2,17 @@
 
 import errno
 
-# Disks that are full or read-only, and names that lead nowhere.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
-              errno.ENAMETOOLONG)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def unwritable(error: OSError) -> str | None:
+    """What to say where a disk is full or read-only, or a name leads nowhere; None where the program is at fault."""
+    if error.errno not in _UNWRITABLE:
+        return None
+    name = error.filename2 or error.filename  # of two, the one that a file was to be renamed to
+    what = f"{name}: {error.strerror}" if name else str(error.strerror)
+    return f"{what}; the same command goes on where it can" if error.errno in _FULL else what
 
 
 class UserError(Exception):

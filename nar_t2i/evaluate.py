@@ -11,6 +11,7 @@ so that they are the same on any number of ranks. Nothing stands in for weights 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +48,11 @@ def main(arguments: argparse.Namespace) -> int:
     exact_fp32()
     with ranks() as group:
         evaluation = Evaluation(arguments, protocol, group)
-        evaluation.work()
+        try:
+            evaluation.work()
+        except UserError:
+            evaluation.leave_nothing()
+            raise
         group.on_first(evaluation.write)
     return 0
 
@@ -149,6 +154,14 @@ class Evaluation:
             if self.drawn is not None:
                 self._work(f"{model.name}-captions", self.drawn, lambda samples: self._caption_piece(draw, samples, model.name))
 
+    def leave_nothing(self) -> None:
+        """Take away the folder of what could not begin, if nothing was drawn into it before."""
+        if self.group.first and not self._holds_pieces():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _holds_pieces(self) -> bool:
+        return any(self.folder.glob("*/*.safetensors"))
+
     def write(self) -> None:
         """Compute the numbers and write them."""
         results = {model.name: self._results(model.name) for model in self.models}
@@ -208,7 +221,7 @@ class Evaluation:
 
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
-        if any(self.folder.glob("*/*.safetensors")):  # something was drawn by them
+        if self._holds_pieces():  # something was drawn by them
             check_same(path, self._settings())
         else:
             write_json(path, self._settings())

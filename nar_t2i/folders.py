@@ -81,10 +81,25 @@ def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = N
     write_json(folder / CONFIG, config)
 
 
+def told_otherwise(folder: Path) -> None:
+    """UserError where a folder is no model, but something that has one, or makes one."""
+    if (folder / CONFIG).exists():
+        return
+    if (folder / "model" / CONFIG).exists():
+        raise UserError(f"{folder}: a run's folder, whose model is {folder / 'model'}")
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder}: a run that has not ended; nar-t2i export {folder} MODEL makes a model of its newest checkpoint")
+    if folder.suffix == ".ckpt":
+        raise UserError(f"{folder}: a checkpoint; nar-t2i export {folder} MODEL makes a model of it")
+
+
 def load_part(folder: str | Path, trusted: tuple[str, ...] = ()) -> nn.Module:
     """Read a part back, in float32 and evaluation mode. UserError where the folder is not a saved part."""
     folder = Path(folder)
+    told_otherwise(folder)
     config = read_json(folder / CONFIG)
+    if isinstance(config, dict) and "format" in config:
+        raise UserError(f"{folder}: a whole model; name one of its parts, such as {folder / 'tokenizer'}")
     if not isinstance(config, dict) or set(config) != {"class_path", "init_args"}:
         raise UserError(f"{folder / CONFIG}: needs exactly the keys class_path and init_args")
     if not isinstance(config["class_path"], str) or not isinstance(config["init_args"], dict):

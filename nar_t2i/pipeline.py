@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part, read_json, save_part, write_json
+from nar_t2i.folders import load_part, read_json, save_part, told_otherwise, write_json
 from nar_t2i.inference.best_of import BestOf
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
@@ -68,12 +68,10 @@ class TextToImage:
         trusted: further packages whose classes the folder may name.
         """
         folder = Path(folder)
-        if not (folder / "config.json").exists():
-            if (folder / "model/config.json").exists():
-                raise UserError(f"{folder}: a run's folder, whose model is {folder / 'model'}")
-            if (folder / "checkpoints").exists():
-                raise UserError(f"{folder}: a run that has not ended; nar-t2i export {folder} MODEL makes a model of its newest checkpoint")
+        told_otherwise(folder)
         config = read_json(folder / "config.json")
+        if isinstance(config, dict) and "class_path" in config:
+            raise UserError(f"{folder}: a {str(config['class_path']).rpartition('.')[2]} alone, which draws no pictures; name a generator's model")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")
         parts = {name: load_part(folder / name, trusted) for name in PARTS}

@@ -126,6 +126,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a recipe: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, not a {type(content).__name__}")
+    if "parameters" in content and "method" in content:
+        raise UserError(f"{path}: a sweep, for wandb sweep {path}")
     return content
 
 

@@ -297,6 +297,9 @@ MISTAKES = {
     "unknown key beside a class": (
         ["--model.init_arg.x=1"], "key model.init_arg: unknown key; did you mean 'init_args'?"
     ),
+    "wandb without a key": (["--wandb=mine"], "command line: key wandb: takes keys, such as wandb.project=mine"),
+    "unknown wandb key": (["--wandb.projct=mine"], "command line: key wandb.projct: unknown key; did you mean 'project'?"),
+    "another kind of recipe": (["--config=evaluation/coco-30k"], "key metrics: is a protocol's, for nar-t2i evaluate --protocol"),
     "wrong type": (["--trainer.max_steps=many"], "command line: key trainer.max_steps: expected int, got many"),
     "wrong nested type": (
         ["--model.init_args.network.init_args.width=wide"],

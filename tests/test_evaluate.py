@@ -324,6 +324,9 @@ def test_validation_data_of_a_mixture_come_with_their_pictures(place, tmp_path):
 def test_what_is_no_model_is_named(place, tmp_path, capsys):
     evaluate(place, tmp_path / "out.json", model="nothing", status=2)
     assert "nothing is neither a whole checkpoint nor a run that has one" in capsys.readouterr().err
+    evaluate(place, tmp_path / "out.json", model="model/tokenizer", status=2)
+    assert "model/tokenizer: a VQGAN alone, which draws no pictures" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nor a folder of what could not begin
 
 
 def test_a_protocol_fixes_what_is_drawn(place, tmp_path):

@@ -103,6 +103,21 @@ def test_a_foreign_class_is_refused(saved):
         load_part(folder, TRUSTED)
 
 
+def test_what_has_or_makes_a_part_is_told_from_one(saved, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="run: a run that has not ended; nar-t2i export"):
+        load_part(run)
+    with pytest.raises(UserError, match="last.ckpt: a checkpoint; nar-t2i export"):
+        load_part(run / "checkpoints/last.ckpt")
+    saved[1].rename(run / "model")
+    with pytest.raises(UserError, match="run: a run's folder, whose model is .*run/model"):
+        load_part(run)
+    write_json(run / "model/config.json", {"format": 1})
+    with pytest.raises(UserError, match="run/model: a whole model; name one of its parts, such as .*model/tokenizer"):
+        load_part(run / "model")
+
+
 @pytest.mark.parametrize("missing", ["config.json", "weights.safetensors", "note.txt"])
 def test_a_folder_that_is_not_whole(saved, missing):
     _, folder = saved

@@ -134,6 +134,7 @@ ERRORS = {
     "environment": ({"a.yaml": "x: '${oc.env:NAR_T2I_UNSET}'"}, "a.yaml", [], "a.yaml: key x: .*NAR_T2I_UNSET"),
     "no such resolver": ({"a.yaml": "x: '${shell:ls}'"}, "a.yaml", [], "a.yaml: key x: .*shell"),
     "no value": ({"a.yaml": "m: {x: '???'}"}, "a.yaml", [], r"a.yaml: key m.x: has no value yet \(\?\?\?\)"),
+    "a sweep": ({"a.yaml": "method: grid\nparameters: {x: {values: [1]}}\ncommand: ['${env}']"}, "a.yaml", [], "a.yaml: a sweep, for wandb sweep"),
     "override without value": ({"a.yaml": "x: 1"}, "a.yaml", ["x"], "command line: 'x' is not of the form"),
     "override without key": ({"a.yaml": "x: 1"}, "a.yaml", ["x..y=1"], "command line: 'x..y=1' is not of the form"),
     "override no YAML": ({"a.yaml": "x: 1"}, "a.yaml", ["x=[1"], "command line: key x: .* is not a YAML value"),

@@ -48,10 +48,14 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes → RGB."""
+    """Any of Pillow's modes → RGB. ImageError for pixels whose range nothing tells: floats, and integers beyond 16 bits."""
+    if image.mode == "F":
+        raise ImageError("its pixels are floats, whose range nothing tells")
     if image.mode.startswith("I"):
         # 16-bit greyscale; Pillow's own conversion clips at 255 instead of scaling.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ImageError(f"its pixels are integers from {grey.min()} to {grey.max()}, more than 16 bits")
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

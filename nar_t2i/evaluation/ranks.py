@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from nar_t2i.errors import UserError
+from nar_t2i.errors import UserError, unwritable
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # ranks that are done wait for those that draw, and for the one that computes
@@ -44,7 +44,7 @@ class Ranks(NamedTuple):
         except UserError as error:
             problem = error
         except OSError as error:
-            problem = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; the same command goes on where it can")
+            problem = UserError(unwritable(error) or f"{error.filename or 'a file'}: {error.strerror or error}")
         if self.world > 1:
             problems: list[Any] = [None] * self.world
             dist.all_gather_object(problems, problem and str(problem))

@@ -92,7 +92,8 @@ def _goes_on(folder: Path) -> bool:
     """Whether there may be more than when a report was written: of a run always, of a quickstart until it has ended."""
     stages = folder / "stages.json"
     done = _mapping(read_json(stages)).get("done") if stages.exists() else None
-    return (folder / "metrics.csv").exists() or (isinstance(done, list) and "evaluation" not in done)
+    is_run = (folder / "metrics.csv").exists() or (folder / "config.yaml").exists()
+    return is_run or (isinstance(done, list) and "evaluation" not in done)
 
 
 def collect_metrics(folder: Path) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class Run:
 
 def _check(folder: Path) -> list[Run]:
     """The runs of a folder; UserError where there are none."""
-    if (folder / "metrics.csv").is_file():
+    if (folder / "metrics.csv").is_file() or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
         return [Run(folder, "")]
     runs = [Run(folder / name, name) for name in STAGES if (folder / name / "metrics.csv").is_file()]
     if (folder / "judged").is_dir():
@@ -276,7 +277,9 @@ def _sample_card(base: Path, prompt: str, entries: Iterable[dict[str, Any]], sev
 
 def _run_section(run: Run) -> Markup | None:
     name = run.name.capitalize() or "Training"
-    return section(name, charts(read_curves(run.folder / "metrics.csv")), _pictures_of(run))
+    curves = run.folder / "metrics.csv"
+    shown = charts(read_curves(curves)) if curves.exists() else tag("p", "Nothing has been logged yet: see trainer.log_every_n_steps.")
+    return section(name, shown, _pictures_of(run))
 
 
 def _pictures_of(run: Run) -> list[Markup | None]:

@@ -76,7 +76,7 @@ def take(prompts: Iterable[ScenePrompt], per_category: int) -> list[ScenePrompt]
 def load(path: str | os.PathLike[str]) -> list[ScenePrompt]:
     """Read scene prompts; blank lines are skipped. Raises UserError that names file, line and key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); give a file of scene prompts") from error
     prompts = [_parse(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]

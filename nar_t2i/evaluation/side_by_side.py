@@ -111,7 +111,8 @@ def as_html(entries: Sequence[Entry]) -> str:
     rows = [[name, *(_cell(entry, name, others) for entry in entries)] for name in _names(entries)]
     notes = [[name, entry, ", ".join(keys)] for name, by_entry in others.items() for entry, keys in by_entry.items()]
     warning = tag("p", f"{OTHER}: by another protocol than the first of its row; such numbers do not compare.") if notes else None
-    sheets = [figure(picture(sheet, f"{entry.name}: {sheet.stem}"), entry.name) for entry in entries for sheet in entry.sheets]
+    sheets = [figure(picture(sheet, f"{entry.name}: {sheet.stem}"), f"{entry.name}: {sheet.stem.rpartition('-')[2]}")
+              for entry in entries for sheet in entry.sheets]  # fmt: skip
     behind = [tag("details", tag("summary", entry.name), tag("pre", json.dumps(entry.about, indent=2))) for entry in entries]
     return page(
         "nar_t2i: side by side",

@@ -24,20 +24,24 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
     if not root.is_dir():
         raise UserError(f"{images} is not a folder")
     captions: dict[int, list[str]] = defaultdict(list)
-    names: dict[int, str] = {}
+    names: dict[int, str | None] = {}
     try:
         content = json.loads(Path(annotations).read_bytes())
         for entry in content["images"]:
-            names[entry["id"]] = str(entry["file_name"])
+            name = entry.get("file_name")
+            names[entry["id"]] = None if name is None else str(name)
         order = sorted(names)
+        if content["annotations"] and not any("caption" in entry for entry in content["annotations"]):
+            raise UserError(f"{annotations}: its annotations are no captions (COCO's are in captions_*.json)")
         for entry in content["annotations"]:
-            caption = entry["caption"]
+            caption = entry.get("caption")
             captions[entry["image_id"]].append(caption.strip() if isinstance(caption, str) else "")
     except OSError as error:
         raise UserError(f"{annotations} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{annotations} is not COCO captions JSON (images and annotations): {error!r}") from error
-    items = [_item(names[image], root, captions[image]) for image in order]
+    items = [Item(f"image id {image}", root / "?", (), "image without a file_name") if (name := names[image]) is None else _item(name, root, captions[image])
+             for image in order]  # fmt: skip
     unknown = [image for image in captions if image not in names]
     return items + [Item(f"image id {image}", root / "?", (), "caption without an image") for image in unknown]
 

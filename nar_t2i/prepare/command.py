@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from nar_t2i.errors import UNWRITABLE, UserError
+from nar_t2i.errors import UserError, unwritable
 
 
 def run(work: Callable[[], object]) -> int:
@@ -19,10 +19,10 @@ def run(work: Callable[[], object]) -> int:
         # Names of files need not be text.
         print(str(work()).encode("utf-8", "backslashreplace").decode())
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        told = unwritable(error)
+        if told is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; the same command goes on where it can", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

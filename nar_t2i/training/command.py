@@ -257,6 +257,8 @@ class RecipeCLI(LightningCLI):
 def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The resolved recipe, with a run folder, and without what would contradict one."""
     recipe = recipes.load(configs, overrides)
+    if "metrics" in recipe.config:
+        raise recipe.error("metrics", "is a protocol's, for nar-t2i evaluate --protocol NAME, and no recipe's")
     trainer = recipe.config.get("trainer")
     if isinstance(trainer, dict) and trainer.get("default_root_dir") is not None:
         raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")

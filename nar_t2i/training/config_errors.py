@@ -10,12 +10,14 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import Recipe
+from nar_t2i.training.wandb_run import WandbConfig
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_HINTS = 12
@@ -24,6 +26,13 @@ REQUIRED = "is required"
 
 def explain(recipe: Recipe, error: Exception, parser: ArgumentParser) -> UserError:
     """The error to show for `error`, which `parser` raised about `recipe.config`."""
+    wandb = recipe.config.get("wandb")  # null or keys, of which jsonargparse would tell as alternatives
+    keys = [field.name for field in fields(WandbConfig)]
+    if wandb is not None and not isinstance(wandb, dict):
+        return recipe.error("wandb", f"takes keys, such as wandb.project={wandb}")
+    for key in wandb or ():
+        if key not in keys:
+            return recipe.error(f"wandb.{key}", _unknown(key, keys))
     for prefix, node in _class_nodes("", recipe.config):
         found = _check(node)
         # What a factory is given only when it is called, a class by itself requires, too; then the error does not say so.

@@ -119,6 +119,8 @@ def main(arguments: argparse.Namespace) -> int:
     gpus = _positive("--gpus-per-node", _devices(trainer.devices) if arguments.gpus_per_node is None else arguments.gpus_per_node)
     ranks, strategy = nodes * gpus, _strategy(trainer.strategy)
     half = "16" in str(trainer.precision)
+    if arguments.gpu_memory_gib is not None and not arguments.gpu_memory_gib > 0:
+        raise UserError(f"--gpu-memory-gib: must be above 0, not {arguments.gpu_memory_gib:g}")
     limit = arguments.gpu_memory_gib and arguments.gpu_memory_gib * 1024 * MIB
     print(f"recipe       {recipe.name}: {nodes} × {gpus} = {ranks} ranks, {trainer.precision}, {strategy}")
     wrong = [f"{key}: {path} does not exist" for key in ("init_from", "ckpt_path")

@@ -283,6 +283,18 @@ def test_a_quickstart_that_goes_on_is_reported_anew(quickstart: Path) -> None:
     assert told(["data", "text", "evaluation"], {"data": 3.0}) == METRICS
 
 
+def test_a_run_that_has_not_logged_anything_is_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: {}")
+    assert main(["report", str(run)]) == 0
+    assert "Nothing has been logged yet" in page_of(run).text and json.loads((run / "metrics.json").read_text()) == {}
+    write_run(tmp_path / "other", ["step,epoch,loss", "0,0,3.0"])
+    assert main(["report", str(run), str(tmp_path / "other"), "--out", str(tmp_path / "both.html")]) == 0
+    write_run(run, ["step,epoch,loss", "0,0,2.5"])  # it went on
+    assert main(["report", str(run)]) == 0 and "2.5" in page_of(run).text
+
+
 @pytest.mark.parametrize("folder", ["", "absent"])
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="neither a run"):

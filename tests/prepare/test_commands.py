@@ -77,6 +77,8 @@ def test_every_script_starts(script, monkeypatch, capsys):
     ("encode_tokens", ["IN", "IN", "OUT", "--device", "abacus"], "--device: abacus: "),
     ("render_scenes", ["OUT", "--samples-per-shard", "0"], "--samples-per-shard: must be at least 1"),
     ("from_folder", ["IN", "FILE"], "FILE: File exists"),
+    ("make_scene_prompts", ["FILE"], "FILE: File exists"),
+    ("train_scene_features", ["OUT", "--scenes", "0"], "--scenes: must be at least 64"),
     ("from_table", ["LONG", "OUT"], "e.g. a long caption"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, script, options, words):
@@ -90,7 +92,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, scrip
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "data_prep" / f"{script}.py"), run_name="__main__")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and words in error
+    assert ended.value.code == 2 and words in error and "goes on" not in error
 
 
 def test_a_full_disk_is_one_line_and_the_import_goes_on(tmp_path, monkeypatch, capsys):

@@ -205,6 +205,19 @@ def test_coco(tmp_path):
     }
 
 
+def test_coco_entries_that_lack_something_cost_a_picture(tmp_path, capsys):
+    root, path = images(tmp_path / "in", 2), tmp_path / "c.json"
+    entries = [{"id": 1, "file_name": "im0.png"}, {"id": 2}]
+    told = [{"image_id": 1, "caption": "one"}, {"image_id": 1}, {"image_id": 2, "caption": "two"}]
+    path.write_text(json.dumps({"images": entries, "annotations": told}))
+    summary = coco.import_coco(path, root, tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: ["one"]}
+    assert {d.name: d.reason for d in summary.dropped} == {"image id 2": "image without a file_name"}
+    path.write_text(json.dumps({"images": entries, "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}))
+    assert coco.main([str(path), str(root), str(tmp_path / "boxes")]) == 2
+    assert "its annotations are no captions (COCO's are in captions_*.json)" in capsys.readouterr().err
+
+
 def test_file_names_that_no_file_can_have_cost_a_picture(tmp_path):
     root = images(tmp_path / "in", 1)
     names = {1: "im0.png", 2: "nul\0.png", 3: "half\ud800.png"}

@@ -59,6 +59,8 @@ def test_overrides_count(capsys):
     (["--init_from=nowhere"], "init_from: nowhere does not exist"),
     (["--data.init_args.flip=true"], "flip: true needs flip_safe"),
     (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
+    (["--gpu-memory-gib", "-3"], "--gpu-memory-gib: must be above 0, not -3"),
+    (["--data.init_args.image_size=24"], "data.init_args.image_size 24: the tokenizer is one of 16 px"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(capsys, arguments, message):
     assert main(["doctor", "tiny.yaml", *arguments]) == 2
