@@ -22,7 +22,7 @@ from nar_t2i import recipe as recipes
 from nar_t2i.data.files import whole_file
 from nar_t2i.editing import Edit, composited, known_outside, known_share, read_edit, read_image
 from nar_t2i.errors import UserError
-from nar_t2i.folders import folder_hash
+from nar_t2i.folders import CONFIG, folder_hash
 from nar_t2i.hardware import best_device
 from nar_t2i.hashing import file_hash
 from nar_t2i.noise import Noise
@@ -33,7 +33,7 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.types import InferenceStrategy, Known, Step, TokenCodec
 
 AT_ONCE = 64  # pictures, candidates counted
-DRAWN_FROM = "nar-t2i"  # the key under which a PNG says it
+DRAWN_FROM = "nar-t2i"  # the key of a PNG's text that says, as JSON, all that the picture was drawn from
 UNKNOWN_GREY = 150
 FRAME_MILLISECONDS = 180
 
@@ -91,7 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
             for i, image in zip(rows, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                 pictures[i].save(Image.fromarray(image))
             if films:
-                films.save([pictures[i].path.with_suffix("") for i in rows], arguments.film)
+                films.save([pictures[i].path for i in rows], arguments.film)
     with _writing(out):
         save_whole(contact_sheet([picture.open() for picture in pictures], prompts), out / "sheet.png")
     if t2i.text.truncated:
@@ -106,14 +106,24 @@ def _drawn_from(arguments: argparse.Namespace, inference: InferenceStrategy, gui
     files = {name: getattr(arguments, name) for name in ("image", "mask")}
     return {
         "model": folder_hash(Path(arguments.model or shipped_model())),
-        "inference": describe(inference), "guidance": describe(guidance), "negative_prompt": arguments.negative_prompt,
+        "inference": _with_hashes(describe(inference)), "guidance": describe(guidance), "negative_prompt": arguments.negative_prompt,
         **{name: file and file_hash(file) for name, file in files.items()}, "variation": arguments.variation,
     }  # fmt: skip
 
 
+def _with_hashes(described: Any) -> Any:
+    """A description with the hash of each model that it names, such as a critic's, in the place of its folder."""
+    if isinstance(described, dict):
+        return {key: _with_hashes(value) for key, value in described.items()}
+    if isinstance(described, list):
+        return [_with_hashes(value) for value in described]
+    is_model = isinstance(described, str) and (Path(described) / CONFIG).is_file()
+    return folder_hash(Path(described)) if is_model else described
+
+
 class Picture(NamedTuple):
-    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and nothing is
-    overwritten."""
+    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and no picture is
+    overwritten by another."""
 
     path: Path
     drawn_from: dict[str, Any]
@@ -124,18 +134,22 @@ class Picture(NamedTuple):
             return False
         try:
             with Image.open(self.path) as image:
+                image.load()  # all of it
                 there = json.loads(image.info[DRAWN_FROM])
         except (OSError, ValueError, KeyError):
-            there = {}
-        differing = [key for key, value in json.loads(json.dumps(self.drawn_from)).items() if there.get(key) != value]
+            there = None
+        same = isinstance(there, dict)
+        differing = [key for key, value in json.loads(json.dumps(self.drawn_from)).items() if not same or there.get(key) != value]
         if differing:
-            what = f"was drawn by another {differing[0].replace('_', ' ')}" if there else "was not drawn by this command"
+            what = f"was drawn by another {differing[0].replace('_', ' ')}" if same else "was not drawn by this command, or is not whole"
             raise UserError(f"--out {self.path.parent}: {self.path.name} is there, and {what}; name another folder, or delete it")
-        return film == "none" or film_path(self.path.with_suffix(""), film).exists()
+        return film == "none" or film_path(self.path, film).exists()
 
     def save(self, image: Image.Image) -> None:
         told = PngInfo()
-        told.add_itxt(DRAWN_FROM, json.dumps(self.drawn_from, ensure_ascii=False))
+        told.add_text(DRAWN_FROM, json.dumps(self.drawn_from))
+        for kind in ("strip", "gif"):
+            film_path(self.path, kind).unlink(missing_ok=True)  # of a picture that was here before
         save_whole(image, self.path, pnginfo=told)
 
     def open(self) -> Image.Image:
@@ -190,18 +204,25 @@ def _edit(arguments: argparse.Namespace, t2i: TextToImage, rows: int) -> tuple[E
 def _read_prompts(path: str) -> list[str]:
     """Of a .jsonl, what its lines call `prompt`; of any other file, the lines."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if Path(path).suffix == ".jsonl":
-        try:
-            prompts = [str(json.loads(line)["prompt"]).strip() for line in prompts]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"--prompts {path}: a line is no JSON object with a prompt: {error!r}") from error
+        prompts = [_prompt_of(line, path) for line in prompts]
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt")
     return prompts
+
+
+def _prompt_of(line: str, path: str) -> str:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"--prompts {path}: {line[:40]!r} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        raise UserError(f"--prompts {path}: {line[:40]!r} is no object with a prompt")
+    return content["prompt"].strip()
 
 
 def _slug(prompt: str) -> str:
@@ -227,8 +248,9 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], column
     return sheet
 
 
-def film_path(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}-film.{'png' if kind == 'strip' else 'gif'}")
+def film_path(picture: Path, kind: str) -> Path:
+    """Where the film of a picture goes: a name that no picture has."""
+    return picture.with_suffix(".film.png" if kind == "strip" else ".film.gif")
 
 
 class Films:
@@ -250,7 +272,7 @@ class Films:
         self._batches[-1].append(torch.where(unknown, UNKNOWN_GREY, images).byte().cpu())
 
     def save(self, paths: Sequence[Path], kind: str) -> None:
-        """Write `<path>-film.png` (a strip) or `<path>-film.gif` for every picture since the last call."""
+        """Write a film beside every picture since the last call. paths: of the pictures. kind: "strip" or "gif"."""
         films = [film for batch in self._batches for film in zip(*batch, strict=True)]
         self._batches = []
         for path, film in zip(paths, films, strict=True):

@@ -157,6 +157,9 @@ class TextToImage:
         guidance. known: tokens to keep, a row a prompt. on_step: called after every step of every batch.
         batch_size: images that are decoded at once. candidates: images to draw of each prompt, of which the one stays that
         the network finds likeliest (BestOf); None keeps the pipeline's.
+
+        Images come in the order of the prompts. Raises UserError where lengths differ, this strategy has no such setting, or a seed is
+        no 64-bit integer.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -213,7 +216,7 @@ class TextToImage:
 
 
 def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrategy:
-    """A strategy with another setting, and so the one that draws first, where there is one."""
+    """The strategy with `name` set to `value`; where it wraps another one (`first`), that one, too."""
     has = inspect.signature(type(inference).__init__).parameters
     changes = {name: value} if name in has else {}
     if changes and name == "temperature" and "final_temperature" in has:

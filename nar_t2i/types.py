@@ -146,16 +146,24 @@ class KVCache(Protocol):
         """Store (B, heads, new, d) and return all keys and values of the layer so far."""
         ...
 
-    def crop(self, length: int | Tensor) -> None:
-        """Forget what lies behind `length` (one number, or one a sample)."""
+    def crop(self, length: int) -> None:
+        """Forget what lies behind `length`."""
+        ...
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
         ...
 
 
 class TokenNetwork(nn.Module):
-    """Tokens + text → a prediction. `spec` says which tokens; `causal` whether slot i sees only slots before it;
-    `judges` whether it says of each token if it is wrong, instead of which it is; `self_conditioning` whether it reads
-    `TokenState.guess`; `static` whether its shapes follow from those of its inputs, so that a call can be recorded (see
-    InferenceStrategy)."""
+    """Tokens + text → a prediction.
+
+    spec: of the tokens.
+    causal: whether slot i sees only slots before it.
+    judges: whether it says of each token if it is wrong, instead of which it is.
+    self_conditioning: whether it reads `TokenState.guess`.
+    static: whether its shapes follow from those of its inputs, so that a call can be recorded (see InferenceStrategy).
+    """
 
     spec: TokenSpec
     causal: bool = False
@@ -178,7 +186,7 @@ class TokenNetwork(nn.Module):
 
         read: None = all slots, (B, N); integers (B, M) = those slots; booleans (B, N) = the True ones, flattened
         in row order to (R,); integers (R,) = places in the flattened (B, N), for which no device is asked how many they are
-        (`SlotNoise.places`). The head is evaluated for these alone.
+        (`SlotNoise.places`). The head is evaluated for these alone; `nar_t2i.networks.tokens.select` takes any of the four.
 
         A causal network shifts by itself: slot i is predicted from the values before it. With `cache`, `state` holds
         only new slots: `positions` says which are predicted, `values` what stands before each (slot 0: anything).
@@ -200,6 +208,7 @@ class TokenCodec(nn.Module):
     image_size: int
 
     def encode(self, images: Tensor) -> Encoded:
+        """(B, 3, H, W) in [−1, 1], H = W = `image_size` → tokens and the error of each."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, size: int | None = None, condition: Condition | None = None) -> Tensor:
@@ -226,6 +235,7 @@ class TextEncoder(nn.Module):
     truncated: int = 0
 
     def count(self, encoded: int, truncated: int) -> None:
+        """Add to the counts of captions."""
         with _COUNTING:  # threads may draw side by side
             self.encoded += encoded
             self.truncated += truncated
@@ -239,6 +249,7 @@ class TextEncoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no fingerprint, so that its states cannot be cached")
 
     def forward(self, captions: list[str]) -> Condition:
+        """B captions → states (B, L, widths[i]) and a mask (B, L) of each stream, and (B, pooled_width) or None."""
         raise NotImplementedError
 
 
@@ -283,9 +294,10 @@ class Term(NamedTuple):
 class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
 
-    passes: forward passes of the network a step, which the cost of a step goes by; one without a gradient is a third. draws: whether the network that it
-    teaches draws pictures; a critic does not. causal: whether it teaches causal networks, or all others. reads_errors: whether
-    it needs `TokenBatch.error`.
+    passes: forward passes of the network in a training step, by which ablations equalise cost; one without a gradient counts a third.
+    draws: whether the network that it teaches draws pictures; a critic does not.
+    causal: whether it teaches causal networks, or all others.
+    reads_errors: whether it needs `TokenBatch.error`.
     """
 
     passes: float = 1
@@ -343,4 +355,10 @@ class InferenceStrategy:
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Decoded:
+        """Fill all unknown tokens of B images.
+
+        condition, null: B rows each, the captions and what guidance leads away from. noise: of B sample ids. known: tokens that
+        are given and never change; None = all are unknown. on_step: called after every step. Raises UserError where the network
+        is not of a kind that this strategy decodes.
+        """
         raise NotImplementedError

@@ -104,7 +104,7 @@ def test_many_prompts_are_written_as_they_are_drawn(model: Path, monkeypatch: py
     monkeypatch.setattr(TextToImage, "sample", interrupted)
     assert run(model, *edited) == 130 and "the same command goes on" in capsys.readouterr().err
     left = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert sorted(left) == [f"000{3 + number}-a-red-star-{number}{film}.png" for number in range(4) for film in ("-film", "")] and left.items() <= whole.items()
+    assert sorted(left) == [f"000{3 + number}-a-red-star-{number}{film}.png" for number in range(4) for film in (".film", "")] and left.items() <= whole.items()
     calls.clear()
     assert run(model, *edited) == 0 and len(calls) == 1 and "5 pictures in out (4 of them drawn before)" in capsys.readouterr().out
     assert whole == {path.name: path.read_bytes() for path in Path("out").iterdir()}
@@ -125,6 +125,8 @@ def test_no_picture_is_overwritten(model: Path, capsys: pytest.CaptureFixture) -
         assert path.read_bytes() == before
     Image.new("RGB", (4, 4)).save(path)
     assert "was not drawn by this command" in failure(capsys, "--model", str(model), "--out", "out", *others)
+    path.write_bytes(before[:-200])
+    assert "0000-a-red-star.png is there, and was not drawn by this command, or is not whole" in failure(capsys, "--model", str(model), "--out", "out", *others)
     path.write_bytes(before)
     assert run(model, *others, "--seed", "1") == 0 and path.read_bytes() == before  # beside it
     capsys.readouterr()
@@ -136,17 +138,29 @@ def test_no_picture_is_overwritten(model: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_prompts_of_json_lines(model: Path, capsys: pytest.CaptureFixture) -> None:
-    Path("scenes.jsonl").write_text('\ufeff{"prompt": "a red circle", "category": "colors"}\n', encoding="utf-8")
+    Path("scenes.jsonl").write_text('\ufeff{"prompt": "a red \u2028circle", "category": "colors"}\n', encoding="utf-8")
     assert run(model, "--prompts", "scenes.jsonl") == 0 and Path("out/0000-a-red-circle.png").is_file()
     capsys.readouterr()
-    Path("other.jsonl").write_text('{"caption": "a red circle"}\n')
-    assert "other.jsonl: a line is no JSON object with a prompt" in failure(capsys, "--model", str(model), "--prompts", "other.jsonl")
+    for line, words in (('{"caption": "a"}', "is no object with a prompt"), ('{"prompt": null}', "is no object with a prompt"), ("a star", "is not JSON")):
+        Path("other.jsonl").write_text(line)
+        assert words in failure(capsys, "--model", str(model), "--prompts", "other.jsonl")
+
+
+def test_a_picture_in_the_models_folder_does_not_make_it_another(model: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(model, "model")
+    for _ in range(2):
+        assert main(["generate", "--model", "model", "--out", "model/samples", "--prompt", "a\udcff star", "--film", "strip"]) == 0
+    assert "1 pictures in model/samples (1 of them drawn before)" in capsys.readouterr().out
+    # Drawn anew without a film, it has none that shows another.
+    Path("model/samples/0000-a-star.png").unlink()
+    assert main(["generate", "--model", "model", "--out", "model/samples", "--prompt", "a\udcff star", "--steps", "2"]) == 0
+    assert sorted(path.name for path in Path("model/samples").iterdir()) == ["0000-a-star.png", "sheet.png"]
 
 
 def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
     assert run(model, "--prompt", "a red star", "--prompt", "two", "--film", "strip") == 0
-    strips = sorted(Path("out").glob("*-film.png"))
-    assert [path.name for path in strips] == ["0000-a-red-star-film.png", "0001-two-film.png"]
+    strips = sorted(Path("out").glob("*.film.png"))
+    assert [path.name for path in strips] == ["0000-a-red-star.film.png", "0001-two.film.png"]
     strip = np.asarray(Image.open(strips[0]))
     assert strip.shape == (16, STEPS * 18, 3)
     frames = [strip[:, 18 * step : 18 * step + 16] for step in range(STEPS)]
@@ -163,7 +177,7 @@ def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
 
 def test_an_animated_picture_has_a_frame_a_step_and_a_hold(model: Path) -> None:
     assert run(model, "--prompt", "a red star", "--film", "gif") == 0
-    (path,) = Path("out").glob("*-film.gif")
+    (path,) = Path("out").glob("*.film.gif")
     with Image.open(path) as film:
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
         assert film.size == (64, 64) and film.info["loop"] == 0
@@ -275,7 +289,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_picture(model: Path, capsys:
             told = failure(capsys, "--model", str(model), "--out", f"out-{most}", "--prompt", "a star", "--film", film)
         assert f"--out out-{most}: File too large" in told
     written = [path for path in Path().rglob("*") if path.is_file()]
-    assert {path.name for path in written} <= {"0000-a-star.png", "0000-a-star-film.png", "sheet.png"} and written
+    assert {path.name for path in written} <= {"0000-a-star.png", "0000-a-star.film.png", "sheet.png"} and written
     for path in written:
         Image.open(path).load()
 

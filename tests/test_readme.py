@@ -91,7 +91,7 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
         assert (checkout / "runs/quickstart" / path).is_file(), path
     assert (checkout / "runs/linear/report.html").is_file()
     for name in ("0000-two-red-stars-above-a-blue-square", "0001-three-green-circles"):
-        assert (checkout / f"generated/{name}.png").is_file() and (checkout / f"generated/{name}-film.png").is_file()
+        assert (checkout / f"generated/{name}.png").is_file() and (checkout / f"generated/{name}.film.png").is_file()
     assert (checkout / "generated/mine/0003-a-pink-square.png").is_file()
     assert (checkout / "star.png").is_file()
     scores = json.loads((checkout / "runs/my-scores.json").read_text())

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.networks.attention import StaticCache
+from nar_t2i.networks.predictions import truncation
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, pass_progress
@@ -26,10 +27,9 @@ class Autoregressive(InferenceStrategy):
     static = True
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-        if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise UserError(f"Autoregressive: temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} "
-                            "above 0, to 1")  # fmt: skip
-        self.temperature, self.truncation = temperature, {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
+        if not temperature >= 0:
+            raise UserError(f"Autoregressive: temperature must be at least 0, not {temperature}")
+        self.temperature, self.truncation = temperature, truncation(top_k, top_p)
 
     @torch.no_grad()
     def decode(

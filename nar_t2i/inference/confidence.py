@@ -58,7 +58,8 @@ class AmusedConfidence(Confidence):
         temperature: float = 1.0,
         choice_temperature: float = 2.0,
     ):
-        # Confidence's falls to 0 with the pass that is done, this one with the pass that begins; the last pass chooses nothing.
+        # Confidence's noise falls to 0 with the pass that is done, aMUSEd's with the one that begins, so that it is larger by this
+        # factor; the last pass chooses nothing.
         super().__init__(steps, schedule, temperature, choice_temperature * steps / max(steps - 1, 1))
 
     def passes(self, unknown: int) -> int:

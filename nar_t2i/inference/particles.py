@@ -10,6 +10,7 @@ from torch import Tensor
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.networks.attention import StaticCache
+from nar_t2i.networks.predictions import truncation
 from nar_t2i.networks.prefix import PrefixDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
@@ -45,12 +46,11 @@ class Particles(InferenceStrategy):
     ):
         if candidates < 1:
             raise UserError(f"Particles: candidates must be at least 1, not {candidates}")
-        if not (temperature > 0 and (final_temperature is None or final_temperature >= 0) and top_k >= 0 and 0 < top_p <= 1):
-            raise UserError(f"Particles: temperature {temperature} must be above 0, final_temperature {final_temperature} and "
-                            f"top_k {top_k} at least 0, top_p {top_p} above 0, to 1")  # fmt: skip
+        if not (temperature > 0 and (final_temperature is None or final_temperature >= 0)):
+            raise UserError(f"Particles: temperature {temperature} must be above 0, final_temperature {final_temperature} at least 0")
         self.candidates, self.likeliest = candidates, likeliest
         self.temperature, self.final_temperature = temperature, temperature if final_temperature is None else final_temperature
-        self.truncation = {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
+        self.truncation = truncation(top_k, top_p)
 
     @torch.no_grad()
     def decode(

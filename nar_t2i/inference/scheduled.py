@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
+from nar_t2i.networks.predictions import truncation
 from nar_t2i.noise import Noise, SlotNoise
 from nar_t2i.schedules import Guidance, MaskSchedule, masked_counts, pass_progress
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Sampled, Step, TokenNetwork, TokenState
@@ -39,11 +40,9 @@ class Scheduled(InferenceStrategy):
             raise UserError(f"steps must be at least 1, and whole, not {steps}")
         if not (temperature >= 0 and (final_temperature is None or final_temperature >= 0)):
             raise UserError(f"temperatures must be at least 0, not {temperature} and {final_temperature}")
-        if top_k < 0 or not 0 < top_p <= 1:
-            raise UserError(f"top_k {top_k} must be at least 0, top_p {top_p} above 0, to 1")
         self.steps, self.schedule = steps, schedule
         self.temperature, self.final_temperature = temperature, final_temperature
-        self.truncation = {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
+        self.truncation = truncation(top_k, top_p)
 
     def counts(self, unknown: Tensor) -> list[Tensor]:
         """How many tokens stay masked after each pass. unknown: (B,) tokens to fill."""
@@ -62,7 +61,7 @@ class Scheduled(InferenceStrategy):
         raise NotImplementedError
 
     def passes(self, unknown: int) -> int:
-        """For so many tokens to fill."""
+        """How many it takes for so many tokens."""
         return min(self.steps, unknown)
 
     @torch.no_grad()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nar_t2i.errors import UserError
 from nar_t2i.noise import SlotNoise
 from nar_t2i.types import Sampled
 
@@ -88,6 +90,13 @@ class Categorical:
         return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))
 
 
+def truncation(top_k: int, top_p: float) -> dict[str, Any]:
+    """The arguments of `sample` that cut off unlikely codes, if there are any: see Categorical.sample. UserError where they cannot be."""
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"top_k {top_k} must be at least 0, top_p {top_p} above 0, to 1")
+    return {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
+
+
 def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
     """(…, V) probabilities with zeros at the codes that are not to be drawn; not normalised. Of equals the first stay."""
     if not 0 < top_k < probabilities.shape[-1] and top_p >= 1:
@@ -114,8 +123,10 @@ class Bernoulli:
     def guide(self, unconditional: Bernoulli, scale: float | Tensor) -> Bernoulli:
         return Bernoulli(unconditional.logits + scale * (self.logits - unconditional.logits))
 
-    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
-        """One uniform number a bit."""
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
+        """One uniform number a bit. UserError with top_k or top_p, which are for codes."""
+        if top_k or top_p < 1:
+            raise UserError("top_k and top_p need tokens that are codes; this network predicts bits")
         if isinstance(temperature, (int, float)) and temperature == 0:
             bits = self.logits > 0
         else:

@@ -59,7 +59,7 @@ def _item(name: str, root: Path, captions: list[str]) -> Item:
     return Item(name, root / name, tuple(c for c in captions if c), "" if captions else "no caption")
 
 
-def import_coco(annotations: str | Path, images: str | Path, out: str | Path, options: Options = Options()) -> Summary:
+def import_coco(annotations: str | Path, images: str | Path, out: str | Path, options: Options = Options()) -> Summary | None:
     """Shards of COCO captions; see `import_items`."""
     return import_items(find_items(annotations, images), out, options)
 

@@ -54,7 +54,7 @@ def _item(path: Path, root: Path) -> Item:
     return Item(name, path, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def import_folder(images: str | Path, out: str | Path, options: Options = Options()) -> Summary:
+def import_folder(images: str | Path, out: str | Path, options: Options = Options()) -> Summary | None:
     """Shards of a folder of images and `.txt` captions; see `import_items`."""
     return import_items(find_items(images), out, options)
 

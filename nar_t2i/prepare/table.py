@@ -152,7 +152,7 @@ def import_table(
     root: str | Path | None = None,
     path_column: str = "path",
     caption_column: str = "caption",
-) -> Summary:
+) -> Summary | None:
     """Shards of a table; see `import_items`."""
     return import_items(find_items(table, root, path_column, caption_column), out, options)
 

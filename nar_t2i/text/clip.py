@@ -71,7 +71,7 @@ class ClipTextEncoder(PretrainedTextEncoder):
         return told | ({} if self.final_norm else {"final_norm": "False"})
 
     def _shorten(self, model: nn.Module, depth: int) -> None:
-        """Nothing."""
+        """All layers stay: the pooled state is made from the last."""
 
     def _pooled_width(self, config: Any) -> int:
         return config.projection_dim

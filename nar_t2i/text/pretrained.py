@@ -122,13 +122,13 @@ class PretrainedTextEncoder(TextEncoder):
         return self._frozen[0] if self._frozen else self.model
 
     def vocabulary_hash(self) -> str:
-        return text_hash(_vocabulary(self._tokenizer))
+        return text_hash(json.dumps(sorted(self._tokenizer.get_vocab().items())))
 
     def fingerprint(self) -> dict[str, str]:
         return {
             "kind": type(self).__name__,
             "weights": weights_hash(self.network),
-            "vocabulary": self.vocabulary_hash(),
+            "vocabulary": text_hash(_vocabulary(self._tokenizer)),
             "configuration": text_hash(_settings(self.network.config)),
             "layer": str(self._saved_layer),
             "max_length": str(self.max_length),

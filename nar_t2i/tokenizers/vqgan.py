@@ -73,11 +73,13 @@ class VQGAN(TokenCodec):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
+        """See TokenCodec."""
         quantized = self.quantizer(self.encoder(images).permute(0, 2, 3, 1))
         return Encoded(quantized.codes.flatten(1), quantized.error.flatten(1))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, size: int | None = None, condition: Condition | None = None) -> Tensor:
+        """See TokenCodec. UserError for a size other than `image_size`."""
         if size not in (None, self.image_size):
             raise UserError(f"a VQGAN of {self.image_size} px cannot decode at {size} px")
         latents = self.quantizer.lookup(tokens.view(len(tokens), *self.spec.shape))

@@ -72,11 +72,10 @@ class TrainedModule(lightning.LightningModule):
 
     budget_minutes: a time budget (see TimeBudget), beside `trainer.max_steps`.
 
-    A generator's training step reads nothing from the device but how many slots are read (and words, where a text encoder or network
-    leaves padding out), and copies nothing to it that would be waited for, so that the host runs ahead of a GPU; a tokenizer's waits for the guard and for dead codes. Numbers of the host are therefore
-    logged as tensors, and what is logged in training is not put on the progress bar by `prog_bar`, for which Lightning reads it in every
-    step: on_bar names what the monitor puts there whenever it logs;
-    without a logger there is none.
+    A generator's training step reads from the device only how many slots (and, where padding is left out, words) there are, and copies
+    nothing to it that would be waited for, so that the host runs ahead of a GPU; a tokenizer's also waits for the guard and for dead
+    codes. So numbers are logged as tensors, and the monitor fills the progress bar, with what `on_bar` names, whenever it logs;
+    Lightning's `prog_bar` would read the device in every step. Without a logger the bar shows nothing.
     """
 
     on_bar: tuple[str, ...] = ()

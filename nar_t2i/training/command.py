@@ -33,14 +33,14 @@ from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.guard import Guard, GuardConfig
-from nar_t2i.training.init_from import check_frozen, load_weights
+from nar_t2i.training.init_from import check_frozen, check_vocabulary, load_weights
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import REQUEUE, Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
 from nar_t2i.training.validation import OwedValidation
 from nar_t2i.training.wandb_run import WandbConfig
 
-FRESH = ("none", "fresh")
+FRESH = ("none", "fresh")  # values of ckpt_path that start without a checkpoint
 T = TypeVar("T")
 # What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
 _WARNINGS = (
@@ -84,6 +84,7 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     if cli.config.init_from and (checkpoint is None or has_frozen(cli.model)):
         report = load_weights(cli.model, cli.config.init_from)
         check_frozen(cli.model, report)
+        check_vocabulary(cli.model, report)
         if checkpoint is None:
             print(report, file=sys.stderr)
     else:
@@ -113,7 +114,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
 
 def _check_verb(subcommand: str, cli: RecipeCLI) -> None:
     """UserError where a verb would have nothing to do."""
-    if subcommand == "validate" and (cli.config.data or {}).get("init_args", {}).get("validation", "") is None:
+    of_data = type(cli.datamodule).__module__.startswith("nar_t2i.")
+    if subcommand == "validate" and of_data and cli.config.data.init_args.get("validation", "") is None:
         raise cli.recipe.error("data.init_args.validation", "names no validation data")
     hook = {"test": "test_step", "predict": "predict_step"}.get(subcommand)
     if hook is not None and type(cli.model).__module__.startswith("nar_t2i.") and not is_overridden(hook, cli.model):
@@ -230,8 +232,8 @@ class RecipeCLI(LightningCLI):
         if self.verb == "fit" and settings["logger"] is not False:
             callbacks.append(monitor)
         if self.verb == "fit" and settings["enable_checkpointing"] is not False:
-            settings_of = self._get(self.config_init, "checkpoint")
-            callbacks.append(RunCheckpoint(run_dir / "checkpoints", settings_of, self.signals, config_yaml, monitor))
+            checkpoint_config = self._get(self.config_init, "checkpoint")
+            callbacks.append(RunCheckpoint(run_dir / "checkpoints", checkpoint_config, self.signals, config_yaml, monitor))
             callbacks.append(OwedValidation(run_dir))
         if settings["logger"] is not False:
             settings["logger"] = self._loggers(run_dir, settings["logger"]) or False
@@ -244,7 +246,6 @@ class RecipeCLI(LightningCLI):
         if not isinstance(trainer.strategy, zero.ZeRO):
             trainer.strategy.checkpoint_io = checkpoints.FolderIO()
         return trainer
-
 
     def _loggers(self, run_dir: Path, asked: Any) -> list[Logger]:
         loggers = [logger for logger in _listed(asked) if isinstance(logger, Logger)]
@@ -318,6 +319,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def quieten() -> None:
+    """Silence what Lightning and DeepSpeed say that no user can act on."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     quiet = logging.getLogger("lightning.pytorch.utilities.rank_zero")

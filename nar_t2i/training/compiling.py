@@ -45,7 +45,15 @@ def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
         return network
     # Otherwise a graph would be recorded for every number of slots.
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True} if graphs else None
-    return torch.compile(network, options=options)  # type: ignore[return-value]
+    whole = torch.compile(network, options=options)
+    whole.register_forward_pre_hook(_mark_read, with_kwargs=True)
+    return whole  # type: ignore[return-value]
+
+
+def _mark_read(network: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """How many slots are read changes with every step; one compilation is to serve any number."""
+    if (read := options.get("read")) is not None and read.ndim == 1:
+        torch._dynamo.maybe_mark_dynamic(read, 0)
 
 
 def _for_training(layer: nn.Module) -> Callable[..., Any]:

@@ -37,6 +37,8 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
     before = load_weights(model, cli.config.init_from).loaded if cli.config.init_from else []  # frozen weights, which no checkpoint holds
     report = load_weights(model, checkpoint, averaged=averaged)
     was_averaged = report.averaged
+    if hasattr(model, "check_reads"):
+        model.check_reads(report.reads)
     brought = set(before) & {name for name, p in model.named_parameters() if not p.requires_grad}
     if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - brought):
         raise UserError(f"{checkpoint}: is of another model than {config} describes: for {len(others)} of that one's weights it has none that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -60,10 +60,10 @@ class GeneratorModule(TrainedModule):
     its own it is trained by AdamW, as pretrained encoders were, whatever trains the rest.
     Logged beside the losses: truncated_captions, the share of captions that did not fit into the text encoder (of all
     captions, where their states come from a cache).
-    compile: "kernels" has torch.compile fuse the network's training passes and the cross-entropy; "kernels and graphs" also records them as CUDA
-    graphs where there is a GPU, for which captions are padded to the text encoder's longest; what that brings at which batch
-    has not been measured, and gradients cannot be accumulated. Losses are equal up to rounding; the first step takes seconds longer, with
-    graphs a minute, and a C++ compiler is needed. Validation and sampling run as they are; under ZeRO-3 everything does.
+    compile: "kernels" has torch.compile fuse the network's training passes and the cross-entropy; "kernels and graphs" also records
+    them as CUDA graphs where there is a GPU, for which captions are padded to the text encoder's longest, and gradients cannot be
+    accumulated; what graphs bring at which batch has not been measured. Losses are equal up to rounding; the first step takes seconds
+    longer, with graphs a minute, and a C++ compiler is needed. Validation and sampling run as they are; under ZeRO-3 everything does.
     optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
@@ -150,11 +150,13 @@ class GeneratorModule(TrainedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        names = {"model.init_args.tokenizer": "tokenizer", "model.init_args.text": "vocabulary"}
-        for key, there in checkpoint.get(checkpoints.READS, {}).items():
-            if there != self.reads[key]:
-                raise UserError(f"{key}: the checkpoint is of another {names[key]}; give the run another run_dir, or put back the one that it "
-                                "was trained with")  # fmt: skip
+        self.check_reads(checkpoint.get(checkpoints.READS, {}))
+
+    def check_reads(self, there: Mapping[str, str]) -> None:
+        """UserError where a checkpoint's weights were trained to read other codes or words."""
+        for key, what in (("model.init_args.tokenizer", "tokenizer"), ("model.init_args.text", "vocabulary")):
+            if there.get(key) and self.reads[key] and there[key] != self.reads[key]:
+                raise UserError(f"{key}: the checkpoint is of another {what}; put back the one that it was trained with, or train in another run_dir")
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config

@@ -24,6 +24,7 @@ from nar_t2i.folders import WEIGHTS
 from nar_t2i.training import checkpoints
 
 MOST_NAMES = 5
+VOCABULARY = "model.init_args.text"  # of what is read
 
 
 @dataclass
@@ -33,11 +34,12 @@ class LoadReport:
     loaded: taken over as they were. resized: position embeddings fitted to another length or grid.
     missing: the module has them, the source does not. unexpected: the other way round. kept: the module's own, from its tokenizer,
     which is another than the source's.
-    wrong_shape: name → (the source's shape, the module's).
+    wrong_shape: name → (the source's shape, the module's). reads: see GeneratorModule.reads, where the source says it.
     """
 
     source: str
     averaged: bool = False
+    reads: Mapping[str, str] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -66,16 +68,12 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     (`from_elsewhere = True`, see `check_frozen`). averaged: prefer averaged weights where there are some. Raises UserError where
     the source cannot be read or nothing fits.
     """
-    source, averaged, vocabulary = _read(Path(path), averaged)
-    own = getattr(getattr(module, "text", None), "vocabulary_hash", str)()
-    if own and vocabulary not in (None, own) and any(name.startswith("text.") for name in source):
-        raise UserError(f"init_from: {path} was trained with another vocabulary than model.init_args.text has, so that its embeddings are those of "
-                        "other words; name that one")  # fmt: skip
+    source, averaged, reads = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
     part = Path(path).name
     if (Path(path) / WEIGHTS).is_file() and any(name.startswith(f"{part}.") for name in target):
         source = {f"{part}.{name}": value for name, value in source.items()}
-    report = LoadReport(str(path), averaged)
+    report = LoadReport(str(path), averaged, reads)
     used = set()
     for name, value in target.items():
         found = next((candidate for candidate in _spellings(name) if candidate in source), None)
@@ -117,15 +115,23 @@ def check_frozen(module: nn.Module, report: LoadReport | None) -> None:
                         "model that has them, or train them (trainable: all)")  # fmt: skip
 
 
-class Source(NamedTuple):
-    """All tensors by name, whether they are averaged ones, and the hash of the vocabulary beside which they were trained, where it is known."""
+class Weights(NamedTuple):
+    """All tensors by name, whether they are averaged ones, and what they were trained to read, where that is known."""
 
     tensors: dict[str, Tensor]
     averaged: bool = False
-    vocabulary: str | None = None
+    reads: Mapping[str, str] = {}
 
 
-def _read(path: Path, averaged: bool) -> Source:
+def check_vocabulary(module: nn.Module, report: LoadReport) -> None:
+    """UserError where embeddings of words were taken over that are those of other words here."""
+    there, here = report.reads.get(VOCABULARY), getattr(module, "reads", {}).get(VOCABULARY)
+    if there and here and there != here and any(name.startswith("text.") for name in report.loaded):
+        raise UserError(f"init_from: {report.source} was trained with another vocabulary than model.init_args.text has, so that its embeddings are "
+                        "those of other words; name that vocabulary, or start from the other parts of a model folder, such as MODEL/network")  # fmt: skip
+
+
+def _read(path: Path, averaged: bool) -> Weights:
     if not path.exists():
         raise UserError(f"init_from: {path} does not exist")
     if path.is_file():
@@ -144,13 +150,13 @@ def _read(path: Path, averaged: bool) -> Source:
         inside = file.relative_to(path)
         parts = inside.parent.parts if file.name == WEIGHTS else (*inside.parent.parts, file.stem)
         tensors.update({".".join((*parts, name)): value for name, value in _read_file(file, averaged).tensors.items()})
-    return Source(tensors)
+    return Weights(tensors)
 
 
-def _read_file(path: Path, averaged: bool) -> Source:
+def _read_file(path: Path, averaged: bool) -> Weights:
     try:
         if path.suffix == ".safetensors":
-            return Source(load_file(path))
+            return Weights(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"init_from: {path} holds more than tensors and plain values; it is not loaded") from error
@@ -161,14 +167,14 @@ def _read_file(path: Path, averaged: bool) -> Source:
     return _weights(content, averaged)
 
 
-def _read_checkpoint(path: Path, averaged: bool) -> Source:
+def _read_checkpoint(path: Path, averaged: bool) -> Weights:
     try:
         return _weights(checkpoints.read(path), averaged)
     except checkpoints.Broken as error:
         raise UserError(f"init_from: {error}; {path} is not a whole checkpoint") from error
 
 
-def _weights(content: Mapping[str, Any], averaged: bool) -> Source:
+def _weights(content: Mapping[str, Any], averaged: bool) -> Weights:
     tensors = {_plain(k): v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)}
     averages = [
         state["average"]
@@ -177,7 +183,7 @@ def _weights(content: Mapping[str, Any], averaged: bool) -> Source:
     ]
     for average in averages:
         tensors.update({_plain(k): v for k, v in average.items()})
-    return Source(tensors, bool(averages), content.get(checkpoints.READS, {}).get("model.init_args.text"))
+    return Weights(tensors, bool(averages), content.get(checkpoints.READS, {}))
 
 
 def _plain(name: str) -> str:

@@ -22,7 +22,7 @@ STARTED = "started.json"  # when the run was first started, and how often
 
 
 class _NoModules:
-    """In the place of what tells modules apart, with hooks on all of them that outlast the count."""
+    """Stands in for what tells modules apart in FlopCounterMode, whose hooks on every module would outlast the count."""
 
     parents = frozenset({"Global"})
 
@@ -107,7 +107,7 @@ class Monitor(Callback):
         self._seconds += now - self._mark
         self._mark = now
         self._batches += 1
-        # In a step of several micro-batches, that would be after each of them.
+        # `should_update_logs` holds for every micro-batch of such a step: only the last one counts.
         if not trainer._logger_connector.should_update_logs or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         data, loader = trainer.datamodule, trainer.fit_loop._combined_loader.flattened[0]

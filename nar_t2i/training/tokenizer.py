@@ -75,7 +75,8 @@ class TokenizerModule(TrainedModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
-        self.trainer.datamodule.check_size(self.codec)
+        if (check := getattr(self.trainer.datamodule, "check_size", None)) is not None:
+            check(self.codec)
         if stage == "fit":
             # Which Lightning would not be told before: it divides nothing where a module steps by itself, but counts steps by it.
             self.trainer.accumulate_grad_batches = self.trainer.datamodule.accumulation(self.trainer.world_size)

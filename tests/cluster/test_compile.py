@@ -79,7 +79,7 @@ def test_compiled_layers_that_are_computed_once_more(tmp_path):
 
     plain, _ = trained(tmp_path, None, text=text, network=network)
     found, _ = trained(tmp_path, "kernels", text=text, network=network)
-    assert counters["stats"]["unique_graphs"] >= 1
+    assert 1 <= counters["stats"]["unique_graphs"] <= 5  # the network once, and not once more for another number of slots
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     assert abs(plain[3] - plain[0]) > 1e-2
 

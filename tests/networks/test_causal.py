@@ -135,5 +135,5 @@ def test_it_is_as_large_as_its_parallel_twin_and_learns(grid):
 
 def test_arguments_that_cannot_be_are_errors():
     for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
-        with pytest.raises(UserError, match="Autoregressive"):
+        with pytest.raises(UserError, match="temperature|top_k"):
             Autoregressive(**wrong)

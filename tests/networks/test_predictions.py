@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from nar_t2i.networks.predictions import Bernoulli, Categorical
+from nar_t2i.errors import UserError
+from nar_t2i.networks.predictions import Bernoulli, Categorical, truncation
 from nar_t2i.noise import Noise
 
 DRAWS = 20_000
@@ -108,3 +109,11 @@ def test_two_bits_by_enumeration():
     assert torch.equal(prediction.sample(slots(), 0).values[0, 0], torch.tensor([1, 0], dtype=torch.uint8))
     tempered = (prediction.sample(slots(), 0.25).values.float()).mean((0, 1))
     torch.testing.assert_close(tempered, (logits / 0.25).sigmoid(), rtol=0, atol=0.015)
+
+
+def test_only_codes_are_truncated():
+    draws = Noise(0, torch.arange(1)).at(0, torch.ones(1, 3, dtype=torch.bool))
+    assert truncation(0, 1.0) == {} and truncation(3, 0.9) == {"top_k": 3, "top_p": 0.9}
+    Bernoulli(torch.zeros(3, 2)).sample(draws)
+    with pytest.raises(UserError, match="top_k and top_p need tokens that are codes"):
+        Bernoulli(torch.zeros(3, 2)).sample(draws, **truncation(0, 0.9))

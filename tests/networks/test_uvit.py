@@ -15,6 +15,7 @@ from nar_t2i.inference.guided import GuidedNetwork
 from nar_t2i.learning import Masked
 from nar_t2i.networks import UVit
 from nar_t2i.networks.uvit import MICRO_CONDITIONS
+from nar_t2i.networks.uvit_blocks import norm_over_tokens
 from nar_t2i.networks.uvit_weights import FILE, load_amused, settings_of, uvit_from_amused
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
@@ -312,3 +313,13 @@ def test_it_travels_in_a_folder(tmp_path):
     save_part(net, tmp_path)
     other = load_part(tmp_path)
     assert torch.equal(other(state, other.prepare(condition)).logits, net(state, net.prepare(condition)).logits)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_the_norm_over_tokens_is_torchs_with_and_without_gradients(dtype, near):
+    x = torch.randn(2, 256, 7, dtype=torch.float64)
+    expected = torch.linalg.vector_norm(x.to(dtype).double(), dim=1, keepdim=True)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            found = norm_over_tokens(x.to(dtype))
+        assert found.dtype == dtype and ((found.double() - expected) / expected).abs().max() < near

@@ -22,7 +22,7 @@ from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.schedules import Guidance
 from nar_t2i.text import BertTextEncoder, ScratchTextEncoder
 from nar_t2i.training import GeneratorModule, checkpoints
-from nar_t2i.training.init_from import load_weights
+from nar_t2i.training.init_from import check_vocabulary, load_weights
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.types import Batch, Encoded, LearningStrategy
 from tests.text.tiny_models import tiny_bert
@@ -371,10 +371,16 @@ def test_words_are_not_taken_over_from_another_vocabulary(tmp_path):
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "run.ckpt")
-    assert load_weights(reading(tmp_path / "b", seed=1), tmp_path / "run.ckpt").loaded
-    with pytest.raises(UserError, match="run.ckpt was trained with another vocabulary"):
-        load_weights(reading(tmp_path / "c", captions=others), tmp_path / "run.ckpt")
-    assert load_weights(made(Untrained, codec=module.codec), tmp_path / "run.ckpt").loaded  # which has no words
+    for text, refused in ((reading(tmp_path / "b").text, False), (reading(tmp_path / "c", captions=others).text, True), (ToyText(), False),
+                          (BertTextEncoder(tiny_bert(tmp_path / "bert"), max_length=16), False)):  # fmt: skip
+        start = made(Untrained, text=text, codec=module.codec)
+        report = load_weights(start, tmp_path / "run.ckpt")
+        assert report.loaded
+        if refused:
+            with pytest.raises(UserError, match="run.ckpt was trained with another vocabulary"):
+                check_vocabulary(start, report)
+        else:  # the same words, none, or such that nothing was taken over for
+            check_vocabulary(start, report)
 
 
 @pytest.mark.parametrize("cache", [True, False])
