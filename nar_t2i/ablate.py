@@ -26,12 +26,11 @@ from typing import Any
 from PIL import Image
 
 from nar_t2i import recipe as recipes
-from nar_t2i.errors import UserError
+from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError
 from nar_t2i.folders import check_same, flat, write_json
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve, with_defaults
 
-INTERRUPTED, REQUEUE = 130, 85  # see nar_t2i.training.preemption
 SHOWN = 8  # pictures of a sheet
 DECODING = ("inference", "guidance", "sample_prompts", "scene_prompts")  # arguments of a generator that train nothing
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nar_t2i import __version__
-from nar_t2i.errors import UserError, unwritable
+from nar_t2i.errors import INTERRUPTED, UserError, unwritable
 
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
@@ -32,7 +32,6 @@ MODULES = {
     "quickstart": "nar_t2i.quickstart",
 }
 SUITES = ("geneval", "dpg", "t2i-compbench", "hpsv2")
-INTERRUPTED = 130
 RECIPE_HELP = """\
 usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
 

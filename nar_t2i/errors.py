@@ -2,6 +2,9 @@
 
 import errno
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+REQUEUE = 85  # saved, and to be started again; slurm/train.sh does so
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 

@@ -27,15 +27,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from nar_t2i.errors import UserError
+from nar_t2i.errors import INTERRUPTED, UserError
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, Kinds, ScenePrompt, committed, take
 from nar_t2i.folders import read_json, write_json
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 
 if TYPE_CHECKING:
     from nar_t2i.pipeline import TextToImage
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

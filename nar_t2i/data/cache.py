@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.arrays import read_manifest
-from nar_t2i.data.source import Loss, Sample, Source, SourceAround, Texts, Tokens
+from nar_t2i.data.source import LostSample, Sample, Source, SourceAround, Texts, Tokens
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
 
@@ -92,10 +92,10 @@ class TokenCache:
                 )
 
     @property
-    def lost(self) -> dict[int, Loss]:
+    def lost(self) -> dict[int, LostSample]:
         """Index → the sample that could not be encoded; its row holds no tokens."""
         return {
-            int(self._starts[number]) + int(row): Loss(key, block["name"], reason)
+            int(self._starts[number]) + int(row): LostSample(key, block["name"], reason)
             for number, block in enumerate(self.blocks)
             for row, (key, reason) in block["lost"].items()
         }
@@ -183,7 +183,7 @@ class CachedSource(SourceAround):
         return self._blocks
 
     @property
-    def lost(self) -> list[Loss]:
+    def lost(self) -> list[LostSample]:
         return [*self._source.lost, *self._lost.values()]
 
     @property

@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from nar_t2i.data.cache import CONDITIONS
-from nar_t2i.data.losses import LossLedger
+from nar_t2i.data.lost import LostLedger
 from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
 from nar_t2i.data.reading import BatchReader, CountedLoader, View
-from nar_t2i.data.source import Loss, Source
+from nar_t2i.data.source import LostSample, Source
 from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
@@ -95,7 +95,7 @@ class CaptionedImages(lightning.LightningDataModule):
         self._plain_view = View(image_size, seed, scalars=names)
         self._workers, self._seed, self._window, self._max_lost_share = workers, seed, window, max_lost_share
         self._sources: dict[str, Source] = {}
-        self._ledgers: dict[str, LossLedger] = {}
+        self._ledgers: dict[str, LostLedger] = {}
         self._loader: CountedLoader | None = None
         self._fingerprint = ""  # of the training source
         self._began_with: dict[str, Any] | None = None  # what a resumed run's order followed from
@@ -163,9 +163,9 @@ class CaptionedImages(lightning.LightningDataModule):
         return (*train, "validation") if self._validation is not None else train
 
     @property
-    def losses(self) -> list[Loss]:
+    def lost_samples(self) -> list[LostSample]:
         """Every sample that was found unusable so far."""
-        return [loss for ledger in self._ledgers.values() for loss in ledger.losses]
+        return [lost for ledger in self._ledgers.values() for lost in ledger.lost_samples]
 
     @property
     def samples(self) -> int:
@@ -213,7 +213,7 @@ class CaptionedImages(lightning.LightningDataModule):
                 source = open_source(self._validation, self._validation_cache, self._validation_text_cache)
             view = self._view if split == "train" else self._plain_view
             source.check_views(view.random_crop, view.random_flip)
-            ledger = LossLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
+            ledger = LostLedger(self._max_lost_share, min(MINIMUM_TRIED, len(source)))
             ledger.note_unindexed(source.lost, source.lost_count, len(source) + source.lost_count)
             self._tell_absent(source)
             self._sources[split], self._ledgers[split] = source, ledger
@@ -229,7 +229,7 @@ class CaptionedImages(lightning.LightningDataModule):
     def train_dataloader(self) -> CountedLoader:
         self.accumulation()  # sizes that do not divide are told before anything is read
         if self.streams:
-            ledger = self._ledgers.setdefault("train", LossLedger(self._max_lost_share, MINIMUM_TRIED))
+            ledger = self._ledgers.setdefault("train", LostLedger(self._max_lost_share, MINIMUM_TRIED))
         else:
             self.source("train")
             ledger = self._ledgers["train"]

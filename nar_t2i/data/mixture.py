@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.order import MixedOrder, Order
-from nar_t2i.data.source import Loss, Sample, Source, Texts, Tokens
+from nar_t2i.data.source import LostSample, Sample, Source, Texts, Tokens
 from nar_t2i.data.text_cache import merge_conditions
 from nar_t2i.errors import UserError
 from nar_t2i.types import Condition, TokenSpec
@@ -104,8 +104,8 @@ class Mixture(Source):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
-    def lost(self) -> list[Loss]:
-        return [loss for source in self._sources for loss in source.lost]
+    def lost(self) -> list[LostSample]:
+        return [lost for source in self._sources for lost in source.lost]
 
     @property
     def lost_count(self) -> int:

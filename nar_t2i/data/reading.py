@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from nar_t2i.data.cache import CONDITIONS
 from nar_t2i.data.images import fit
-from nar_t2i.data.losses import LossLedger
+from nar_t2i.data.lost import LostLedger
 from nar_t2i.data.order import Order
-from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts, scalar_columns
+from nar_t2i.data.source import LostSample, Sample, SampleError, Source, Texts, scalar_columns
 from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.types import Batch, Condition
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     """What a worker hands over.
 
     batch: None when nothing was readable. tried: samples that were attempted; failed: how many of them were lost.
-    losses: what is known about these, one entry for a whole shard that failed.
+    lost_samples: what is known about these, one entry for a whole shard that failed.
 
     On its way to the trainer it takes small tensors along. torch would put each into shared memory of its own and send a
     file descriptor, at 100 µs and more a tensor, and a batch from a cache is little else.
@@ -41,7 +41,7 @@ class Read(NamedTuple):
     batch: Batch | None
     tried: int
     failed: int
-    losses: list[Loss]
+    lost_samples: list[LostSample]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, tuple(_in_band(value) for value in self)
@@ -118,13 +118,13 @@ class BatchReader(Dataset):
         indices = positions if self._order is None else self._order.indices(positions)
         if self._source.token_spec is not None:
             return self._read_tokens(ids, indices)
-        samples, losses, read = [], [], []
+        samples, lost_samples, read = [], [], []
         for index in indices.tolist():
             sample, failed, found = self._readable(index)
             samples.append(sample)
-            losses += failed
+            lost_samples += failed
             read += [found] if sample is not None else []
-        tried = len(indices) + len(losses)
+        tried = len(indices) + len(lost_samples)
         if self._order is None:
             tried = len(indices)
             ids = ids[torch.tensor([s is not None for s in samples], dtype=torch.bool)]
@@ -133,10 +133,10 @@ class BatchReader(Dataset):
                 samples, read = self._next_readable(int(indices[-1]))
                 ids = torch.tensor(read)
         if not samples or None in samples:
-            return Read(None, tried, len(losses), losses)
+            return Read(None, tried, len(lost_samples), lost_samples)
         batch = self._batch(samples, ids)
         condition = self._states(np.array(read), choices(ids, self._view).caption)
-        return Read(batch._replace(condition=condition), tried, len(losses), losses)
+        return Read(batch._replace(condition=condition), tried, len(lost_samples), lost_samples)
 
     def _batch(self, samples: list[Sample], ids: torch.Tensor) -> Batch:
         return make_batch(samples, ids, self._view)
@@ -144,17 +144,17 @@ class BatchReader(Dataset):
     def _states(self, indices: np.ndarray, pick: np.ndarray) -> Condition | None:
         return self._source.read_states(indices, pick) if self._source.has_states else None
 
-    def _readable(self, index: int) -> tuple[Sample | None, list[Loss], int]:
+    def _readable(self, index: int) -> tuple[Sample | None, list[LostSample], int]:
         """The sample, or in training the next one that can be read; what failed on the way; and its index."""
-        losses: list[Loss] = []
+        lost_samples: list[LostSample] = []
         attempts = 1 if self._order is None else min(MAX_REPLACEMENTS, len(self._source))
         for step in range(attempts):
             try:
                 found = (index + step) % len(self._source)
-                return self._source.read(found), losses, found
+                return self._source.read(found), lost_samples, found
             except SampleError as error:
-                losses.append(error.loss)
-        return None, losses, index
+                lost_samples.append(error.lost)
+        return None, lost_samples, index
 
     def _next_readable(self, index: int) -> tuple[list[Sample], list[int]]:
         """The sample after an index that can be read, and its index; nothing where there is none nearby."""
@@ -235,14 +235,14 @@ def reads(loader: DataLoader) -> Iterator[Read]:
 
 
 class CountedLoader:
-    """Batches for a trainer: an iterable whose losses are booked in the main process.
+    """Batches for a trainer: an iterable whose lost samples are booked in the main process.
 
     make_loader: builds the DataLoader of `Read`s, anew for each pass, since where a pass begins is known only then.
     length: batches an epoch as the trainer sees it; None where there is no end.
     yielded, waited: batches handed over, and the seconds that the trainer spent asking for them.
     """
 
-    def __init__(self, make_loader: Callable[[], DataLoader], ledger: LossLedger, length: int | None = None):
+    def __init__(self, make_loader: Callable[[], DataLoader], ledger: LostLedger, length: int | None = None):
         self._make_loader, self._ledger, self._length = make_loader, ledger, length
         self.yielded = 0
         self.waited = 0.0
@@ -255,7 +255,7 @@ class CountedLoader:
     def __iter__(self) -> Iterator[Batch]:
         asked = time.perf_counter()
         for read in reads(self._make_loader()):
-            self._ledger.note(read.tried, read.failed, read.losses)
+            self._ledger.note(read.tried, read.failed, read.lost_samples)
             if read.batch is None:
                 self._ledger.refuse_empty()
             self.yielded += 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -108,7 +108,7 @@ def relation_between(a: tuple[float, float], b: tuple[float, float]) -> str | No
     return "above" if dy < 0 else "below"
 
 
-@lru_cache(maxsize=None)
+@cache
 def triple_held_out(a: tuple[str, str], relation: str, b: tuple[str, str]) -> bool:
     """Whether (a, relation, b), which is the same as (b, opposite, a), is kept out of training: one triple in eight."""
     if relation in ("right of", "below"):
@@ -130,7 +130,7 @@ def held_out_triples(objects: tuple[PlacedObject, ...]) -> bool:
 # ---- drawing -------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def outline(shape: str) -> np.ndarray:
     """(K, 2) corners of a polygon of radius 1 around its centre, y pointing down; the circle has none."""
     if shape == "square":

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from nar_t2i.data.arrays import Arrays, open_map
 from nar_t2i.data.files import whole_file
-from nar_t2i.data.source import Loss, scalar_columns
+from nar_t2i.data.source import LostSample, scalar_columns
 from nar_t2i.errors import UserError
 from nar_t2i.liveness import going_on
 
@@ -101,7 +101,7 @@ class _Members:
     problem: str = ""
 
 
-def scan_tar(path: Path) -> tuple[list[Row], list[Loss]]:
+def scan_tar(path: Path) -> tuple[list[Row], list[LostSample]]:
     """The usable samples of a tar, and those that are not, with reasons. Reads headers and text, no images.
 
     A tar that was cut off yields what came before the cut. Raises UserError when the file is no plain tar at all.
@@ -124,11 +124,11 @@ def scan_tar(path: Path) -> tuple[list[Row], list[Loss]]:
         file.seek(tar.offset)
         if not damage and file.read(512) != bytes(512):
             damage = f"no end-of-archive mark at byte {tar.offset}"
-    rows, losses = _sort_out(samples, path.name)
+    rows, lost_samples = _sort_out(samples, path.name)
     if damage:
         log.warning("%s is cut off or damaged (%s): %d samples before that are readable", path, damage, len(rows))
-        losses.append(Loss(REST, path.name, f"the tar is cut off or damaged: {damage}"))
-    return rows, losses
+        lost_samples.append(LostSample(REST, path.name, f"the tar is cut off or damaged: {damage}"))
+    return rows, lost_samples
 
 
 def _take_member(file, member: tarfile.TarInfo, tar_size: int, samples: dict[str, _Members]) -> None:
@@ -151,12 +151,12 @@ def _take_member(file, member: tarfile.TarInfo, tar_size: int, samples: dict[str
         found.texts[suffix] = file.read(min(member.size, MAX_TEXT + 1))
 
 
-def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list[Loss]]:
-    rows, losses = [], []
+def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list[LostSample]]:
+    rows, lost_samples = [], []
     for key, found in samples.items():
         problem = found.problem
         if found.image is None and found.dotted:
-            losses += [Loss(name, shard, "a key ends at the first dot, and this name has others before its suffix") for name in found.dotted]
+            lost_samples += [LostSample(name, shard, "a key ends at the first dot, and this name has others before its suffix") for name in found.dotted]
             continue
         if not problem and found.image is None:
             problem = "no image (.jpg, .png or .webp)"
@@ -168,13 +168,13 @@ def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list
             except ValueError as error:
                 problem = str(error)
         if problem:
-            losses.append(Loss(key, shard, problem))
+            lost_samples.append(LostSample(key, shard, problem))
         else:
             rows.append(Row(key, *found.image, captions, numbers))
-    return rows, losses
+    return rows, lost_samples
 
 
-def encode_index(rows: list[Row], losses: Iterable[Loss], tar_size: int) -> bytes:
+def encode_index(rows: list[Row], lost_samples: Iterable[LostSample], tar_size: int) -> bytes:
     """The index as the bytes of a safetensors file."""
     captions = [caption for row in rows for caption in row.captions]
     columns = scalar_columns([row.scalars for row in rows])
@@ -193,7 +193,7 @@ def encode_index(rows: list[Row], losses: Iterable[Loss], tar_size: int) -> byte
         "tar_size": tar_size,
         "identity": digest.hexdigest(),
         "scalars": list(columns),
-        "lost": [list(loss) for loss in losses],
+        "lost": [list(lost) for lost in lost_samples],
     }
     return save(arrays, {"index": json.dumps(metadata)})  # one entry: safetensors keeps no order among several
 
@@ -218,7 +218,7 @@ class ShardIndex:
         self.scalar_names: list[str] = metadata["scalars"]
         self.tar_size: int = metadata["tar_size"]
         self.identity: str = metadata["identity"]
-        self.lost = [Loss(*loss) for loss in metadata["lost"]]
+        self.lost = [LostSample(*lost) for lost in metadata["lost"]]
         self.in_memory = isinstance(buffer, bytes)
         self._buffer = buffer
         self._base = arrays.start
@@ -261,10 +261,10 @@ def index_path(tar: Path, folder: str | Path | None = None) -> Path:
     return Path(folder, f"{tar.stem}-{of_path}{INDEX_SUFFIX}")
 
 
-def write_index(tar: Path, rows: list[Row], losses: Iterable[Loss]) -> None:
+def write_index(tar: Path, rows: list[Row], lost_samples: Iterable[LostSample]) -> None:
     """Write the index of a complete tar next to it."""
     with whole_file(index_path(tar)) as file:
-        file.write(encode_index(rows, losses, tar.stat().st_size))
+        file.write(encode_index(rows, lost_samples, tar.stat().st_size))
 
 
 def open_index(tar: Path, path: Path | None = None, compared: bool = False) -> ShardIndex:

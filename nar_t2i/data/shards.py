@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nar_t2i.data.files import allow_open_files
 from nar_t2i.data.images import MAX_PIXELS, ImageError, decode_image
 from nar_t2i.data.shard_index import REST, ShardIndex, index_path, open_index
-from nar_t2i.data.source import Loss, Sample, SampleError, Source, Texts
+from nar_t2i.data.source import LostSample, Sample, SampleError, Source, Texts
 from nar_t2i.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ShardSource(Source):
             self._identities.append(index.identity)
             self._lost += index.lost
             self._held.append(len(index) + len(index.lost))
-            self._damaged.append(any(loss.key == REST for loss in index.lost))
+            self._damaged.append(any(lost.key == REST for lost in index.lost))
             self._scalar_names.update(index.scalar_names)
         self._starts = np.cumsum(self._lengths) - self._lengths
 
@@ -77,7 +77,7 @@ class ShardSource(Source):
         return self._lengths
 
     @property
-    def lost(self) -> list[Loss]:
+    def lost(self) -> list[LostSample]:
         return self._lost
 
     @property
@@ -106,7 +106,7 @@ class ShardSource(Source):
         try:
             sample.image = decode_image(os.pread(handle, size, offset), self._max_pixels)
         except (ImageError, OSError) as error:
-            raise SampleError(Loss(sample.key, self._tars[shard].name, str(error))) from error
+            raise SampleError(LostSample(sample.key, self._tars[shard].name, str(error))) from error
         return sample
 
     def read_bytes(self, index: int) -> bytes:

@@ -34,7 +34,7 @@ class Sample:
     tokens: np.ndarray | None = None
 
 
-class Loss(NamedTuple):
+class LostSample(NamedTuple):
     """A sample that cannot be used: its key, the shard (or source) that holds it, and why."""
 
     key: str
@@ -48,12 +48,12 @@ class Loss(NamedTuple):
 class SampleError(Exception):
     """A sample that cannot be read. Callers count it and go on with another one."""
 
-    def __init__(self, loss: Loss):
-        super().__init__(str(loss))
-        self.loss = loss
+    def __init__(self, lost: LostSample):
+        super().__init__(str(lost))
+        self.lost = lost
 
     def __reduce__(self):
-        return SampleError, (self.loss,)
+        return SampleError, (self.lost,)
 
 
 class Texts(NamedTuple):
@@ -151,7 +151,7 @@ class Source:
         return told.hexdigest()
 
     @property
-    def lost(self) -> list[Loss]:
+    def lost(self) -> list[LostSample]:
         """Samples that are known to be unusable before any is read; they have no index."""
         return []
 
@@ -219,7 +219,7 @@ class SourceAround(Source):
         return self._source.identity(block)
 
     @property
-    def lost(self) -> list[Loss]:
+    def lost(self) -> list[LostSample]:
         return self._source.lost
 
     @property

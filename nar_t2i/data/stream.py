@@ -22,7 +22,7 @@ from nar_t2i.data.images import ImageError, decode_image
 from nar_t2i.data.order import shuffled
 from nar_t2i.data.reading import Read, View, make_batch
 from nar_t2i.data.shard_index import IMAGE_SUFFIXES, TEXT_SUFFIXES, read_captions, split_name
-from nar_t2i.data.source import Loss, Sample
+from nar_t2i.data.source import LostSample, Sample
 from nar_t2i.errors import UserError
 
 SHUFFLE_BUFFER = 1000  # encoded samples that a worker holds and draws from
@@ -111,31 +111,31 @@ class _Counts:
     """What happened since the last batch, and how long shards usually are."""
 
     def __init__(self) -> None:
-        self._tried, self._failed, self._losses = 0, 0, []
+        self._tried, self._failed, self._lost_samples = 0, 0, []
         self._whole_shards, self._samples_in_them = 0, 0
 
-    def take(self) -> tuple[int, int, list[Loss]]:
-        taken = self._tried, self._failed, self._losses
-        self._tried, self._failed, self._losses = 0, 0, []
+    def take(self) -> tuple[int, int, list[LostSample]]:
+        taken = self._tried, self._failed, self._lost_samples
+        self._tried, self._failed, self._lost_samples = 0, 0, []
         return taken
 
-    def sample(self, loss: Loss | None = None) -> None:
+    def sample(self, lost: LostSample | None = None) -> None:
         self._tried += 1
-        if loss is not None:
+        if lost is not None:
             self._failed += 1
-            self._losses.append(loss)
+            self._lost_samples.append(lost)
 
     def whole_shard(self, samples: int) -> None:
         self._whole_shards += 1
         self._samples_in_them += samples
 
-    def broken_shard(self, samples: int, loss: Loss) -> None:
+    def broken_shard(self, samples: int, lost: LostSample) -> None:
         """A shard that ended after `samples`; it counts as many lost ones as other shards say it should have had."""
         usual = self._samples_in_them // self._whole_shards if self._whole_shards else 0
         missing = max(1, usual - samples)
         self._tried += missing
         self._failed += missing
-        self._losses.append(loss)
+        self._lost_samples.append(lost)
 
 
 class _Watched:
@@ -182,7 +182,7 @@ def _raw_samples(urls: list[str], counts: _Counts) -> Iterator[dict[str, Any]]:
         except OSError as error:
             problems.append(str(error))
         if problems:
-            counts.broken_shard(found, Loss(f"(after {found} samples)", url, problems[0]))
+            counts.broken_shard(found, LostSample(f"(after {found} samples)", url, problems[0]))
         else:
             counts.whole_shard(found)
 
@@ -200,7 +200,7 @@ def _decode(raw: dict[str, Any], counts: _Counts) -> Sample | None:
         captions, numbers = read_captions(raw)
         sample = Sample(raw["__key__"], decode_image(encoded), captions, numbers)
     except (ImageError, ValueError) as error:
-        counts.sample(Loss(raw["__key__"], raw["__url__"], str(error)))
+        counts.sample(LostSample(raw["__key__"], raw["__url__"], str(error)))
         return None
     counts.sample()
     return sample

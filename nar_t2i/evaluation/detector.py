@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -188,7 +188,7 @@ REACH = 1.6  # the tables below end here, in radii
 TABLE = 641  # entries along each axis
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(shape: str) -> np.ndarray:
     """(TABLE, TABLE, 3) float32: signed distance of a shape of radius 1, and its derivatives by x and y."""
     axis = np.linspace(-REACH, REACH, TABLE)
@@ -197,7 +197,7 @@ def _table(shape: str) -> np.ndarray:
     return np.stack([distance, by_x, by_y], axis=-1).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _moments(shape: str) -> tuple[float, float]:
     """Area of a shape of radius 1, and how far its centroid lies below its centre."""
     if shape == "circle":

@@ -54,14 +54,14 @@ def _draw_content(
         second = others[rng.integers(len(others))]
         if second == first:
             continue
-        groups, relation = _arrange(category, first, second, index, rng)
+        groups, relation = _arrange(category, first, second, rng)
         if _fits(category, groups, index) and ScenePrompt("", category, groups, relation).held_out == wanted:
             return groups, relation
     raise RuntimeError(f"no {category} scene with the held-out part {wanted!r}")
 
 
 def _arrange(
-    category: str, first: tuple[str, str], second: tuple[str, str], index: int, rng: np.random.Generator
+    category: str, first: tuple[str, str], second: tuple[str, str], rng: np.random.Generator
 ) -> tuple[tuple[Group, ...], str | None]:
     if category in ("single_object", "colors"):
         return (Group(1, *first),), None

@@ -72,7 +72,7 @@ def write_report(folder: Path) -> Path:
     text = page(
         title,
         tag("h1", title),
-        _subtitle(folder, runs),
+        _subtitle(folder),
         _headline(metrics),
         _accuracy(metrics),
         _samples(folder),
@@ -150,7 +150,7 @@ def _check(folder: Path) -> list[Run]:
 # ---- parts of the page -----------------------------------------------------------------------------------------------
 
 
-def _subtitle(folder: Path, runs: Iterable[Run]) -> Markup:
+def _subtitle(folder: Path) -> Markup:
     stages = folder / "stages.json"
     if settings := _mapping(read_json(stages), "settings") if stages.exists() else {}:
         flags = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]

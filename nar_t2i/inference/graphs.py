@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork
+
 ONCE, PLAIN = "once", "plain"
 Record = Callable[[Callable[[], Decoded], torch.device], tuple[Callable[[], None], Decoded]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nar_t2i.learning.masked import term
+from nar_t2i.learning.terms import term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState

@@ -8,7 +8,7 @@ import torch
 
 from nar_t2i.errors import UserError
 from nar_t2i.folders import frozen_network
-from nar_t2i.learning.masked import draw_masks, term
+from nar_t2i.learning.terms import draw_masks, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian

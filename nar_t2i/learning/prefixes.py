@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import term
+from nar_t2i.learning.terms import term
 from nar_t2i.networks.prefix import Layout
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import slot_nll, term
+from nar_t2i.learning.terms import slot_nll, term
 from nar_t2i.learning.replaced import random_values
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part

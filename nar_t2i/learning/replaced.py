@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import Masked, term
+from nar_t2i.learning.masked import Masked
+from nar_t2i.learning.terms import term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
@@ -62,8 +63,7 @@ class Replaced(Masked):
         read = torch.ones_like(chosen) if self.visible_weight else chosen
         draws = noise.at(0, read)
         prediction = network(self.state(batch, chosen, noise, network.spec), network.prepare(batch.condition), read=draws.places)
-        nll = torch.zeros(read.shape, device=read.device, dtype=torch.float32)
         found = self.nll(prediction, draws.of(batch.tokens), draws)
-        nll = nll.to(found.dtype).index_put((draws.rows, draws.positions), found)
+        nll = torch.zeros(read.shape, device=read.device, dtype=found.dtype).index_put((draws.rows, draws.positions), found)
         weights = chosen + self.visible_weight * ~chosen
         return {"loss": term((nll * weights).sum(1) / weights.sum(1))}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import Masked, image_means, term
+from nar_t2i.learning.masked import Masked
+from nar_t2i.learning.terms import image_means, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian

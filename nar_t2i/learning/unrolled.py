@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import Masked, draw_masks, image_means, term
+from nar_t2i.learning.masked import Masked
+from nar_t2i.learning.terms import draw_masks, image_means, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian

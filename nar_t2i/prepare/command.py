@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from nar_t2i.errors import UserError, unwritable
+from nar_t2i.errors import INTERRUPTED, UserError, unwritable
 
 
 def run(work: Callable[[], object]) -> int:
@@ -29,7 +29,7 @@ def run(work: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from nar_t2i.data.images import fit
-from nar_t2i.data.source import Loss, Sample, SampleError, Source
+from nar_t2i.data.source import LostSample, Sample, SampleError, Source
 from nar_t2i.errors import UserError
 from nar_t2i.prepare.command import add_shard_range, at_least, parser, run
 from nar_t2i.prepare.rendering import write_source
@@ -140,7 +140,7 @@ class EmojiPictures(Source):
         sample = self.read_text(index)
         picture = draw(self._emoji[index].text, self.font)
         if picture is None:
-            raise SampleError(Loss(sample.key, self.name, "the font does not draw it as one picture"))
+            raise SampleError(LostSample(sample.key, self.name, "the font does not draw it as one picture"))
         sample.image = fit(picture, self.image_size).pixels
         return sample
 

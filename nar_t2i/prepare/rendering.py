@@ -59,7 +59,7 @@ class _Encoding(Dataset):
         try:
             sample = self._source.read(index)
         except SampleError as error:
-            return Dropped(error.loss.key, error.loss.reason)
+            return Dropped(error.lost.key, error.lost.reason)
         height, width = sample.image.shape[:2]
         sample.scalars = {"original_width": float(width), "original_height": float(height), **sample.scalars}
         data, sample.image = encode_png(sample.image), None

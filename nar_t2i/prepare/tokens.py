@@ -155,9 +155,9 @@ def _encode_block(
     for batch in _Batches([span], batch_size):
         read = next(loader)
         present = np.array([], dtype=np.int64) if read.batch is None else read.batch.ids.numpy()
-        missing = np.setdiff1d(batch, present)  # sorted, like the losses, which come in the order of the batch
-        for index, loss in zip(missing, read.losses):
-            lost[str(index - span.start)] = (loss.key, loss.reason)
+        missing = np.setdiff1d(batch, present)  # sorted, like the lost samples, which come in the order of the batch
+        for index, sample in zip(missing, read.lost_samples):
+            lost[str(index - span.start)] = (sample.key, sample.reason)
         if read.batch is not None:
             encoded = codec.encode(to_float(read.batch.images.to(device)))
             at = ((present - span.start)[:, None] * len(looks) + np.arange(len(looks))).ravel()

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
 from nar_t2i import recipe as recipes
-from nar_t2i.errors import UserError
+from nar_t2i.errors import REQUEUE, UserError
 from nar_t2i.parts import with_defaults
 from nar_t2i.recipe import Recipe
 from nar_t2i.training import checkpoints, wandb_run, zero
@@ -35,7 +35,7 @@ from nar_t2i.training.config_errors import explain
 from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.init_from import check_frozen, check_vocabulary, load_weights
 from nar_t2i.training.monitor import Monitor
-from nar_t2i.training.preemption import REQUEUE, Signals, StallWatch
+from nar_t2i.training.preemption import Signals, StallWatch
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
 from nar_t2i.training.validation import OwedValidation
 from nar_t2i.training.wandb_run import WandbConfig

@@ -92,12 +92,8 @@ def parameter_groups(
     return [{**group, "learning_rate_scale": learning_rate_scale} for group in groups if group["params"]]
 
 
-def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of the optimizer step that follows `step` finished ones, 0 ≤ step < total_steps."""
-    return config.learning_rate * _factor(step, total_steps, config)
-
-
-def _factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """What multiplies the peak learning rate in the optimizer step that follows `step` finished ones, 0 ≤ step < total_steps."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -144,7 +140,8 @@ def build(
 ) -> tuple[Optimizer, Schedule]:
     """The optimizer over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
 
-    total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. The scheduler follows `learning_rate_at`, scaled by the group.
+    total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. Each group's peak is multiplied by
+    `learning_rate_factor`.
     """
     total = total_steps if callable(total_steps) else lambda: total_steps
     groups = [
@@ -154,7 +151,7 @@ def build(
     if config.kind == "muon":
         optimizer: Optimizer = MuonWithAdamW(_divided(groups, config), betas=betas, eps=config.eps)
         optimizer.register_load_state_dict_pre_hook(_check_groups)
-        return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
+        return optimizer, Schedule(optimizer, lambda step: learning_rate_factor(step, total(), config))
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= set(_FUSED_DEVICES) if config.fused is None else config.fused
     optimizer = AdamW(groups, betas=betas, eps=config.eps, fused=fused)
@@ -162,7 +159,7 @@ def build(
     # Declining the offer lets the precision plugin unscale first, clip, and step, as with any other optimizer.
     optimizer._step_supports_amp_scaling = False
     optimizer.register_load_state_dict_pre_hook(_check_groups)
-    return optimizer, Schedule(optimizer, lambda step: _factor(step, total(), config))
+    return optimizer, Schedule(optimizer, lambda step: learning_rate_factor(step, total(), config))
 
 
 def _check_groups(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -19,13 +19,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nar_t2i import liveness
-from nar_t2i.errors import UserError
+from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError
 
 # In rising order: where ranks got different ones, the last counts. The exit statuses tell a batch script what to do.
-STATUS = {signal.SIGINT: 130, signal.SIGUSR1: 85, signal.SIGUSR2: 85, signal.SIGTERM: 143}
-REQUEUE = 85  # saved, and to be started again; slurm/train.sh does so
+STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE, signal.SIGTERM: 143}
 _ORDER = list(STATUS)
-_MEANING = {130: "interrupted", REQUEUE: "asked to make room", 143: "asked to end"}
+_MEANING = {INTERRUPTED: "interrupted", REQUEUE: "asked to make room", 143: "asked to end"}
 
 
 class Signals(Callback):

@@ -137,7 +137,7 @@ def test_lost_samples_are_replaced_counted_and_named_once(tmp_path, workers, cap
     with caplog.at_level(logging.WARNING):
         keys = [key for batch in take(data, 17) for key in batch.keys]  # four epochs of 17 indexed samples
     assert set(keys) == {f"g{n}" for n in range(16)} and len(keys) == 68
-    assert {loss.key for loss in data.losses} == HURT
+    assert {lost.key for lost in data.lost_samples} == HURT
     assert data._ledgers["train"].failed >= 4  # the broken JPEG, once an epoch
     for key in HURT:
         assert sum(record.getMessage().startswith(f"lost sample {key} ") for record in caplog.records) == 1
@@ -216,7 +216,7 @@ def test_validation_is_every_sample_once(tmp_path, world, workers):
 def test_validation_leaves_out_what_is_lost_and_says_so(tmp_path):
     data = hurt(tmp_path, max_lost_share=0.5)
     keys = [key for batch in data.val_dataloader() for key in batch.keys]
-    assert sorted(keys) == sorted(f"g{n}" for n in range(16)) and {loss.key for loss in data.losses} == HURT
+    assert sorted(keys) == sorted(f"g{n}" for n in range(16)) and {lost.key for lost in data.lost_samples} == HURT
 
 
 def test_a_validation_batch_of_which_nothing_is_left_takes_the_next_sample(tmp_path):
@@ -335,10 +335,10 @@ class Recorder(lightning.LightningModule):
 
     def training_step(self, batch, index):
         self.seen += batch.ids.tolist()
-        loss = self.layer(batch.ids[:, None].float()).mean()
+        lost = self.layer(batch.ids[:, None].float()).mean()
         if self.automatic_optimization:
-            return loss
-        self.manual_backward(loss)
+            return lost
+        self.manual_backward(lost)
         for optimizer in self.optimizers():
             optimizer.step()
 

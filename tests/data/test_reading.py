@@ -8,7 +8,7 @@ import torch
 
 from nar_t2i.data import reading
 from nar_t2i.data.reading import Read
-from nar_t2i.data.source import Loss
+from nar_t2i.data.source import LostSample
 from nar_t2i.types import Batch, Condition
 
 
@@ -30,7 +30,7 @@ def same(one, other):
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_a_batch_travels_unchanged(monkeypatch, dtype, limit):
     monkeypatch.setattr(reading, "IN_BAND", limit)
-    sent = Read(batch(torch.arange(8).view(1, 2, 4).to(dtype)), 1, 2, [Loss("a", "b", "c")])
+    sent = Read(batch(torch.arange(8).view(1, 2, 4).to(dtype)), 1, 2, [LostSample("a", "b", "c")])
     found = pickle.loads(bytes(ForkingPickler.dumps(sent)))  # as DataLoader's queues do
     assert type(found) is Read and same(found, sent)
     before = found.batch.tokens.clone()

@@ -72,8 +72,8 @@ def test_hurt_samples_are_named_with_reasons(tmp_path):
         try:
             source.read(index)
         except SampleError as error:
-            lost[error.loss.key] = error.loss.reason
-            found.remove(error.loss.key)
+            lost[error.lost.key] = error.lost.reason
+            found.remove(error.lost.key)
     assert found == {"g0", "g1", "g2", "g3"} and set(lost) == HURT
     assert "0 bytes" in lost["empty"] and "UTF-8" in lost["latin"] and "decode" in lost["broken"]
 

@@ -53,7 +53,7 @@ def test_http(tmp_path, server, workers):
     keys = [key for b in batches[:6] for key in b.keys]
     assert sorted(keys) == [f"s{n:06d}" for n in range(24)] and keys != sorted(keys)
     captions = {c for b in batches for c in b.captions}
-    assert len(captions) > 24 and not data.losses
+    assert len(captions) > 24 and not data.lost_samples
 
 
 def test_a_pipe_equals_its_files(tmp_path):
@@ -93,7 +93,7 @@ def test_hurt_samples_are_counted_and_pickles_are_not_loaded(tmp_path):
     write_tar(tmp_path / "0.tar", evil + hurt_members())
     data = CaptionedImages(f"pipe:cat {tmp_path}/0.tar", 8, 4, max_lost_share=0.9)
     keys = {key for batch in take(data, 6) for key in batch.keys}
-    assert keys == {"g0", "g1", "g2", "g3"} and {loss.key for loss in data.losses} == HURT
+    assert keys == {"g0", "g1", "g2", "g3"} and {lost.key for lost in data.lost_samples} == HURT
     assert not os.path.exists("/tmp/nar_t2i_streamed_pickle_was_loaded")
 
 
@@ -107,14 +107,14 @@ def test_truncated_shards_are_counted(tmp_path, where):
     data = CaptionedImages(f"pipe:cat {tmp_path}/{{good,cut}}.tar", 8, 4, max_lost_share=0.9)
     keys = {key for batch in take(data, 10) for key in batch.keys}
     assert keys == {f"g{n}" for n in range(8)} | {f"k{n}" for n in range(8 if where == "nowhere" else 4)}
-    assert bool([loss for loss in data.losses if "cut.tar" in loss.shard]) == (where != "nowhere")
+    assert bool([lost for lost in data.lost_samples if "cut.tar" in lost.shard]) == (where != "nowhere")
 
 
 def test_a_command_that_fails_is_counted(tmp_path):
     write_shards(tmp_path, [4, 4])
     data = CaptionedImages(f"pipe:cat {tmp_path}/{{00000,00001,00009}}.tar 2>/dev/null", 8, 4, max_lost_share=0.9)
     take(data, 6)
-    assert any("00009.tar" in loss.shard for loss in data.losses)
+    assert any("00009.tar" in lost.shard for lost in data.lost_samples)
     with pytest.raises(UserError, match="no readable sample"):
         take(CaptionedImages(f"pipe:cat {tmp_path}/none.tar 2>/dev/null", 8, 4), 1)
 

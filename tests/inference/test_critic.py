@@ -7,7 +7,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.inference import BestOf, Confidence, CriticGuided, CriticScore
 from nar_t2i.inference.critic_guided import differing_neighbours
 from nar_t2i.learning import CriticOf
-from nar_t2i.learning.masked import draw_masks
+from nar_t2i.learning.terms import draw_masks
 from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli
 from nar_t2i.noise import Noise

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.masked import Masked, distances, draw_masks, image_means
+from nar_t2i.learning.masked import Masked
+from nar_t2i.learning.terms import distances, draw_masks, image_means
 from nar_t2i.noise import Noise
 from nar_t2i.types import TokenBatch, TokenState
 from tests.toys import ToyCodec, ToyMasked, ToyText

@@ -8,7 +8,7 @@ import torch
 
 from nar_t2i.errors import UserError
 from nar_t2i.learning import Causal, CriticOf, Masked, Prefixes, Progressive, Replaced, SelfConditioned, Unrolled
-from nar_t2i.learning.masked import draw_masks
+from nar_t2i.learning.terms import draw_masks
 from nar_t2i.networks import PrefixDecoder, TokenCritic
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import select

@@ -13,7 +13,7 @@ from nar_t2i.data import CaptionedImages
 from nar_t2i.data.cache import CachedSource, TokenCache, pack, unpack
 from nar_t2i.data.reading import Choices, View, make_batch
 from nar_t2i.data.shards import ShardSource
-from nar_t2i.data.source import Loss, SampleError
+from nar_t2i.data.source import LostSample, SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
 from nar_t2i.prepare.tokens import encode_tokens
@@ -153,7 +153,7 @@ def test_a_batch_without_a_readable_image_holds_no_others_tokens(tmp_path, bad):
 
     def reading(index):
         if index == bad:
-            raise SampleError(Loss(f"k{index}", "shard", "hurt"))
+            raise SampleError(LostSample(f"k{index}", "shard", "hurt"))
         return read(index)
 
     expected = encode_tokens(codec, source, tmp_path / "whole", batch_size=2) and TokenCache(str(tmp_path / "whole"))
@@ -190,7 +190,7 @@ def test_images_that_do_not_decode_have_no_tokens_and_are_reported(tmp_path, cap
     data = CaptionedImages(str(tmp_path / "s"), 8, 4, cache=str(tmp_path / "cache"), max_lost_share=0.9)
     with caplog.at_level(logging.WARNING):
         keys = next(iter(data.train_dataloader())).keys
-    assert sorted(keys) == ["g0", "g1", "g2", "g3"] and "broken" in {loss.key for loss in data.losses}
+    assert sorted(keys) == ["g0", "g1", "g2", "g3"] and "broken" in {lost.key for lost in data.lost_samples}
 
 
 def test_a_codec_that_breaks_its_spec_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from nar_t2i.data.order import GlobalBatchSampler
 from nar_t2i.errors import UserError
 from nar_t2i.inference import Confidence
 from nar_t2i.learning import Masked, Progressive
-from nar_t2i.learning.masked import draw_masks
+from nar_t2i.learning.terms import draw_masks
 from nar_t2i.networks import EncoderDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nar_t2i.training.optim import OptimizerConfig, build, learning_rate_at, parameter_groups
+from nar_t2i.training.optim import OptimizerConfig, build, learning_rate_factor, parameter_groups
 
 
 class Model(nn.Module):
@@ -48,13 +48,13 @@ def test_groups_of_several_modules_hold_each_parameter_once():
 
 def test_learning_rate():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine", final_ratio=0.1)
-    rates = [learning_rate_at(step, 14, config) for step in range(14)]
+    rates = [config.learning_rate * learning_rate_factor(step, 14, config) for step in range(14)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[-1] == pytest.approx(0.2)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
     assert rates[7] == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi * 3 / 9)) / 2)
     constant = OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule="constant")
-    assert {learning_rate_at(step, 10, constant) for step in range(10)} == {2.0}
+    assert {learning_rate_factor(step, 10, constant) for step in range(10)} == {1.0}
 
 
 def test_build_follows_the_schedule_in_every_group():
@@ -64,7 +64,7 @@ def test_build_follows_the_schedule_in_every_group():
     optimizer, scheduler = build(config, groups, total_steps=6)
     for step in range(6):
         rates = [group["lr"] for group in optimizer.param_groups]
-        expected = learning_rate_at(step, 6, config)
+        expected = learning_rate_factor(step, 6, config)
         assert rates == pytest.approx([expected, 0.1 * expected])
         main(torch.ones(1, 3)).sum().backward()
         optimizer.step()
