@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nar_t2i.errors import UserError
 from nar_t2i.generate import shipped_model
 from nar_t2i.inference import Particles
 from nar_t2i.networks import PrefixDecoder

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nar_t2i.cli import main
 from nar_t2i.evaluation.chosen import Chosen, open_data
@@ -171,6 +171,20 @@ def test_a_run_is_evaluated_with_averaged_and_raw_weights(place, run, tmp_path, 
     capsys.readouterr()
     evaluate(place, tmp_path / "no.json", "--weights", "ema", status=2)
     assert "is a model folder, which holds one kind" in capsys.readouterr().err
+
+
+def test_a_run_whose_tokenizer_was_exchanged_is_no_model(place, run, tmp_path, capsys):
+    """Of the same shapes, so that nothing else would tell."""
+    weights = place / "model/tokenizer/weights.safetensors"
+    before = weights.read_bytes()
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    try:
+        assert main(["export", str(run), str(tmp_path / "exported")]) == 2
+        assert "model.init_args.tokenizer: the checkpoint is of another tokenizer" in capsys.readouterr().err
+        evaluate(place, tmp_path / "out.json", "--metrics", "scene_frechet", "--data", "@run/config.yaml", model="run", status=2)
+        assert not list(tmp_path.iterdir())
+    finally:
+        weights.write_bytes(before)
 
 
 def test_a_checkpoint_that_is_cut_off_is_named(place, run, tmp_path, capsys):

@@ -15,7 +15,7 @@ from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.learning import Masked, SelfConditioned, Unrolled
 from nar_t2i.networks import EncoderDecoder
 from nar_t2i.prepare.tokens import encode_tokens
-from nar_t2i.text import BertTextEncoder, ScratchTextEncoder
+from nar_t2i.text import BertTextEncoder
 from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.monitor import Monitor
 from tests.cluster import tiny
