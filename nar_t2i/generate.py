@@ -104,9 +104,13 @@ def main(arguments: argparse.Namespace) -> int:
 def _drawn_from(arguments: argparse.Namespace, inference: InferenceStrategy, guidance: Guidance) -> dict[str, Any]:
     """What all pictures of a command follow from, beside their prompts and seeds."""
     files = {name: getattr(arguments, name) for name in ("image", "mask")}
+    try:
+        described = describe(inference)
+    except TypeError as error:
+        raise UserError(f"the recipe's inference: {error}") from error
     return {
         "model": folder_hash(Path(arguments.model or shipped_model())),
-        "inference": _with_hashes(describe(inference)), "guidance": describe(guidance), "negative_prompt": arguments.negative_prompt,
+        "inference": _with_hashes(described), "guidance": describe(guidance), "negative_prompt": arguments.negative_prompt,
         **{name: file and file_hash(file) for name, file in files.items()}, "variation": arguments.variation,
     }  # fmt: skip
 
