@@ -126,6 +126,7 @@ class Evaluation:
         self.arguments, self.protocol, self.group = arguments, protocol, group
         self.out = Path(arguments.out)
         self.folder = work_folder(self.out)
+        self._made = False  # whether this process made the folder
         self.models: list[Opened] = []
         self.decoding: dict[str, dict[str, Any]] = {}
         self.pieces: dict[str, Pieces] = {}
@@ -155,8 +156,8 @@ class Evaluation:
                 self._work(f"{model.name}-captions", self.drawn, lambda samples: self._caption_piece(draw, samples, model.name))
 
     def leave_nothing(self) -> None:
-        """Take away the folder of what could not begin, if nothing was drawn into it before."""
-        if self.group.first and not self._holds_pieces():
+        """Take away the folder that this command made, where it could not begin."""
+        if self._made and not self._holds_pieces():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _holds_pieces(self) -> bool:
@@ -217,6 +218,7 @@ class Evaluation:
     def _make_folder(self) -> None:
         if self.out.is_dir():
             raise UserError(f"--out {self.out}: is a folder; name a file, such as {self.out / 'scores.json'}")
+        self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _check_settings(self) -> None:

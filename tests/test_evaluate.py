@@ -341,6 +341,10 @@ def test_what_is_no_model_is_named(place, tmp_path, capsys):
     evaluate(place, tmp_path / "out.json", model="model/tokenizer", status=2)
     assert "model/tokenizer: a VQGAN alone, which draws no pictures" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nor a folder of what could not begin
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work/mine.txt").write_text("kept")
+    evaluate(place, tmp_path / "out.json", model="model/tokenizer", status=2)
+    assert (tmp_path / "out.work/mine.txt").read_text() == "kept"  # a folder that was there before stays
 
 
 def test_a_protocol_fixes_what_is_drawn(place, tmp_path):

@@ -40,14 +40,15 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
         raise UserError(f"{annotations} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{annotations} is not COCO captions JSON (images and annotations): {error!r}") from error
-    items = [Item(f"image id {image}", root / "?", (), "image without a file_name") if (name := names[image]) is None else _item(name, root, captions[image])
-             for image in order]  # fmt: skip
+    items = [_item(image, names[image], root, captions[image]) for image in order]
     unknown = [image for image in captions if image not in names]
     return items + [Item(f"image id {image}", root / "?", (), "caption without an image") for image in unknown]
 
 
-def _item(name: str, root: Path, captions: list[str]) -> Item:
+def _item(image: int, name: str | None, root: Path, captions: list[str]) -> Item:
     """A name is told by its letters whether it stays in the folder: the images there may be links to elsewhere."""
+    if name is None:
+        return Item(f"image id {image}", root / "?", (), "image without a file_name")
     try:
         problem = "it holds a null byte" if b"\0" in os.fsencode(name) else ""
     except UnicodeEncodeError as error:
