@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.retrieval import FeatureNetwork, retrieve, train_features
-from nar_t2i.folders import write_json
-from nar_t2i.generate import contact_sheet
+from nar_t2i.files import write_json
 from nar_t2i.hardware import describe_machine
+from nar_t2i.pictures import contact_sheet
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_float, to_uint8
 from nar_t2i.prepare.emoji import Emoji, EmojiPictures, read_emoji, split_emoji

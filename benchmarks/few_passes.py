@@ -28,12 +28,13 @@ from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.prompt_generator import PER_CATEGORY, generate
 from nar_t2i.evaluation.scene_accuracy import verdicts, wilson
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt, committed, take
-from nar_t2i.folders import read_json, write_json
-from nar_t2i.generate import contact_sheet, shipped_model
+from nar_t2i.files import read_json, write_json
+from nar_t2i.generate import shipped_model
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 from nar_t2i.hashing import weights_hash
 from nar_t2i.inference import BestOf
 from nar_t2i.parts import build
+from nar_t2i.pictures import contact_sheet
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from results import program
 
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine
 from nar_t2i.training import doctor, zero
 from nar_t2i.training.memory import STAGES, held

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
-from nar_t2i.folders import write_json
+from nar_t2i.files import write_json
 from nar_t2i.generate import shipped_model
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 from nar_t2i.inference import BestOf, Likelihood

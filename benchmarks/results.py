@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from nar_t2i.cli import leave
 from nar_t2i.errors import UserError
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from nar_t2i import recipe
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
-from nar_t2i.folders import write_json
+from nar_t2i.files import write_json
 from nar_t2i.generate import contact_sheet
 from nar_t2i.hardware import describe_machine
 from nar_t2i.inference import BestOf

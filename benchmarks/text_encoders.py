@@ -18,7 +18,7 @@ from results import positive, program
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine, fast_precision
 from nar_t2i.pipeline import TextToImage
 

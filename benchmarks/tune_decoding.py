@@ -24,7 +24,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
-from nar_t2i.folders import write_json
+from nar_t2i.files import write_json
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 from nar_t2i.inference import BestOf
 from nar_t2i.parts import build, changed

@@ -27,7 +27,8 @@ from PIL import Image
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError
-from nar_t2i.folders import check_same, flat, write_json
+from nar_t2i.files import write_json
+from nar_t2i.folders import check_same, flat
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
 from nar_t2i.parts import build, resolve, with_defaults
 
@@ -232,7 +233,8 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     from nar_t2i.evaluation.drawing import draw_prompts
     from nar_t2i.evaluation.scene_accuracy import verdicts
     from nar_t2i.evaluation.scene_prompts import committed, take
-    from nar_t2i.generate import contact_sheet, decode_by, save_whole
+    from nar_t2i.generate import decode_by
+    from nar_t2i.pictures import contact_sheet, save_whole
     from nar_t2i.pipeline import TextToImage
 
     t2i, model = TextToImage.from_pretrained(entry.run / "model").to(best_device()), entry.config["model"]["init_args"]

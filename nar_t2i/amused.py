@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import first_difference, read_json
+from nar_t2i.files import read_json
+from nar_t2i.folders import first_difference
 from nar_t2i.inference import AmusedConfidence
 from nar_t2i.networks.uvit import UVit
 from nar_t2i.networks.uvit_weights import FILE, uvit_from_amused

@@ -31,10 +31,11 @@ from nar_t2i.evaluation.pieces import Piece, Pieces, work_folder
 from nar_t2i.evaluation.protocol import NEEDS, Protocol, chosen_metrics, read_protocol
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
-from nar_t2i.folders import check_same, write_json
-from nar_t2i.generate import contact_sheet
+from nar_t2i.files import write_json
+from nar_t2i.folders import check_same
 from nar_t2i.hardware import describe_machine, exact_fp32
 from nar_t2i.hashing import text_hash
+from nar_t2i.pictures import contact_sheet, save_whole
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.training.opening import Opened, open_models
 
@@ -256,7 +257,7 @@ class Evaluation:
     def _sheet(self, name: str, kind: str, images: torch.Tensor, texts: list[str], samples: range) -> None:
         if samples.start == 0:
             shown = [Image.fromarray(image) for image in images[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()]
-            contact_sheet(shown, texts[:SHOWN]).save(self.folder / f"sheet-{name}-{kind}.png")
+            save_whole(contact_sheet(shown, texts[:SHOWN]), self.folder / f"sheet-{name}-{kind}.png")
 
     # Numbers
 

@@ -9,7 +9,6 @@ folders of their own. Loading runs no code of the folder's and downloads nothing
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,26 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.parts import build, describe, resolve
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written beside, then renamed, so that a reader never sees half of it."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

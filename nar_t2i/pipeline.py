@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part, read_json, save_part, told_otherwise, write_json
+from nar_t2i.files import read_json, write_json
+from nar_t2i.folders import load_part, save_part, told_otherwise
 from nar_t2i.inference.best_of import BestOf
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise

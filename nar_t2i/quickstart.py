@@ -29,7 +29,7 @@ from PIL import Image
 
 from nar_t2i.errors import INTERRUPTED, UserError
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, Kinds, ScenePrompt, committed, take
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
 
 if TYPE_CHECKING:
@@ -239,11 +239,11 @@ class Quickstart:
 
     def _write_sheet(self, pictures: list[dict[str, Any]]) -> None:
         """evaluation/sheet.png: what the trained model drew for seen combinations, as it came."""
-        from nar_t2i.generate import contact_sheet
+        from nar_t2i.pictures import contact_sheet, save_whole
 
         shown = [entry for entry in pictures if entry["model"] == "quickstart" and entry["set"] == "seen"]
         images = [Image.open(self.folder / "evaluation" / entry["file"]) for entry in shown]
-        contact_sheet(images, [entry["prompt"] for entry in shown]).save(self.folder / "evaluation/sheet.png")
+        save_whole(contact_sheet(images, [entry["prompt"] for entry in shown]), self.folder / "evaluation/sheet.png")
 
     def finish(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Write metrics.json and the report, say where to look; returns the metrics."""

@@ -10,11 +10,10 @@ prompts. Picture j of prompt i has seed + i · pictures + j.
 from __future__ import annotations
 
 import argparse
-import io
-import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -24,7 +23,8 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.suites import SUITES, Suite
 from nar_t2i.evaluation.suites.suite import Item
-from nar_t2i.folders import check_same, write_json
+from nar_t2i.files import whole_file, write_json
+from nar_t2i.folders import check_same
 from nar_t2i.hardware import exact_fp32
 from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.pipeline import TextToImage
@@ -111,16 +111,14 @@ def _settle(path: Path, settings: dict[str, Any], out: Path) -> None:
 def _write(suite: Suite, out: Path, work: Path, item: Item, files: dict[str, list[int]], images: Sequence[Image.Image]) -> None:
     """The files of one prompt: written beside the folder, since the programs read all that lies in it, and renamed."""
     for name, text in suite.texts(item).items():
-        _place(out / name, work, text.encode())
+        with _placed(out / name, work) as file:
+            file.write(text.encode())
     for name, shown in files.items():
-        buffer = io.BytesIO()
         image = suite.image([images[picture] for picture in shown])
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY) if name.endswith(".jpg") else image.save(buffer, "PNG")
-        _place(out / name, work, buffer.getvalue())
+        with _placed(out / name, work) as file:
+            image.save(file, "JPEG", quality=JPEG_QUALITY) if name.endswith(".jpg") else image.save(file, "PNG")
 
 
-def _place(path: Path, work: Path, content: bytes) -> None:
-    beside = work / f"{os.uname().nodename}.{os.getpid()}.part"
+def _placed(path: Path, work: Path) -> AbstractContextManager[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    return whole_file(path, work)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part, read_json, save_part, write_json
+from nar_t2i.files import read_json, write_json
+from nar_t2i.folders import load_part, save_part
 from nar_t2i.parts import part
 from tests.full_disk import files_of_at_most
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
-from nar_t2i import generate
+from nar_t2i import generate, pictures
 from nar_t2i.cli import main
 from nar_t2i.inference import Halton
 from nar_t2i.pipeline import TextToImage
@@ -166,7 +166,7 @@ def test_a_strip_shows_every_step_until_nothing_is_unknown(model: Path) -> None:
     frames = [strip[:, 18 * step : 18 * step + 16] for step in range(STEPS)]
     # Patches of the 4 × 4 grid that are wholly grey: unknown tokens, fewer each step.
     unknown = [
-        sum(bool((frame[y : y + 4, x : x + 4] == generate.UNKNOWN_GREY).all()) for y in range(0, 16, 4)
+        sum(bool((frame[y : y + 4, x : x + 4] == pictures.UNKNOWN_GREY).all()) for y in range(0, 16, 4)
             for x in range(0, 16, 4))
         for frame in frames
     ]  # fmt: skip
@@ -182,13 +182,13 @@ def test_an_animated_picture_has_a_frame_a_step_and_a_hold(model: Path) -> None:
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
         assert film.size == (64, 64) and film.info["loop"] == 0
     # The hold is the last frame again; writers of GIFs join equal frames into a longer one.
-    assert len(durations) >= STEPS and set(durations[: STEPS - 1]) == {generate.FRAME_MILLISECONDS}
-    assert sum(durations) == generate.FRAME_MILLISECONDS * (STEPS + 6)
+    assert len(durations) >= STEPS and set(durations[: STEPS - 1]) == {pictures.FRAME_MILLISECONDS}
+    assert sum(durations) == pictures.FRAME_MILLISECONDS * (STEPS + 6)
 
 
 def test_films_need_a_grid() -> None:
     with pytest.raises(Exception, match="no grid"):
-        generate.Films(ToyCodec("continuous"))
+        pictures.Films(ToyCodec("continuous"))
 
 
 def test_temperature_negative_prompt_and_guidance_reach_the_pipeline(model: Path) -> None:
@@ -257,8 +257,8 @@ def test_a_prompt_never_becomes_a_path(model: Path, folder: Path, prompt: str) -
 
 
 def test_sheets_break_into_rows() -> None:
-    pictures = [Image.new("RGB", (16, 16), "blue")] * 11
-    eight, three = generate.contact_sheet(pictures, ["a caption"] * 11), generate.contact_sheet(pictures[:3], [""] * 3)
+    shown = [Image.new("RGB", (16, 16), "blue")] * 11
+    eight, three = pictures.contact_sheet(shown, ["a caption"] * 11), pictures.contact_sheet(shown[:3], [""] * 3)
     assert eight.width == 8 * 168 + 8 and eight.height == 2 * three.height - 8
     assert three.width == 3 * 168 + 8
 

@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).parents[1] / "nar_t2i"
 # which do not import each other.
 LAYERS = [
     ["errors", "liveness", "nar_t2i"],
-    ["recipe", "hardware", "hashing"],
+    ["recipe", "hardware", "hashing", "files"],
     ["types", "noise", "schedules", "parts", "pixels"],
     ["folders"],
     ["data"],
     ["networks"],  # whose shared layers text encoders are made of
     ["tokenizers", "text"],
     ["learning", "inference"],
-    ["pipeline", "editing"],
+    ["pipeline", "editing", "pictures"],
     ["prepare"],
     ["evaluation"],
     ["training", "generate"],

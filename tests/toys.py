@@ -76,8 +76,9 @@ class ToyText(TextEncoder):
     def forward(self, captions: list[str]) -> Condition:
         rows = [[sum(map(ord, word)) % 64 for word in caption.split()] or [0] for caption in captions]
         length = max(map(len, rows))
-        codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        device = self.embedding.weight.device
+        codes = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+        mask = torch.arange(length, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
         states = self.embedding(codes)
         return Condition((states,), (mask,), (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 

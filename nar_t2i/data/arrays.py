@@ -41,7 +41,7 @@ def read_manifest(folder: Path, name: str, version: int, command: str) -> dict[s
     """The manifest of a cache, which its command writes last. Raises UserError where it is missing, or of another format."""
     path = folder / name
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder} is no finished cache: {name} is missing; run {command}") from error
     except ValueError as error:

@@ -10,13 +10,13 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from nar_t2i.data.cache import CONDITIONS
 from nar_t2i.data.lost import LostLedger
 from nar_t2i.data.opening import Weighted, is_remote, open_source
 from nar_t2i.data.order import GlobalBatchSampler, accumulation_steps, validation_batches
 from nar_t2i.data.reading import BatchReader, CountedLoader, View
 from nar_t2i.data.source import LostSample, Source
 from nar_t2i.data.stream import StreamReader, StreamShare
+from nar_t2i.data.token_cache import CONDITIONS
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
 from nar_t2i.types import TextEncoder, TokenCodec, TokenSpec

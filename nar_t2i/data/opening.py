@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nar_t2i.data.cache import CachedSource, TokenCache
 from nar_t2i.data.mixture import Mixture
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import Source
 from nar_t2i.data.text_cache import TextCache, TextCachedSource
+from nar_t2i.data.token_cache import CachedSource, TokenCache
 from nar_t2i.errors import UserError
 
 

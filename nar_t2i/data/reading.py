@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nar_t2i.data.cache import CONDITIONS
 from nar_t2i.data.images import fit
 from nar_t2i.data.lost import LostLedger
 from nar_t2i.data.order import Order
 from nar_t2i.data.source import LostSample, Sample, SampleError, Source, Texts, scalar_columns
+from nar_t2i.data.token_cache import CONDITIONS
 from nar_t2i.errors import UserError
 from nar_t2i.noise import Noise
 from nar_t2i.types import Batch, Condition

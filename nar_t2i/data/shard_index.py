@@ -25,9 +25,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from nar_t2i.data.arrays import Arrays, open_map
-from nar_t2i.data.files import whole_file
 from nar_t2i.data.source import LostSample, scalar_columns
 from nar_t2i.errors import UserError
+from nar_t2i.files import whole_file
 from nar_t2i.liveness import going_on
 
 log = logging.getLogger(__name__)

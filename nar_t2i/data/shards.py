@@ -12,11 +12,11 @@ import braceexpand
 import numpy as np
 import torch.distributed as dist
 
-from nar_t2i.data.files import allow_open_files
 from nar_t2i.data.images import MAX_PIXELS, ImageError, decode_image
 from nar_t2i.data.shard_index import REST, ShardIndex, index_path, open_index
 from nar_t2i.data.source import LostSample, Sample, SampleError, Source, Texts
 from nar_t2i.errors import UserError
+from nar_t2i.files import allow_open_files
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ import numpy as np
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table
 from nar_t2i.evaluation.scene_accuracy import Z95, wilson
-from nar_t2i.folders import flat, read_json, write_json
+from nar_t2i.files import read_json, write_json
+from nar_t2i.folders import flat
 
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t at 97.5%, by degrees of freedom
 COLUMNS = ("name", "seen", "seen_low", "seen_high", "held_out", "difference", "difference_low", "difference_high", "passes",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.scene_features import SIDE, shipped_network
+from nar_t2i.files import read_json
 from nar_t2i.hashing import file_hash, weights_hash
 
 FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in ("bilinear", "bicubic", "lanczos")}
@@ -118,8 +119,6 @@ class ClipFeatures(Features):
 
     def __init__(self, folder: str | Path, device: torch.device):
         from transformers import AutoTokenizer, CLIPModel
-
-        from nar_t2i.folders import read_json
 
         folder = self._folder = Path(folder)
         if not folder.is_dir():

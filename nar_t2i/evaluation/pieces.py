@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from nar_t2i.data.files import whole_file
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks
+from nar_t2i.files import whole_file
 
 
 def work_folder(out: Path) -> Path:

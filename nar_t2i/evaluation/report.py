@@ -26,7 +26,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.report_curves import charts, read_curves
 from nar_t2i.evaluation.report_html import Markup, figure, join, meter, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json, write_text
 
 STAGES = ("tokenizer", "text", "generator")  # run folders of a quickstart
 SIDE_BY_SIDE = "side-by-side.html"
@@ -82,9 +82,7 @@ def write_report(folder: Path) -> Path:
         section("Configuration", [_configuration(run) for run in runs], _raw("metrics.json", metrics)),
         section("Versions and machine", _versions(runs, metrics)),
     )
-    beside = folder / "report.html.tmp"
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(folder / "report.html")
+    write_text(folder / "report.html", text)
     return folder / "report.html"
 
 

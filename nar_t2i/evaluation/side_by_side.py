@@ -16,7 +16,8 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.pieces import work_folder
 from nar_t2i.evaluation.report_html import figure, join, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
-from nar_t2i.folders import flat, read_json
+from nar_t2i.files import read_json, write_text
+from nar_t2i.folders import flat
 
 DECODING = ("steps", "guidance_scale", "candidates", "seed", "decoder_passes", "decoder_rows", "images_per_second")
 # Keys of a protocol that say what was used, and those beside them that say how it was called.
@@ -68,10 +69,8 @@ def write_side_by_side(entries: Sequence[Entry], out: Path) -> Path:
         raise UserError(f"--out {out}: is the page, beside which a .csv is written; name it {out.with_suffix('.html')}")
     entries = _named_apart(entries)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".csv").write_text(as_csv(entries), encoding="utf-8")
-    beside = out.with_name(f"{out.name}.tmp")
-    beside.write_text(as_html(entries), encoding="utf-8")
-    beside.replace(out)
+    write_text(out.with_suffix(".csv"), as_csv(entries))
+    write_text(out, as_html(entries))
     return out
 
 

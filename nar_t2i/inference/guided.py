@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import Condition, KVCache, Known, Prediction, TokenNetwork, TokenSpec, TokenState
+from nar_t2i.types import Condition, Known, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 
 
 def start_state(spec: TokenSpec, batch: int, device: torch.device, known: Known | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,17 @@ from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.networks.predictions import truncation
 from nar_t2i.noise import Noise, SlotNoise
 from nar_t2i.schedules import Guidance, MaskSchedule, masked_counts, pass_progress
-from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Sampled, Step, TokenNetwork, TokenState
+from nar_t2i.types import (
+    Condition,
+    Decoded,
+    InferenceStrategy,
+    Known,
+    Prediction,
+    Sampled,
+    Step,
+    TokenNetwork,
+    TokenState,
+)
 
 
 class Scheduled(InferenceStrategy):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.learning.terms import slot_nll, term
 from nar_t2i.learning.replaced import random_values
+from nar_t2i.learning.terms import slot_nll, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState

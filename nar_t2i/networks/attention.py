@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 
-
 _writes_out = True  # see `fused`
 _KERNEL_HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked here: torch.compile would break off at it
 

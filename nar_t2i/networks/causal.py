@@ -16,7 +16,6 @@ from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
 from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState
 
-
 _CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions read
 
 

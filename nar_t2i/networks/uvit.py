@@ -19,7 +19,15 @@ from nar_t2i.networks.attention import mask_for
 from nar_t2i.networks.encoder_decoder import initialise, states_and_mask
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import select
-from nar_t2i.networks.uvit_blocks import Doubling, Halving, PreparedLayer, PreparedStage, RMSNorm, Stage, TransformerLayer
+from nar_t2i.networks.uvit_blocks import (
+    Doubling,
+    Halving,
+    PreparedLayer,
+    PreparedStage,
+    RMSNorm,
+    Stage,
+    TransformerLayer,
+)
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
 

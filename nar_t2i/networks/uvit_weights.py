@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import read_json
+from nar_t2i.files import read_json
 from nar_t2i.networks.uvit import MICRO_CONDITIONS, UVit
 from nar_t2i.types import TokenSpec
 

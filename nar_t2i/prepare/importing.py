@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nar_t2i.data.files import whole_file
 from nar_t2i.data.images import ImageError, decode_image
 from nar_t2i.data.shard_index import IMAGE_SUFFIXES, MAX_TEXT
 from nar_t2i.errors import UserError
+from nar_t2i.files import read_json, write_json
 from nar_t2i.prepare.command import shard_range
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
@@ -137,18 +136,13 @@ def claim_folder(folder: Path, wanted: dict) -> None:
             raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
         write_json(path, wanted)
         return
-    found = json.loads(path.read_text())
+    found = read_json(path)
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         raise UserError(
             f"{folder} holds shards from another input or other options ({', '.join(differing)} differ); "
             "choose another folder, or delete this one"
         )
-
-
-def write_json(path: Path, value: object) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def _fingerprint(items: Sequence[Item]) -> str:
@@ -190,7 +184,7 @@ def _record(folder: Path, shard: int) -> Path:
 
 
 def _dropped_from(folder: Path, shard: int) -> list[Dropped]:
-    return [Dropped(*entry) for entry in json.loads(_record(folder, shard).read_text())]
+    return [Dropped(*entry) for entry in read_json(_record(folder, shard))]
 
 
 class _Loaded(NamedTuple):

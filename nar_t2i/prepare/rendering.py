@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,8 +11,9 @@ from tqdm import tqdm
 
 from nar_t2i.data.source import Sample, SampleError, Source
 from nar_t2i.errors import UserError
+from nar_t2i.files import read_json, write_json
 from nar_t2i.prepare.command import shard_range
-from nar_t2i.prepare.importing import SUMMARY, Dropped, Summary, claim_folder, encode_png, write_json
+from nar_t2i.prepare.importing import SUMMARY, Dropped, Summary, claim_folder, encode_png
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
 
@@ -40,7 +40,7 @@ def write_source(
             _write_shard(folder, shard, islice(encoded, len(chunks[shard])), bar)
     if not all(is_finished(folder / f"{shard:05d}.tar") for shard in range(len(chunks))):
         return None
-    records = [json.loads((folder / f"{shard:05d}.dropped.json").read_text()) for shard in range(len(chunks))]
+    records = [read_json(folder / f"{shard:05d}.dropped.json") for shard in range(len(chunks))]
     dropped = [Dropped(*entry) for record in records for entry in record]
     if len(dropped) == len(source):
         raise UserError(f"{source.name} has no readable samples")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
 from nar_t2i.errors import UserError
+from nar_t2i.files import whole_file
 from nar_t2i.prepare.command import at_least, parser, run
 
 SPECIAL = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}

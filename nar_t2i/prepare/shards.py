@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nar_t2i.data.files import sync_folder, temporary_name
 from nar_t2i.data.shard_index import Row, index_path, open_index, write_index
 from nar_t2i.errors import UserError
+from nar_t2i.files import sync_folder, temporary_name
 
 
 class ShardFile:

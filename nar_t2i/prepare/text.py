@@ -24,15 +24,14 @@ from tqdm import tqdm
 
 from nar_t2i import recipe as recipes
 from nar_t2i.data.arrays import Arrays, open_map
-from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
 from nar_t2i.data.text_cache import FORMAT, MANIFEST, Packed, Stored, pack_states, unpack_states
 from nar_t2i.errors import UserError
-from nar_t2i.folders import load_part, read_json
+from nar_t2i.files import read_json, whole_file, write_json
+from nar_t2i.folders import load_part
 from nar_t2i.parts import build
 from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
-from nar_t2i.prepare.importing import write_json
 from nar_t2i.text import ScratchTextEncoder
 from nar_t2i.types import Condition, TextEncoder
 

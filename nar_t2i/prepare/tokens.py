@@ -2,7 +2,7 @@
 
     encode_tokens.py SHARDS MODEL OUT
 
-Any source and any tokenizer will do; `nar_t2i.data.cache` reads it. Run the same command again after an interruption.
+Any source and any tokenizer will do; `nar_t2i.data.token_cache` reads it. Run the same command again after an interruption.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nar_t2i.data.cache import CONDITIONS, FORMAT, MANIFEST, pack
-from nar_t2i.data.files import whole_file
 from nar_t2i.data.opening import open_source
 from nar_t2i.data.reading import BatchReader, Choices, Read, View, make_batch, reads
 from nar_t2i.data.source import Sample, Source
+from nar_t2i.data.token_cache import CONDITIONS, FORMAT, MANIFEST, pack
 from nar_t2i.errors import UserError
+from nar_t2i.files import read_json, whole_file, write_json
 from nar_t2i.folders import load_part
 from nar_t2i.hashing import weights_hash
 from nar_t2i.pixels import to_float
 from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
-from nar_t2i.prepare.importing import write_json
 from nar_t2i.types import Batch, TokenCodec, TokenSpec
 
 PREPROCESSING = "shorter side to {size} px (Lanczos), cropped, [-1, 1]"
@@ -107,7 +106,7 @@ def _finished(folder: Path, wanted: dict[str, Any], looks: int) -> dict[str, Any
     record = folder / f"{wanted['name']}.tokens.json"
     if not record.exists():
         return None
-    found = json.loads(record.read_text())
+    found = read_json(record)
     differing = [key for key, value in wanted.items() if found.get(key) != value]
     if differing:
         raise UserError(

@@ -16,7 +16,6 @@ from nar_t2i.parts import part
 from nar_t2i.text.layers import choose_trained, copied, mean_state
 from nar_t2i.types import Condition, TextEncoder
 
-
 ALIGNMENT = 32
 
 

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from nar_t2i.data.files import sync_folder, whole_file
 from nar_t2i.errors import UserError
+from nar_t2i.files import sync_folder, write_json
 from nar_t2i.training import fragments
 
 FORMAT = 1
@@ -238,8 +238,7 @@ def save(trainer: Trainer, folder: Path, facts: dict[str, Any]) -> None:
 def _seal(beside: Path, folder: Path, content: dict[str, Any]) -> str | None:
     """Write the manifest and give the folder its name; what went wrong, if anything."""
     try:
-        with whole_file(beside / MANIFEST) as file:
-            file.write(json.dumps(content, indent=2).encode())
+        write_json(beside / MANIFEST, content)
         if folder.exists():
             remove(folder)
         beside.rename(folder)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import read_json, write_json
+from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import matrix_rate, operation_counter
 
 STARTED = "started.json"  # when the run was first started, and how often

@@ -17,7 +17,6 @@ import csv
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -37,6 +36,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import nar_t2i
 from nar_t2i.errors import UserError
+from nar_t2i.files import write_json, write_text
 from nar_t2i.training import checkpoints, wandb_run
 from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
@@ -156,15 +156,15 @@ class RunFolder(Callback):
             if not isinstance(logger, RunLogger) and (stage == "fit" or wandb_run.trial() is not None):
                 logger.log_hyperparams(self.config)
             if isinstance(logger, WandbLogger) and stage == "fit":
-                _write(self.folder / wandb_run.ID_FILE, f"{logger.version}\n")
+                write_text(self.folder / wandb_run.ID_FILE, f"{logger.version}\n")
 
     def _write(self) -> None:
         path = self.folder / "config.yaml"
         if path.is_file() and path.read_text(encoding="utf-8") != self.config_yaml:
             number = 1 + len(list(self.folder.glob("config.*.yaml")))
             path.rename(self.folder / f"config.{number}.yaml")
-        _write(path, self.config_yaml)
-        _write(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(path, self.config_yaml)
+        write_json(self.folder / "versions.json", versions())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
@@ -350,10 +350,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed.stdout.strip() else "")
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a run that is killed here leaves no half file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -9,14 +9,14 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 from torch import nn
 
 from nar_t2i.data import CaptionedImages
+from nar_t2i.data.images import fit
 from nar_t2i.data.opening import Weighted
 from nar_t2i.data.shard_index import index_path
-from nar_t2i.data.images import fit
 from nar_t2i.errors import UserError
+from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 
 
 def take(data: CaptionedImages, count: int) -> list:

@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from tests.data.making_shards import encoded, pixels
 from PIL import Image
 
 from nar_t2i.data.images import ImageError, decode_image, fit
+from tests.data.making_shards import encoded, pixels
 
 
 def test_plain_images_come_through_unchanged():

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
-from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 
 from nar_t2i.data import shards
 from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_tar
@@ -20,6 +19,7 @@ from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.prepare import indices
+from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
 
 
 def test_written_shards_read_back(tmp_path):
@@ -345,7 +345,7 @@ def test_a_process_may_open_more_files_than_usual(tmp_path):
     code = """if True:
         import resource, sys
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-        from nar_t2i.data.files import allow_open_files
+        from nar_t2i.files import allow_open_files
         allow_open_files()
         files = [open(sys.executable) for _ in range(200)]
     """

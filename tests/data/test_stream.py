@@ -9,13 +9,13 @@ import threading
 
 import pytest
 import torch
-from tests.data.making_shards import HURT, hurt_members, members, write_shards, write_tar
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.reading import View
 from nar_t2i.data.shard_index import scan_tar
 from nar_t2i.data.stream import StreamReader, StreamShare
 from nar_t2i.errors import UserError
+from tests.data.making_shards import HURT, hurt_members, members, write_shards, write_tar
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nar_t2i.data.scenes import Group, OPPOSITE
+from nar_t2i.data.scenes import OPPOSITE, Group
 from nar_t2i.evaluation.detector import DetectedObject, Detection, detect, matches
 from nar_t2i.evaluation.scene_accuracy import chance, derangement, detect_all, score, shuffled, verdicts, wilson
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt, committed, take

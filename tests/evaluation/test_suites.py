@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nar_t2i.cli import SUITES as ON_THE_COMMAND_LINE, main
+from nar_t2i.cli import SUITES as ON_THE_COMMAND_LINE
+from nar_t2i.cli import main
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.suites import SUITES
 from nar_t2i.pipeline import TextToImage

@@ -4,7 +4,16 @@ import copy
 
 import torch
 
-from nar_t2i.inference import Confidence, EntropyBounded, GibbsSweeps, Halton, Moment, ProgressiveStages, Purity, RandomOrder
+from nar_t2i.inference import (
+    Confidence,
+    EntropyBounded,
+    GibbsSweeps,
+    Halton,
+    Moment,
+    ProgressiveStages,
+    Purity,
+    RandomOrder,
+)
 from nar_t2i.inference.halton import halton_order
 from nar_t2i.noise import gumbel
 from nar_t2i.schedules import mask_ratio

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, CriticScore, EntropyBounded, Halton, Likelihood
+from nar_t2i.inference import (
+    Autoregressive,
+    BestOf,
+    Confidence,
+    CriticGuided,
+    CriticScore,
+    EntropyBounded,
+    Halton,
+    Likelihood,
+)
 from nar_t2i.inference.best_of import Scorer
 from nar_t2i.networks import CausalDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nar_t2i.inference import Autoregressive, BestOf, Confidence, CriticGuided, CriticScore, EntropyBounded, GibbsSweeps, Halton, Particles
+from nar_t2i.inference import (
+    Autoregressive,
+    BestOf,
+    Confidence,
+    CriticGuided,
+    CriticScore,
+    EntropyBounded,
+    GibbsSweeps,
+    Halton,
+    Particles,
+)
 from nar_t2i.inference.best_of import Scorer
 from nar_t2i.inference.graphs import Graphs, padded
 from nar_t2i.inference.halton import halton_rank

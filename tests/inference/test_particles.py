@@ -12,7 +12,8 @@ from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Known, TokenSpec, TokenState
-from tests.inference.test_confidence import make_condition, make_network as make_masked
+from tests.inference.test_confidence import make_condition
+from tests.inference.test_confidence import make_network as make_masked
 from tests.networks.test_prefix import make_network
 
 TINY = TokenSpec((2, 2), "categorical", 3)  # 81 images

@@ -30,8 +30,8 @@ from nar_t2i.networks.predictions import Bernoulli, Categorical
 from nar_t2i.noise import Noise
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import Known, TokenNetwork, TokenSpec
-from tests.inference.eager import Eager
 from tests.inference import test_confidence
+from tests.inference.eager import Eager
 from tests.inference.test_confidence import SPEC, Watched, make_condition
 from tests.networks import test_prefix
 

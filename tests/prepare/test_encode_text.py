@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.data.making_shards import encoded, pixels, write_shards
 
 from nar_t2i.cli import main as nar_t2i
 from nar_t2i.data import CaptionedImages
@@ -19,11 +18,12 @@ from nar_t2i.data.text_cache import MANIFEST, TextCache, pack_states, unpack_sta
 from nar_t2i.errors import UserError
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.prepare import text as command
-from nar_t2i.prepare.shards import ShardFile
 from nar_t2i.prepare.sentencepiece import train_sentencepiece
+from nar_t2i.prepare.shards import ShardFile
 from nar_t2i.prepare.text import encode_text
 from nar_t2i.text import BertTextEncoder, ClipTextEncoder, JointTextEncoder, T5TextEncoder
 from tests.cluster.ranks import ROOT
+from tests.data.making_shards import encoded, pixels, write_shards
 from tests.text.tiny_models import tiny_bert, tiny_clip, tiny_t5
 from tests.toys import ToyCodec
 

@@ -6,18 +6,18 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests.data.making_shards import encoded, hurt_members, pixels, write_shards, write_tar
 from torch import nn
 
 from nar_t2i.data import CaptionedImages
-from nar_t2i.data.cache import CachedSource, TokenCache, pack, unpack
 from nar_t2i.data.reading import Choices, View, make_batch
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import LostSample, SampleError
+from nar_t2i.data.token_cache import CachedSource, TokenCache, pack, unpack
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import weights_hash
 from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.types import Encoded, TokenCodec, TokenSpec
+from tests.data.making_shards import encoded, hurt_members, pixels, write_shards, write_tar
 
 KINDS = [
     TokenSpec((2, 2), "categorical", 300),

@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 from PIL import Image
-from tests.data.making_shards import encoded, pixels
 
 from nar_t2i.data.images import decode_image
 from nar_t2i.data.shards import ShardSource
@@ -23,6 +22,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.prepare import coco, folder, table
 from nar_t2i.prepare.folder import import_folder
 from nar_t2i.prepare.importing import Options
+from tests.data.making_shards import encoded, pixels
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import sentencepiece
-from tests.data.making_shards import write_shards
 
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
 from nar_t2i.prepare.sentencepiece import captions_of, main, train_sentencepiece
 from nar_t2i.text import ScratchTextEncoder
+from tests.data.making_shards import write_shards
 
 CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "green") for s in ("circle", "star") for p in ("on grey", "above it")] * 5
 

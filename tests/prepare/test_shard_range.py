@@ -107,7 +107,7 @@ def test_two_writers_of_the_same_shards_do_not_corrupt_them(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
-    from nar_t2i.data.files import temporary_name
+    from nar_t2i.files import temporary_name
 
     path = tmp_path / "00000.tar"
     own = temporary_name(path)

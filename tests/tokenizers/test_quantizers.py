@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nar_t2i.tokenizers import VectorQuantizer
-from nar_t2i.tokenizers import quantizers
+from nar_t2i.tokenizers import VectorQuantizer, quantizers
 
 
 def quantizer(codes=8, width=4, **kwargs):

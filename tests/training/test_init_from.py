@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
-from nar_t2i.folders import write_json
+from nar_t2i.files import write_json
 from nar_t2i.networks.tokens import CodeVectors
 from nar_t2i.training import checkpoints
 from nar_t2i.training.init_from import check_frozen, load_weights

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, number, read_text, whole
-from nar_t2i.folders import read_json
+from nar_t2i.files import read_json
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 _LINE = re.compile(rf"^.*?\b({'|'.join(STYLES)}|Average)\s+([\d.]+)\s*([\d.]*)\s*$")

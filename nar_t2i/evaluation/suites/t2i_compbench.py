@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, number, read_text, whole
-from nar_t2i.folders import read_json
+from nar_t2i.files import read_json
 
 RESULT = "vqa_result.json"
 LONGEST = 240  # bytes of a name, which most file systems end at 255

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from nar_t2i.errors import UserError
 
 MOST_FILES = 1 << 16  # that a process asks to hold open
 
@@ -24,13 +26,34 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def read_json(path: Path) -> Any:
+    """Raises UserError where there is no such file, and where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Texts stay readable; names of files that are no UTF-8 are escaped."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, work: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file under a temporary name and rename it once it is complete and on disk.
 
-    Two processes that write the same file, on whichever nodes, do not mix their bytes; the last one's stand.
+    Two processes that write the same file, on whichever nodes, do not mix their bytes; the last one's stand. work: a folder of the
+    same file system for the temporary file, where the file's own may hold no other.
     """
-    temporary = temporary_name(path)
+    temporary = temporary_name(path if work is None else work / path.name)
     try:
         with open(temporary, "wb") as file:
             yield file
