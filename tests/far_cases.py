@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
 from io import StringIO
@@ -19,11 +19,11 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nar_t2i import inference, learning, networks
+from nar_t2i import cli, inference, learning, networks
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.editing import Edit, composited, known_outside, known_share
@@ -40,11 +40,13 @@ from nar_t2i.text import (
 from nar_t2i.tokenizers import VQGAN, VectorQuantizer
 from nar_t2i.tokenizers.losses import PatchDiscriminator
 from nar_t2i.training import TokenizerModule
+from nar_t2i.training.command import RecipeCLI
 from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.optim import OptimizerConfig
 from tests import far_device
 from tests.cluster import tiny
+from tests.cluster.forks import ROOT
 from tests.text.tiny_models import tiny_bert, tiny_clip, tiny_t5
 from tests.tiny_pipeline import tiny_pipeline
 from tests.tokenizers.random_vgg import random_vgg
@@ -92,7 +94,9 @@ def generator(text: Callable[[Path], nn.Module], **settings: Any) -> Case:
         encode_tokens(tokenizer, scenes, tokens, 16, errors=tokenizer.spec.kind == "categorical")
         data = CaptionedImages(scenes, tiny.SIZE, tiny.GLOBAL_BATCH, tiny.GLOBAL_BATCH // 2, cache=str(tokens),
                                validation=RenderedScenes("validation", 16, image_size=tiny.SIZE))  # fmt: skip
-        return tiny.Generator(**{"tokenizer": tokenizer, "text": text(folder), "caption_dropout": 0.2, **settings}), data
+        optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-3, fused=True)
+        defaults = {"tokenizer": tokenizer, "text": text(folder), "caption_dropout": 0.2, "optimizer": optimizer}
+        return tiny.Generator(**{**defaults, **settings}), data
 
     return partial(both, make)
 
@@ -146,6 +150,30 @@ def frozen(folder: Path) -> nn.Module:
     return ToyText().requires_grad_(False)
 
 
+def resumed(*settings: str, then: Sequence[str] = ()) -> Case:
+    """A run of the real command that was saved on the far device, and goes on there: with the weights of one that was not stopped. then:
+    settings that change with it."""
+
+    def run(run_dir: Path, *more: str) -> None:
+        given = [f"--run_dir={run_dir}", "--trainer.max_steps=6", "--trainer.val_check_interval=4", *settings, *more]
+        with mock.patch.object(RecipeCLI, "_instantiate_trainer", on_the_device):
+            assert cli.main(["fit", "--config", str(ROOT / "tests/cluster/tiny.yaml"), *given]) == 0
+
+    def on_the_device(self: RecipeCLI, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        return instantiate(self, {**config, "strategy": far_device.strategy(), "accelerator": "auto"}, callbacks)
+
+    def case(folder: Path) -> None:
+        with far_device.present(), mock.patch("nar_t2i.training.monitor.matrix_rate", lambda device, dtype: 1e12):
+            run(folder / "whole")
+            run(folder / "parts", f"--ckpt_path={folder}/whole/checkpoints/step-00000003.ckpt", *then)
+        whole, parts = (load_file(folder / name / "model/network/weights.safetensors") for name in ("whole", "parts"))
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, **({"rtol": 1e-4, "atol": 1e-6} if then else {"rtol": 0, "atol": 0}))
+
+    return case
+
+
+instantiate = RecipeCLI._instantiate_trainer
 PROMPTS = ["a red star", "two green circles above a square", ""]
 
 
@@ -235,6 +263,9 @@ CASES: dict[str, Case] = {
     "bits": generator(scratch, tokenizer=ToyCodec("binary"), network=ToyBinary),
     "continuous": generator(scratch, tokenizer=ToyCodec("continuous"), network=ToyContinuous),
     "tokenizer": partial(both, tokenizer),
+    "resumed": resumed("--model.init_args.optimizer.fused=true"),
+    "resumed, Muon": resumed("--model.init_args.optimizer.kind=muon"),
+    "resumed, now fused": resumed("--model.init_args.optimizer.fused=false", then=["--model.init_args.optimizer.fused=true"]),
     "drawn by confidence": drawn(lambda critic: inference.Confidence(4, top_k=3, final_temperature=0.3)),
     "drawn by confidence, top_p": drawn(lambda critic: inference.Confidence(4, top_p=0.8)),
     "drawn as aMUSEd": drawn(lambda critic: inference.AmusedConfidence(4)),
@@ -274,12 +305,12 @@ def main() -> int:
     )  # noqa: E731
     with mock.patch.object(PreTrainedModel, "save_pretrained", near):
         for name in sys.argv[1:] or CASES:
-            problem = None
-            with tempfile.TemporaryDirectory() as folder, redirect_stderr(StringIO()):  # of progress bars
+            problem, said = None, StringIO()
+            with tempfile.TemporaryDirectory() as folder, redirect_stderr(said):
                 try:
                     CASES[name](Path(folder))
                 except Exception:
-                    problem = traceback.format_exc()
+                    problem = said.getvalue()[-1000:] + traceback.format_exc()
             print(json.dumps([name, problem]), flush=True)
     return 0
 

@@ -6,7 +6,7 @@ is refused, too: an operation on tensors of both. So training and drawing on a G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 NEAR = torch.device("cpu")
@@ -44,9 +43,26 @@ class Far(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Far({self.near!r})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.near.__reduce_ex__(protocol)  # into a checkpoint, which is read on the host
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, (list, tuple)):
+        for item in given:
+            yield from _tensors(item)
+
+
+def _map(change: Callable[[Tensor], Any], given: Any) -> Any:
+    if isinstance(given, Tensor):
+        return change(given)
+    return type(given)(_map(change, item) for item in given) if isinstance(given, (list, tuple)) else given
 
 
 def _is_far(device: Any) -> bool:
@@ -55,33 +71,37 @@ def _is_far(device: Any) -> bool:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation of which an argument, or the result, is far."""
-    tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-    far = [x for x in tensors if isinstance(x, Far)]
     if func is aten._local_scalar_dense.default:
         return func(args[0].near)
     if func is aten._has_compatible_shallow_copy_type.default:
         return False  # so that a module's parameters are exchanged where it is moved
     if func is aten._fused_sdp_choice.default:
         return 0  # written out, of which a CPU can do the same
+    named = [*kwargs.values()]
+    far = any(isinstance(x, Far) for x in _tensors([args, named]))
     if far and func not in _COPIES:
-        asked = [args[0], *args[2:]] if func in _INDEXED else [args, kwargs]
-        near = [x for x in tree_iter(asked) if isinstance(x, Tensor) and not isinstance(x, Far) and x.ndim]
-        if near:
-            raise RuntimeError(f"{func}: tensors on far and on {NEAR}, of shapes {[tuple(x.shape) for x in far]} and {[tuple(x.shape) for x in near]}")
-        if not isinstance(args[0], Far) and isinstance(args[0], Tensor) and func._schema.is_mutable:
+        asked = [args[0], args[2:]] if func in _INDEXED else [args, named]
+        is_kernel = func.__name__.startswith("_fused_")  # which takes the address of a number, too, for one of the device
+        if any(not isinstance(x, Far) and (x.ndim or is_kernel) for x in _tensors(asked)):
+            shapes = [[tuple(x.shape) for x in _tensors([args, named]) if isinstance(x, Far) == is_far] for is_far in (True, False)]
+            raise RuntimeError(f"{func}: tensors on far and on {NEAR}, of shapes {shapes[0]} and {shapes[1]}")
+        if isinstance(args[0], Tensor) and not isinstance(args[0], Far) and func._schema.is_mutable:
             raise RuntimeError(f"{func}: a tensor on {NEAR} is changed by one on far")
     to = kwargs.get("device")
-    goes_far = _is_far(to) if to is not None else (isinstance(args[0], Far) if func is aten.copy_.default else bool(far))
-    if to is not None:
-        kwargs = {**kwargs, "device": NEAR, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": NEAR}
-    unwrap = lambda x: x.near if isinstance(x, Far) else x  # noqa: E731
-    found = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    if func is aten._to_copy.default and any(isinstance(x, Tensor) and x is y for x in tree_iter(found) for y in map(unwrap, tensors)):
+    goes_far = _is_far(to) if to is not None else (isinstance(args[0], Far) if func is aten.copy_.default else far)
+    here = {**kwargs, **({"device": NEAR} if to is not None else {}), **({"pin_memory": False} if "pin_memory" in kwargs else {})}
+    given = _map(_near, list(args))
+    found = func(*given, **{name: _map(_near, value) for name, value in here.items()})
+    if func is aten._to_copy.default and found is given[0]:
         found = found.clone()
     if not goes_far:
         return found
-    wrapped = tree_map(lambda x: Far(x) if isinstance(x, Tensor) else x, found)
+    wrapped = _map(Far, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if far else wrapped
+
+
+def _near(x: Tensor) -> Tensor:
+    return x.near if isinstance(x, Far) else x
 
 
 class _Dispatched(TorchDispatchMode):
@@ -89,7 +109,7 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_far(kwargs.get("device")) or any(isinstance(x, Far) for x in tree_iter((args, kwargs))):
+        if _is_far(kwargs.get("device")) or any(isinstance(x, Far) for x in _tensors([args, [*kwargs.values()]])):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
 
