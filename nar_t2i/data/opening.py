@@ -36,10 +36,10 @@ def is_remote(path: str) -> bool:
 
 
 def open_source(
-    given: str | list[Weighted] | Source, cache: str | None = None, text_cache: str | None = None
+    given: str | list[Weighted] | Source, cache: str | None = None, text_cache: str | None = None, index_folder: str | None = None
 ) -> Source:
     """A source from what a recipe says; with `cache`, its images come as tokens, with `text_cache` its captions with
-    their states. Raises UserError for bad data."""
+    their states. index_folder: of shards' indices, where they do not stand beside them. Raises UserError for bad data."""
     if isinstance(given, list):
         if cache is not None or text_cache is not None:
             raise UserError("a mixture has one cache a part: name it beside each source, not for the whole")
@@ -48,7 +48,7 @@ def open_source(
     if isinstance(given, str):
         if is_remote(given):
             raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated")
-        given = ShardSource(given)
+        given = ShardSource(given, index_folder=index_folder)
     if text_cache is not None:
         given = TextCachedSource(given, TextCache(text_cache))
     return given if cache is None else CachedSource(given, TokenCache(cache))

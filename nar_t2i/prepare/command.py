@@ -50,6 +50,11 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def add_shards(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    arguments.add_argument("--index-folder", metavar="FOLDER", help="of their indices; default: beside the shards")
+
+
 def add_device(arguments: argparse.ArgumentParser) -> None:
     import torch
 

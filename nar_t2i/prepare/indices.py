@@ -18,7 +18,7 @@ from nar_t2i.data.shard_index import index_path, open_index
 from nar_t2i.data.shards import find_tars
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import usable_cores
-from nar_t2i.prepare.command import add_shard_range, at_least, parser, run, shard_range
+from nar_t2i.prepare.command import add_shard_range, add_shards, at_least, parser, run, shard_range
 
 
 def index_shards(shards: str, index_folder: str | Path | None = None, workers: int = 1, chosen: str = "0:") -> tuple[int, int]:
@@ -50,8 +50,7 @@ def _count(tar: Path, path: Path) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("shards", help="folder, file or pattern of shards")
-    arguments.add_argument("--index-folder", metavar="FOLDER", help="of the indices; default: beside the shards")
+    add_shards(arguments)
     arguments.add_argument("--workers", type=at_least(1), default=usable_cores(), help="processes; default: as many as there are cores")
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)

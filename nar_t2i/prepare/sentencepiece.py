@@ -18,7 +18,7 @@ from nar_t2i.data.opening import open_source
 from nar_t2i.data.source import SampleError, Source
 from nar_t2i.errors import UserError
 from nar_t2i.files import whole_file
-from nar_t2i.prepare.command import at_least, parser, run
+from nar_t2i.prepare.command import add_shards, at_least, parser, run
 
 SPECIAL = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
 MAX_CAPTIONS = 2_000_000  # more captions no longer change the vocabulary, only the time
@@ -76,13 +76,13 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    add_shards(arguments)
     arguments.add_argument("out", help="the model file to write")
     arguments.add_argument("--vocab-size", type=at_least(1), default=8000, help="at most; default: 8000")
     parsed = arguments.parse_args(argv)
 
     def work() -> str:
-        size = train_sentencepiece(captions_of(open_source(parsed.shards)), parsed.out, parsed.vocab_size)
+        size = train_sentencepiece(captions_of(open_source(parsed.shards, index_folder=parsed.index_folder)), parsed.out, parsed.vocab_size)
         return f"{parsed.out}: {size} pieces"
 
     return run(work)

@@ -31,7 +31,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.files import read_json, whole_file, write_json
 from nar_t2i.folders import load_part
 from nar_t2i.parts import build
-from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
+from nar_t2i.prepare.command import add_device, add_shard_range, add_shards, at_least, parser, run, shard_range
 from nar_t2i.text import ScratchTextEncoder
 from nar_t2i.types import Condition, TextEncoder
 
@@ -224,7 +224,7 @@ def find_text(path: str) -> TextEncoder:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    add_shards(arguments)
     arguments.add_argument("model", help="folder of a text encoder, or of a model or run that has one, or a recipe")
     arguments.add_argument("out", help="folder for the states")
     arguments.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16", help="of stored states")
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         options = parsed.dtype, parsed.batch_size, parsed.device, parsed.shard_range
-        manifest = encode_text(find_text(parsed.model), open_source(parsed.shards), parsed.out, *options)
+        manifest = encode_text(find_text(parsed.model), open_source(parsed.shards, index_folder=parsed.index_folder), parsed.out, *options)
         if manifest is None:
             return f"{parsed.out}: these files are done; others are not yet"
         return (

@@ -28,7 +28,7 @@ from nar_t2i.files import read_json, whole_file, write_json
 from nar_t2i.folders import load_part
 from nar_t2i.hashing import weights_hash
 from nar_t2i.pixels import to_float
-from nar_t2i.prepare.command import add_device, add_shard_range, at_least, parser, run, shard_range
+from nar_t2i.prepare.command import add_device, add_shard_range, add_shards, at_least, parser, run, shard_range
 from nar_t2i.types import Batch, TokenCodec, TokenSpec
 
 PREPROCESSING = "shorter side to {size} px (Lanczos), cropped, [-1, 1]"
@@ -202,7 +202,7 @@ def _checked(tokens: torch.Tensor, spec: TokenSpec) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("shards", help="folder, file or pattern of shards")
+    add_shards(arguments)
     arguments.add_argument("tokenizer", help="folder of a saved tokenizer, or of a model that has one")
     arguments.add_argument("out", help="folder for the tokens")
     arguments.add_argument("--batch-size", type=at_least(1), default=64, help="images a pass; default: 64")
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         codec = load_part(find_tokenizer(parsed.tokenizer))
-        source = open_source(parsed.shards)
+        source = open_source(parsed.shards, index_folder=parsed.index_folder)
         options = (parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype, parsed.shard_range, parsed.crops,
                    parsed.flip_safe, parsed.errors)  # fmt: skip
         manifest = encode_tokens(codec, source, parsed.out, *options)

@@ -18,8 +18,9 @@ from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
-from nar_t2i.prepare import indices
+from nar_t2i.prepare import indices, sentencepiece, text, tokens
 from tests.data.making_shards import HURT, encoded, hurt_members, members, pixels, write_shards, write_tar
+from tests.tiny_pipeline import tiny_pipeline
 
 
 def test_written_shards_read_back(tmp_path):
@@ -317,6 +318,11 @@ def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatc
     assert [source.read_text(i).key for i in range(10)] == [f"s{n:06d}" for n in range(10)]
     assert not list(folders[0].glob("*.safetensors"))
     assert ShardSource(str(folders[1]), index_folder=str(tmp_path / "i")).read_text(0).key == "s000005"
+    tiny_pipeline(tmp_path).save_pretrained(tmp_path / "model")
+    for command, given in ((tokens, [str(tmp_path / "model"), str(tmp_path / "tokens")]), (text, [str(tmp_path / "model"), str(tmp_path / "text")]),
+                           (sentencepiece, [str(tmp_path / "words.model"), "--vocab-size", "280"])):  # fmt: skip
+        assert command.main([both, *given, "--index-folder", str(tmp_path / "i")]) == 0
+    assert not list(folders[0].glob("*.safetensors"))
 
 
 def test_an_index_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
