@@ -74,6 +74,14 @@ def test_changing_a_class_drops_the_arguments_of_the_old_one(write):
     assert inner.config["m"]["init_args"] == {"width": 3, "part": {"class_path": "D"}}
 
 
+@pytest.mark.parametrize(("text", "value"), [
+    ("a #1", "a #1"), ("'a #1'", "a #1"), ('"3"', "3"), ("1e-3", 1e-3), ("[a, 'b #2']", ["a", "b #2"]),
+    ("null", None), ("None", None), ("a: b", {"a": "b"}), (" a", " a"),
+])  # fmt: skip
+def test_a_value_on_the_command_line_has_no_comments(write, text, value):
+    assert load(write("a.yaml", "x: 1\n"), [f"x={text}"]).config["x"] == value
+
+
 def test_interpolation_runs_over_the_merged_whole(write, monkeypatch):
     monkeypatch.setenv("NAR_T2I_TEST", "somewhere")
     write("base.yaml", "width: 4\nmodel: {w: '${width}', all: '${extra}', path: '${oc.env:NAR_T2I_TEST}/x'}\n")

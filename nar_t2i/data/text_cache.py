@@ -38,13 +38,19 @@ class Packed(NamedTuple):
 
 
 def pack_states(states: Tensor, stored: Stored) -> Packed:
-    """(T, D) float32 → what is stored: halves, bfloat16's bits as uint16, or int8 with one scale a row."""
+    """(T, D) float32 → what is stored: halves, bfloat16's bits as uint16, or int8 with one scale a row. UserError where states are too
+    large for halves, or are no numbers."""
+    if not states.isfinite().all():
+        raise UserError("the text encoder gives states that are not finite")
     if stored == "int8":
         scale = states.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         return Packed((states / scale).round().to(torch.int8).numpy(), scale.numpy())
     if stored == "bfloat16":
         return Packed(states.to(torch.bfloat16).view(torch.uint16).numpy(), None)
-    return Packed(states.to(getattr(torch, stored)).numpy(), None)
+    values = states.to(getattr(torch, stored))
+    if not values.isfinite().all():
+        raise UserError(f"states of up to {states.abs().max():.3g} do not fit {stored}; encode with --dtype bfloat16")
+    return Packed(values.numpy(), None)
 
 
 def unpack_states(packed: Packed, stored: Stored) -> Tensor:

@@ -31,12 +31,17 @@ IN_MEMORY = 32 * 2**20  # bytes of a kind of arrays that are read at once
 
 
 def pack(tokens: np.ndarray, spec: TokenSpec, float_dtype: str = "float16") -> np.ndarray:
-    """(B, N, *value_shape) tokens → what is stored: (B, N) codes, (B, bytes) packed bits, or (B, N, C) floats."""
+    """(B, N, *value_shape) tokens → what is stored: (B, N) codes, (B, bytes) packed bits, or (B, N, C) floats. UserError where floats are
+    too large for `float_dtype`."""
     if spec.kind == "categorical":
         return tokens.astype(np.min_scalar_type(spec.size - 1))
     if spec.kind == "binary":
         return np.packbits(tokens.reshape(len(tokens), -1).astype(np.uint8), axis=1)
-    return tokens.astype(float_dtype)
+    with np.errstate(over="ignore"):
+        stored = tokens.astype(float_dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(f"tokens of up to {np.abs(tokens).max():.3g} do not fit {float_dtype}; encode with --float-dtype float32")
+    return stored
 
 
 def unpack(stored: np.ndarray, spec: TokenSpec) -> torch.Tensor:

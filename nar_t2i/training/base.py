@@ -52,6 +52,8 @@ class TimeBudget(Callback):
         self._clock_at_zero = time.monotonic() - self.spent
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.steps:
+            return  # between micro-batches, where the ranks need not meet
         self.spent = trainer.strategy.broadcast(time.monotonic() - self._clock_at_zero)
         self.steps = trainer.global_step
         if self._paced is None and self.steps >= self.WARM_UP:

@@ -353,3 +353,12 @@ def test_what_is_no_text_encoder_is_one_error(recipe, tmp_path, capsys, monkeypa
     assert command.main([recipe, model, "text"]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_states_that_cannot_be_stored_are_refused():
+    large = torch.full((1, 2), 7e4)
+    assert unpack_states(pack_states(large, "bfloat16"), "bfloat16").isfinite().all()
+    with pytest.raises(UserError, match="7e.04 do not fit float16; encode with --dtype bfloat16"):
+        pack_states(large, "float16")
+    with pytest.raises(UserError, match="not finite"):
+        pack_states(large / 0, "float32")

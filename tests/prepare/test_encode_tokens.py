@@ -87,6 +87,13 @@ def test_pack_and_unpack_are_inverse(spec):
     assert np.array_equal(unpack(pack(values, spec), spec).numpy(), values)
 
 
+def test_floats_beyond_halves_are_refused():
+    spec, values = TokenSpec((1,), "continuous", 2), np.array([[[7e4, 1.0]]], np.float32)
+    assert pack(values, spec, "float32").max() == np.float32(7e4)
+    with pytest.raises(UserError, match="7e.04 do not fit float16; encode with --float-dtype float32"):
+        pack(values, spec)
+
+
 @pytest.fixture
 def cached(tmp_path):
     """A folder of shards and its cache."""
