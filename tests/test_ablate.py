@@ -301,6 +301,14 @@ def test_no_interval_is_without_width():
     assert share_interval(np.array([[1.0] * 30 + [0.0] * 70])).low == pytest.approx(wilson(30, 100)[0])
 
 
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_prompts_that_all_pass_as_often_leave_the_interval_of_all_pictures(seeds):
+    passed = np.zeros((seeds, 100))
+    passed[np.arange(100) % seeds, np.arange(100)] = 1  # each in one seed
+    interval = share_interval(passed)
+    assert [interval.low, interval.high] == pytest.approx(wilson(100, 100 * seeds)) and interval.low < interval.mean < interval.high
+
+
 @pytest.mark.parametrize(("seeds", "t"), [(2, 12.7062), (3, 4.30265), (10, 2.26216), (11, 2.22814), (31, 2.04227)])
 def test_the_interval_over_seeds_is_student_s(seeds, t):
     values = np.random.default_rng(seeds).normal(size=seeds)

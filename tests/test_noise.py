@@ -46,6 +46,12 @@ def test_numbers_are_uniform_and_inside_the_open_interval() -> None:
     assert Noise(-1, torch.tensor([2**62])).uniform("u", 10**12, (3,)).shape == (1, 3)
 
 
+def test_normal_draws_of_slots_are_standard() -> None:
+    draws = Noise(0, torch.arange(200), torch.float64).at(0, torch.ones(200, 100, dtype=torch.bool)).normal("n", (3,)).flatten()
+    assert len(draws) == 60_000 and abs(draws.mean()) < 0.02 and abs(draws.var() - 1) < 0.03
+    assert ((draws.abs() < 1.96).double().mean() - 0.95).abs() < 0.005
+
+
 def test_gumbel_has_the_mean_of_a_gumbel() -> None:
     draws = gumbel(Noise(0, torch.arange(50_000), torch.float64).uniform("g"))
     assert torch.isfinite(draws).all()

@@ -30,6 +30,7 @@ def test_guidance_ramps_and_interval() -> None:
     assert Guidance(5.0).at(0.0) == 5
     assert Guidance(5.0, ramp="linear").at(0.5) == 3
     assert Guidance(5.0, ramp="cosine").at(1.0) == 5
+    assert [Guidance(5.0, ramp="cosine").at(part) for part in (0, 0.25, 0.5)] == pytest.approx([1, 1 + 4 * 0.1464466, 3])
     assert Guidance(5.0, start=0.25, stop=0.75).at(0.1) == 1
     assert Guidance(5.0, start=0.25, stop=0.75).at(0.5) == 5
 

@@ -61,10 +61,11 @@ class Row(NamedTuple):
 
 def share_interval(passed: np.ndarray) -> Interval:
     """passed: (seeds, prompts), 0 or 1. Wilson's interval of their mean over the sampling of prompts, for as many prompts as are
-    as uncertain apart as the means over seeds are."""
+    as uncertain apart as the means over seeds are, at most one a picture."""
     means = passed.mean(0)
-    share, variance = float(means.mean()), float(means.var())
-    count = len(means) * share * (1 - share) / variance if variance else len(means)
+    share, spread = float(means.mean()), float(((means - means.mean()) ** 2).sum())
+    certain = share in (0, 1)
+    count = len(means) if certain else min(len(means) ** 2 * share * (1 - share) / max(spread, 1e-12), passed.size)
     return Interval(share, *wilson(share * count, count))
 
 

@@ -30,6 +30,7 @@ class CriticOf(LearningStrategy):
     """
 
     draws = False
+    passes = 4 / 3  # the generator's, without a gradient, is taken for one of a network of the critic's size
 
     def __init__(
         self,

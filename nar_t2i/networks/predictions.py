@@ -14,6 +14,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.noise import SlotNoise
 from nar_t2i.types import Sampled
 
+COLDEST = 1e-30  # a lower temperature takes the likeliest, as 0 does: divided by it, logits would overflow
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -80,13 +81,17 @@ class Categorical:
         logits = self.logits
         log_probs = logits.log_softmax(dim=-1)
         fixed = isinstance(temperature, (int, float))
-        if fixed and temperature == 0:
+        if fixed and temperature < COLDEST:
             values = log_probs.argmax(dim=-1)
         else:
             tempered = logits if fixed and temperature == 1 else logits / temperature
-            mass = _truncated(tempered.softmax(dim=-1), top_k, top_p).cumsum(dim=-1)
+            probabilities, cut = _truncated(tempered.softmax(dim=-1), top_k, top_p)
+            mass = probabilities.cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
             values = (mass < drawn).sum(dim=-1)
+            if cut:  # a GPU's sums need not be equal where nothing is added, and a draw may fall between them
+                likely = probabilities.gather(-1, values.unsqueeze(-1)).squeeze(-1) > 0
+                values = values.where(likely, probabilities.argmax(dim=-1))
         return Sampled(values, log_probs.gather(-1, values.unsqueeze(-1)).squeeze(-1))
 
 
@@ -97,15 +102,16 @@ def truncation(top_k: int, top_p: float) -> dict[str, Any]:
     return {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
 
 
-def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(…, V) probabilities with zeros at the codes that are not to be drawn; not normalised. Of equals the first stay."""
+def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, bool]:
+    """(…, V) probabilities with zeros at the codes that are not to be drawn, not normalised, and whether any were cut off. Of equals
+    the first stay."""
     if not 0 < top_k < probabilities.shape[-1] and top_p >= 1:
-        return probabilities
+        return probabilities, False
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = ordered.cumsum(dim=-1) - ordered < top_p
     if top_k:
         keep[..., top_k:] = False
-    return probabilities * torch.zeros_like(keep).scatter(-1, order, keep)
+    return probabilities * torch.zeros_like(keep).scatter(-1, order, keep), True
 
 
 class Bernoulli:
@@ -127,7 +133,7 @@ class Bernoulli:
         """One uniform number a bit. UserError with top_k or top_p, which are for codes."""
         if top_k or top_p < 1:
             raise UserError("top_k and top_p need tokens that are codes; this network predicts bits")
-        if isinstance(temperature, (int, float)) and temperature == 0:
+        if isinstance(temperature, (int, float)) and temperature < COLDEST:
             bits = self.logits > 0
         else:
             uniform = noise.uniform("value", self.logits.shape[-1:]).to(self.logits.dtype)

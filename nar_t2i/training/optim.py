@@ -98,7 +98,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    # The first step after the warm-up is at the peak, the last of all at `final_ratio`.
+    # The first step after the warm-up is at the peak, the last of all, where there is another, at `final_ratio`.
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
     return config.final_ratio + (1 - config.final_ratio) * (1 + math.cos(math.pi * progress)) / 2
 

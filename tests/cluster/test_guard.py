@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from nar_t2i.training import checkpoints
+from nar_t2i.training.guard import Guard, GuardConfig
 from tests.cluster import ranks
 from tests.cluster.test_resume import fit, went_well
 
@@ -140,3 +141,13 @@ def test_a_leap_of_the_loss_is_skipped_until_patience_ends(tmp_path):
     ended = ranks.run(1, [*line, f"--trainer.callbacks={bad([60, 61, 62], 0, 10)}"], tmp_path)
     assert ended.status == [2]
     assert "3 steps in a row are more than bad_steps.patience" in ended.errors[0]
+
+
+def test_the_mean_of_the_first_losses_is_theirs():
+    guard = Guard(GuardConfig(spike=3.0))
+    for loss in (2.0, 4.0, 6.0):
+        guard._accept(loss)
+    assert guard.mean == pytest.approx(4.0)
+    for _ in range(400):
+        guard._accept(1.0)
+    assert guard.mean == pytest.approx(1.0, abs=0.01)  # and later of the last some fifty

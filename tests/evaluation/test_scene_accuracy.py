@@ -75,6 +75,8 @@ def test_overall_is_the_mean_of_the_categories_and_counts_are_given():
     assert result["passed"] == {"counting": 2, "colors": 4}
     assert result["overall"] == pytest.approx((2 / 8 + 1) / 2)
     assert set(result["interval"]) == {"counting", "colors", "overall"}
+    apart = 4 / (1 / 8 + 1 / 4)  # the variance of (a + b) / 2, of 8 and of 4 pictures, is that of as many in one
+    assert result["interval"]["overall"] == pytest.approx(wilson(0.625 * apart, apart))
     for key, (low, high) in result["interval"].items():
         assert 0 <= low <= result[key] <= high + 1e-12 <= 1 + 1e-9
 

@@ -74,6 +74,13 @@ def test_counts_are_the_schedulers(length):
     assert [n - m for n, m in zip(exact, left)] == [int(step == 7 and length % 2 == 0) for step in range(STEPS)]
 
 
+@pytest.mark.parametrize("unknown", [1, 2, 5, 11])
+def test_few_tokens_are_kept_back_for_the_last_pass(unknown):
+    """As the scheduler does: one stays masked until then."""
+    counts = [int(n) for n in ConfidenceOf(CPU).counts(torch.tensor([unknown]))]
+    assert counts[-1] == 0 and all(n >= 1 for n in counts[:-1]) and counts == sorted(counts, reverse=True) and counts[0] <= unknown
+
+
 def test_the_luck_of_choices_falls_as_the_schedulers():
     scheduler, ours = AmusedScheduler(mask_token_id=9), ConfidenceOf(CPU)
     scheduler.set_timesteps(STEPS, (TEMPERATURE, 0))

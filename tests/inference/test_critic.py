@@ -11,9 +11,9 @@ from nar_t2i.learning.terms import draw_masks
 from nar_t2i.networks import CausalDecoder, EncoderDecoder, TokenCritic
 from nar_t2i.networks.predictions import Bernoulli
 from nar_t2i.noise import Noise
-from nar_t2i.schedules import Guidance
+from nar_t2i.schedules import FixedRatio, Guidance
 from nar_t2i.training import GeneratorModule
-from nar_t2i.types import Known, TokenBatch, TokenNetwork, TokenSpec
+from nar_t2i.types import Known, TokenBatch, TokenNetwork, TokenSpec, TokenState
 from tests.inference.test_confidence import SPEC, make_condition
 from tests.inference.test_strategies import make_network, some_known
 from tests.toys import ToyCodec, ToyMasked, ToyText
@@ -166,14 +166,25 @@ def test_the_critic_is_asked_about_what_the_generator_drew(redraw, label):
     assert torch.equal(tokens[~masked], batch.tokens[~masked]) == (redraw == "hidden")
     assert (tokens != batch.tokens)[masked].double().mean() > 0.5
     wrong = masked if label == "drawn" else tokens != batch.tokens
-    from nar_t2i.types import TokenState
-
     logits = critic(TokenState(tokens, torch.zeros_like(masked)), critic.prepare(batch.condition)).logits.squeeze(-1)
     by_hand = torch.nn.functional.binary_cross_entropy_with_logits(logits, wrong.double(), reduction="none").mean(1).sum()
     torch.testing.assert_close(terms["loss"].total, by_hand)
     terms["loss"].total.backward()
     assert all(p.grad is None for p in learning._generator[0].parameters())
     assert not list(learning.parameters()) and not learning.state_dict()
+
+
+def test_the_critic_s_draws_and_masks_follow_its_settings():
+    cold, critic, batch, noise = taught(temperature=0.0, schedule=FixedRatio(0.5))
+    shown = []
+    forward = critic.forward
+    critic.forward = lambda state, *more, **given: shown.append(state.values) or forward(state, *more, **given)
+    terms = cold.loss(critic, batch, noise, 0.0)
+    masked = draw_masks(noise, FixedRatio(0.5), (4, 4))
+    generator = cold._generator[0]
+    likeliest = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition)).logits.argmax(-1)
+    assert torch.equal(shown[0], batch.tokens.where(~masked, likeliest)) and (masked.sum(1) == 8).all()
+    assert cold.passes > 1 and terms["loss"].weight == 200
 
 
 def test_a_critic_learns_and_another_generators_tokens_are_refused():

@@ -7,8 +7,10 @@ import torch
 
 from nar_t2i.errors import UserError
 from nar_t2i.learning.masked import Masked
-from nar_t2i.learning.terms import distances, draw_masks, image_means
+from nar_t2i.learning.terms import distances, draw_masks, image_means, slot_nll
+from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise
+from nar_t2i.schedules import FixedRatio
 from nar_t2i.types import TokenBatch, TokenState
 from tests.toys import ToyCodec, ToyMasked, ToyText
 
@@ -130,3 +132,17 @@ def test_image_means() -> None:
     masked = torch.tensor([[True, True, False], [False, True, False]])
     means = image_means(torch.tensor([1.0, 3.0, 7.0]), masked.nonzero()[:, 0], masked.sum(1))
     assert torch.equal(means, torch.tensor([2.0, 7.0]))
+
+
+def test_smoothed_targets_are_torch_s() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 5), torch.randint(5, (6,))
+    wanted = torch.nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(slot_nll(Categorical(logits), target, None, 0.2), wanted)
+
+
+def test_masked_counts_are_rounded() -> None:
+    masked = draw_masks(Noise(0, torch.arange(3)), FixedRatio(0.67), (10,))
+    assert masked.sum(1).tolist() == [7, 7, 7]
+    assert draw_masks(Noise(0, torch.arange(3)), FixedRatio(0.64), (10,)).sum(1).tolist() == [6, 6, 6]
+    assert draw_masks(Noise(0, torch.arange(3)), FixedRatio(0.01), (10,)).sum(1).tolist() == [1, 1, 1]

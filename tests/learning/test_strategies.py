@@ -235,6 +235,22 @@ def test_a_stage_is_predicted_from_the_ones_before_it(first):
         Progressive().loss(network, TokenBatch(given.tokens, given.condition), noise, 1.0)
 
 
+def test_a_stage_and_what_is_to_be_mended_count_alike():
+    network, given = Watched(), batch(64)
+    terms = Progressive(4, revise=0.2).loss(network, given, Noise(0, torch.arange(64), torch.float64), 1.0)
+    (state,), (read,) = network.states, network.reads
+    nll = -network(state, None).logits.log_softmax(-1).gather(-1, given.tokens.unsqueeze(-1)).squeeze(-1)  # of the true tokens
+    torch.testing.assert_close(terms["loss"].total, ((nll * read).sum(1) / read.sum(1)).sum())
+    assert len(read.sum(1).unique()) > 1 and terms["loss"].weight == 64
+
+
+def test_later_passes_hide_by_the_schedule():
+    network = Watched()
+    lost(Unrolled(2, schedule=FixedRatio(0.5)), network)
+    first, second = network.states
+    assert (first.masked.sum(1) == 32).all() and (second.masked.sum(1) == 16).all()
+
+
 def test_more_stages_than_tokens_are_refused():
     with pytest.raises(UserError, match="65 stages of 64 tokens leave some empty"):
         lost(Progressive(65))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -76,6 +77,23 @@ def test_perception(vgg):
     assert near.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in loss.parameters()) and not loss.train().training
     torch.testing.assert_close(PerceptualLoss(str(vgg / "vgg.pth"))(far, images), loss(far, images))
+
+
+def test_perception_by_hand(vgg):
+    torch.manual_seed(0)
+    images, targets = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    state, mean, std = random_vgg(), torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    features = [((z + 1) / 2 - mean[:, None, None]) / std[:, None, None] for z in (images, targets)]
+    total, index = 0.0, 0
+    for block, convolutions in enumerate((2, 2, 3, 3, 3)):
+        if block:
+            features, index = [F.max_pool2d(x, 2) for x in features], index + 1
+        for _ in range(convolutions):
+            weight, bias = state[f"{index}.weight"], state[f"{index}.bias"]
+            features, index = [F.conv2d(x, weight, bias, padding=1).relu() for x in features], index + 2
+        x, y = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-12) for x in features)
+        total += (x - y).square().sum(1).mean()
+    torch.testing.assert_close(PerceptualLoss(str(vgg / "vgg.safetensors"))(images, targets), total)
 
 
 @pytest.mark.parametrize("name", ["cut.safetensors", "thin.pth", "list.pth", "text.pth", "text.safetensors"])

@@ -121,6 +121,16 @@ def test_dead_codes_take_the_place_of_latents(update):
     assert used.sum() > 30, "revived codes are not used"
 
 
+@pytest.mark.parametrize("update", ["ema", "loss"])
+def test_a_revived_code_counts_as_the_mean(update):
+    q = quantizer(8, update=update, decay=0.5, revive_below=0.5)
+    q(q.codebook.detach()[:1].repeat(12, 1))  # all of one code: 0.5 · 1 + 0.5 · 12, and 0.5 of the seven others
+    q.step()
+    assert q.counts.tolist() == pytest.approx([6.5] + [(6.5 + 7 * 0.5) / 8] * 7)
+    if update == "ema":
+        torch.testing.assert_close(q.sums[1:], q.codebook[1:] * q.counts[1:, None])
+
+
 def test_revival_can_be_switched_off():
     q, off = quantizer(64, decay=0.5), quantizer(64, decay=0.5, revive_below=0)
     for module in (q, off):

@@ -130,3 +130,17 @@ def test_fused_and_plain_agree_and_are_adamw():
 def test_build_uses_the_fused_kernel_by_default():
     optimizer, _ = build(OptimizerConfig(), parameter_groups(nn.Linear(2, 2), 0.1), 3)
     assert optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_update_is_that_of_torch_s_adamw_of_the_same_settings(kind):
+    settings = dict(learning_rate=0.05, beta1=0.8, beta2=0.7, eps=0.1, weight_decay=0.3)
+    ours, theirs = (nn.Parameter(torch.tensor([0.5, -2.0, 3.0])) for _ in range(2))
+    config = OptimizerConfig(kind=kind, warmup_steps=0, schedule="constant", **settings)
+    optimizer, _ = build(config, [{"params": [ours], "weight_decay": config.weight_decay, "matrices": False}], 4)
+    plain = torch.optim.AdamW([theirs], lr=0.05, betas=(0.8, 0.7), eps=0.1, weight_decay=0.3)
+    for step in range(4):
+        for p, update in ((ours, optimizer), (theirs, plain)):
+            p.grad = torch.tensor([1.0, -0.2, 0.01]) * (step + 1)
+            update.step()
+    torch.testing.assert_close(ours, theirs)
