@@ -6,12 +6,13 @@ import argparse
 import atexit
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from nar_t2i import __version__
-from nar_t2i.errors import INTERRUPTED, UserError, unwritable
+from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError, unwritable
 
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With NAR_T2I_TRACEBACK=1 in the environment, a mistake shows where it was noticed.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         if arguments and arguments[0] in LIGHTNING_VERBS:
             return _lightning(arguments[0], arguments[1:])
@@ -78,8 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _at_home(argument: str) -> str:
+    """--out=~/x, in which a shell leaves the tilde as it is."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") and value.startswith("~/") else argument
+
+
 def program() -> NoReturn:
     """Run the command as a process of its own."""
+    if sys.argv[1:2] == ["fit"]:  # a job that is told to make room before it has begun
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: os._exit(REQUEUE))
     leave(main())
 
 

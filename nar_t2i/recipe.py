@@ -1,12 +1,13 @@
 """A recipe: a YAML file that is a diff over the recipes it extends, resolved to one plain configuration.
 
 `extends: ../base/scenes.yaml` (or a list of them, later ones on top) names the recipes below, relative to the file that
-says it. Mappings merge deeply; every other value, lists included, replaces what was there. Four rules beyond that:
+says it. Mappings merge deeply; every other value, lists included, replaces what was there. Five rules beyond that:
 
 - Where a recipe changes a `class_path`, the `init_args` below it are dropped: they belonged to another class.
 - A mapping whose keys are all numbers, laid over a list, changes those: `trainer.callbacks.0.init_args.decay=0.9`.
 - A recipe that two others extend is read once, before the first of them.
 - Interpolation (`${model.init_args.network.init_args.width}`, `${oc.env:HOME}`) is resolved over the merged whole.
+- A value that begins with `~/` is a path in the user's folder.
 
 Every mistake is a UserError that names the file and the key.
 """
@@ -14,6 +15,7 @@ Every mistake is a UserError that names the file and the key.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -201,9 +203,18 @@ def _leaves(key: str, value: Any) -> Iterator[str]:
         yield from _leaves(f"{key}.{name}", item)
 
 
+def _at_home(value: Any) -> Any:
+    """Paths in the user's folder, written with a tilde."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _resolve(recipe: Recipe) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(OmegaConf.create(recipe.config), resolve=True, throw_on_missing=True)
+        return _at_home(OmegaConf.to_container(OmegaConf.create(recipe.config), resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = (error.full_key or "").replace("[", ".").replace("]", "")
         missing = isinstance(error, MissingMandatoryValue)

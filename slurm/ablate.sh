@@ -6,7 +6,7 @@
 #
 # The first line trains each recipe as slurm/train.sh does. The second runs `nar-t2i ablate` with the options after the
 # two dashes: a task trains one run, on one device, and judges all that draws with it; the last one to end writes the table.
-# Everything that starts with a dash, and the word after it where it has no "=", goes to sbatch.
+# Everything that starts with a dash, and the word after it where it has no "=" and that is no recipe, goes to sbatch.
 #
 #SBATCH --job-name=nar-t2i-ablate
 #SBATCH --ntasks=1
@@ -30,7 +30,7 @@ if [ "${1:-}" = --task ]; then  # this is the job
   echo "ablate.sh: task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID, start ${SLURM_RESTART_COUNT:-0}"
   status=0
   # Without SLURM_NTASKS Lightning looks for no other ranks.
-  srun --ntasks=1 env -u SLURM_NTASKS "${python[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
+  srun --export=ALL --ntasks=1 env -u SLURM_NTASKS "${python[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
   if [ "$status" -eq "$REQUEUE" ]; then
     echo "ablate.sh: queueing ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID again"
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -39,18 +39,22 @@ if [ "${1:-}" = --task ]; then  # this is the job
   exit "$status"
 fi
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+here=$PWD script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")/.."
+# absolute NAME: of a file where the command was given; a name of a shipped recipe stays.
+absolute() { if [ -f "$here/$1" ]; then printf '%s\n' "$here/$1"; else printf '%s\n' "$1"; fi; }
+is_recipe() { [ -f "$here/$1" ] || [ -f "$1" ] || [ -f "recipes/$1" ] || [ -f "recipes/$1.yaml" ]; }
 options=() recipes=() ablation=() judged=false
 while [ $# -gt 0 ]; do
   case $1 in
     --) judged=true; shift; ablation=("$@"); break ;;
     -*=*) options+=("$1") ;;
-    -*) options+=("$1"); if [ $# -gt 1 ] && [ "$2" != -- ]; then options+=("$2"); shift; fi ;;
-    *) recipes+=("$1") ;;
+    -*) options+=("$1"); if [ $# -gt 1 ] && [ "$2" != -- ] && ! is_recipe "$2"; then options+=("$2"); shift; fi ;;
+    *) recipes+=("$(absolute "$1")") ;;
   esac
   shift
 done
-[ ${#recipes[@]} -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ ${#recipes[@]} -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "$script" >&2; exit 2; }
 root=$PWD
 . slurm/python.sh
 python_of "$root"
@@ -59,9 +63,6 @@ if $judged; then
   tasks=$("${python[@]}" -m nar_t2i ablate "${recipes[@]}" ${ablation[@]+"${ablation[@]}"} --count)
   exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" ${options[@]+"${options[@]}"} slurm/ablate.sh --task "${recipes[@]}" ${ablation[@]+"${ablation[@]}"}
 fi
-for recipe in "${recipes[@]}"; do
-  [ -f "$recipe" ] || fail "there is no recipe $recipe"
-done
 # Recipes inherit run_dir, and two runs in one folder would be one.
 folders=()
 for recipe in "${recipes[@]}"; do

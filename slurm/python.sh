@@ -12,5 +12,8 @@ python_of() {
   fi
 }
 
+# seconds_of: a time as Slurm writes it, on standard input ([days-]hours:minutes:seconds); a large number where there is no limit.
+seconds_of() { awk -F '[:-]' '/[0-9]/ { n = 60 * ($(NF - 1) + 0) * (NF > 1) + $NF; if (NF > 2) n += 3600 * $(NF - 2); if (NF > 3) n += 86400 * $1; } END { print n ? n : 10 ^ 9 }'; }
+
 # run_dir_of: of the resolved recipe on its standard input.
 run_dir_of() { "${python[@]}" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])'; }

@@ -44,7 +44,7 @@ one_trial='
   exit "$status"
 '
 echo "sweep.sh: task $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, a trial of $1"
-srun --ntasks=1 bash -c "$one_trial" trial "$1"
+srun --export=ALL --ntasks=1 bash -c "$one_trial" trial "$1"
 if [ -e "$NAR_T2I_PREEMPTED" ]; then
   rm "$NAR_T2I_PREEMPTED"
   task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -45,7 +45,11 @@ python_of "$root"
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
-[ "$gpus" -eq 0 ] || [ "$gpus" -eq "$tasks" ] || fail "$gpus GPUs and $tasks tasks a node: add --ntasks-per-node=$gpus"
+[ "$gpus" -eq 0 ] || [ "$gpus" -eq "$tasks" ] || fail "$gpus GPUs and $tasks tasks on a node: ask for --gpus-per-node=N --ntasks-per-node=N"
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK  # by which srun would show each rank one GPU alone, where it takes that of its number
+for setting; do
+  case $setting in --trainer.devices*|--trainer.num_nodes*) fail "${setting%%=*}: the job says it, by --nodes and --ntasks-per-node" ;; esac
+done
 settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
 
 # What is edited while the job waits to go on changes nothing: recipe and code are those of its first start.
@@ -55,9 +59,10 @@ if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
   [ "${run:0:1}" = / ] || run=$root/$run
   snapshot=$run/slurm/$SLURM_JOB_ID
   mkdir -p "$snapshot" runs/.slurm
-  cp -r nar_t2i slurm/python.sh "$snapshot"
+  cp slurm/python.sh "$snapshot"
+  # Not what another task is just writing.
+  tar --exclude=__pycache__ -cf - nar_t2i | tar -xf - -C "$snapshot"
   git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
-  find "$snapshot" -name __pycache__ -prune -exec rm -rf {} +
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
   printf '%s\n' "$run" > "$pointer.part"
   mv "$pointer.part" "$pointer"
@@ -78,16 +83,24 @@ again=
 [ ! "$run/checkpoints/last.ckpt/manifest.json" -nt "$snapshot/recipe.yaml" ] || again=--ckpt_path=null
 
 echo "train.sh: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_JOB_NUM_NODES nodes × $tasks ranks, $run"
+limit=$({ squeue --noheader --jobs "$SLURM_JOB_ID" --format %l || true; } | seconds_of)
 before=$(readlink "$run/checkpoints/last.ckpt" || true)
 status=0
 # Ranks that leave with a status of their own do so within moments of each other, but for the first, which tells W&B; after four minutes,
 # of the five that Slurm gives, the rest is stuck.
-srun --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${python[@]}" -m nar_t2i fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
+srun --export=ALL --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${python[@]}" -m nar_t2i fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
 
 if [ "$status" -eq "$REQUEUE" ]; then
-  # A run that gets no further between two requeues never would.
-  if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" = "$before" ]; then
-    fail "no step was finished since the last start; not queued again"
+  # A run that gets no further between two requeues never would; one that was told before it had begun may.
+  if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" != "$before" ]; then
+    rm -f "$snapshot/no-step"
+  elif [ -e "$snapshot/no-step" ]; then
+    fail "no step was finished in two starts; not queued again"
+  else
+    touch "$snapshot/no-step"
+  fi
+  if [ "$limit" -le 300 ] && [ $((2 * SECONDS)) -lt "$limit" ]; then
+    fail "told to leave after $SECONDS of $limit seconds; not queued again. Slurm tells it 300 s before the end: take a longer --time, or --signal=USR1@60"
   fi
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   echo "train.sh: queueing ${job:-$SLURM_JOB_ID} again"

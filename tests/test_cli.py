@@ -437,7 +437,7 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
     assert fit("--trainer.max_steps=4", recipe="tiny.yaml") == 0
     run = folder / "run"
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "lock"}
-    for wrong, said in (("model.init_args.network.init_args.width=32", "of another model"), ("data.init_args.global_batch_size=24", "multiple of the global batch 24"),
+    for wrong, said in (("model.init_args.network.init_args.width=32", "of another model"), ("data.init_args.global_batch_size=24", "data.init_args.global_batch_size 24: the run goes on behind 64 samples"),
                         ("model.init_args.optimizer.kind=muon", "optimizer states are AdamW's of groups of"), ("data.init_args.train=gone", "gone")):  # fmt: skip
         assert fit(f"--{wrong}", "--trainer.max_steps=8", recipe="tiny.yaml") == 2
         error = capsys.readouterr().err
@@ -460,6 +460,34 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
     assert main(["export", "run", "never"]) == 2 and "is of another model than" in capsys.readouterr().err and not Path("never").exists()
     BREAKS["run.pt is missing or cut off"](run / "checkpoints/step-00000005.ckpt")
     assert main(["export", "run/checkpoints/step-00000005.ckpt", "never"]) == 2 and "is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_export_takes_the_newest_checkpoint_that_is_whole(folder, capsys):
+    shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", "tiny.yaml")
+    assert fit("--trainer.max_steps=6", recipe="tiny.yaml") == 0
+    BREAKS["run.pt is not what was written"](folder / "run/checkpoints/step-00000006.ckpt")
+    assert main(["export", "run", "model"]) == 0
+    said = capsys.readouterr()
+    assert "step-00000006.ckpt/run.pt is not what was written; trying the checkpoint before" in said.err and "of step 3" in said.out
+    assert main(["export", "run/checkpoints/step-00000006.ckpt", "other"]) == 2
+    assert "init_from" not in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_user_s_folder(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    assert fit("--run_dir=~/a run", "--trainer.max_steps=2") == 0
+    assert (folder / "home/a run/checkpoints/last.ckpt").exists() and (folder / "home/a run/metrics.csv").exists() and not Path("~").exists()
+    Path("in_recipe.yaml").write_text("extends: base.yaml\nrun_dir: ~/other\n")
+    assert fit("--trainer.max_steps=2", recipe="in_recipe.yaml") == 0 and (folder / "home/other/checkpoints").is_dir()
+    assert main(["generate", "--prompt", "a", "--steps=1", "--out=~/pictures"]) == 0
+    assert (folder / "home/pictures/sheet.png").exists() and not Path("~").exists()
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGUSR2"])
+def test_a_run_that_is_told_to_make_room_before_it_has_begun_asks_to_be_started_again(folder, number):
+    line = "import os, signal, sys; sys.argv[1:] = ['fit', '--config', 'base.yaml']\nfrom nar_t2i import cli\n" \
+           f"cli.main = lambda: os.kill(os.getpid(), signal.{number})\ncli.program()"
+    assert subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 85
 
 
 def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):

@@ -21,10 +21,10 @@ def script(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def script(name, *arguments, **environment):
+    def script(name, *arguments, cwd=ROOT, **environment):
         environment = {**os.environ, "NAR_T2I_PYTHON": sys.executable, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
-        line = ["bash", f"slurm/{name}", *map(str, arguments)]
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        line = ["bash", str(ROOT / "slurm" / name), *map(str, arguments)]
+        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
     return script
 
@@ -52,6 +52,31 @@ def test_recipes_are_resolved_in_the_container_that_is_named(script, tmp_path):
     done = script("ablate.sh", "--nodes", 1, one, NAR_T2I_CONTAINER=str(image))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"--nodes 1 slurm/train.sh --one-of {one}") and f"in the container: {ROOT}\n" in done.stderr
+
+
+def test_recipes_are_files_from_where_one_stands_or_names(script, tmp_path, monkeypatch):
+    recipe(tmp_path, "one"), recipe(tmp_path, "two")
+    done = script("ablate.sh", "--exclusive", "one.yaml", "two.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"--exclusive slurm/train.sh --one-of {tmp_path}/one.yaml {tmp_path}/two.yaml")
+    named = script("ablate.sh", "--nodes", 1, "learning/masked")
+    assert named.returncode == 0 and named.stdout.strip().endswith("--nodes 1 slurm/train.sh --one-of learning/masked"), named.stderr
+    unknown = script("ablate.sh", "none.yaml")
+    assert unknown.returncode == 2 and "recipe 'none.yaml' does not exist" in unknown.stderr
+    assert "RECIPE…" in script("ablate.sh", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("option", ["--trainer.devices=4", "--trainer.num_nodes"])
+def test_what_the_job_says_is_not_said_again(script, tmp_path, option):
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1"}
+    done = script("train.sh", recipe(tmp_path, "one"), option, **job)
+    assert done.returncode == 2 and f"train.sh: {option.partition('=')[0]}: the job says it" in done.stderr
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("5:00", 300), ("1:00:00", 3600), ("2-03:04:05", 183845), ("30", 30), ("UNLIMITED", 10**9), ("", 10**9)])
+def test_times_as_slurm_writes_them(written, seconds):
+    done = subprocess.run(["bash", "-c", ". slurm/python.sh; seconds_of"], cwd=ROOT, input=written, capture_output=True, text=True)
+    assert int(done.stdout) == seconds
 
 
 def test_a_sweep_says_that_it_runs_outside_of_containers(script, tmp_path):

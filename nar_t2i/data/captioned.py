@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from functools import partial
 from typing import Any, Literal
 
@@ -257,7 +258,9 @@ class CaptionedImages(lightning.LightningDataModule):
         if self.streams:
             share = StreamShare(rank, world, max(1, self._workers), start)
             reader = StreamReader(self._train, self._view, micro, share)
-            return DataLoader(reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available())
+            return DataLoader(
+                reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals
+            )  # fmt: skip
         source = self.source("train")
         sampler = GlobalBatchSampler(self.global_batch_size, micro, rank, world, start)
         return self._data_loader(BatchReader(source, self._view, source.order(self._seed, self._window)), sampler)
@@ -269,6 +272,7 @@ class CaptionedImages(lightning.LightningDataModule):
             collate_fn=_as_read,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals,
         )
 
     @property
@@ -285,6 +289,13 @@ class CaptionedImages(lightning.LightningDataModule):
         if self.trainer is not None:
             return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         return 0 if self._loader is None else self._loader.yielded
+
+
+def _leave_signals(worker: int) -> None:
+    """Slurm signals a job's workers, too. What follows from it is for their rank to say, which still has a batch to finish; they end
+    with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_read(read: Any) -> Any:

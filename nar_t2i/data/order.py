@@ -158,7 +158,8 @@ class GlobalBatchSampler:
     def __init__(self, global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1, start: int = 0):
         accumulation_steps(global_batch_size, micro_batch_size, world)
         if start % global_batch_size:
-            raise UserError(f"a run resumes at a multiple of the global batch {global_batch_size}, not at {start}")
+            raise UserError(f"data.init_args.global_batch_size {global_batch_size}: the run goes on behind {start} samples, which are no whole "
+                            "number of such batches; keep the size that it had, or one that divides them")  # fmt: skip
         self._micro, self._rank, self._world, self.start = micro_batch_size, rank, world, start
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -88,7 +88,7 @@ class TrainedModule(lightning.LightningModule):
         self.ema = EMA(ema_decay) if ema_decay else None
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
         self.gradient_norm: Tensor | None = None  # before clipping, where the module clips by itself
-        self._logged_step, self._of_step = -1, []  # see `log_of_step`
+        self._logged_step, self._of_step = -1, {}  # see `log_of_step`
 
     def write(self, folder: Path) -> None:
         """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
@@ -142,13 +142,16 @@ class TrainedModule(lightning.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [callback for callback in (self.ema, self.budget) if callback]
 
-    def log_of_step(self, values: dict[str, Tensor]) -> None:
+    def log_of_step(self, values: dict[str, Tensor], step: int | None = None) -> None:
         """Log scalars of a micro-batch as means over the optimizer step: over its micro-batches so far and, where metrics are written,
-        over all ranks, so that a curve does not depend on how the global batch was divided."""
-        if self._logged_step != self.trainer.global_step:
-            self._logged_step, self._of_step = self.trainer.global_step, []
-        self._of_step.append(torch.stack([value.detach().float() for value in values.values()]))
-        means = torch.stack(self._of_step).mean(0)
+        over all ranks, so that a curve does not depend on how the global batch was divided. step: how many were finished before it;
+        None = `global_step`, which an update has moved on."""
+        step = self.trainer.global_step if step is None else step
+        if self._logged_step != step:
+            self._logged_step, self._of_step = step, {}
+        of_step = self._of_step.setdefault(tuple(values), [])
+        of_step.append(torch.stack([value.detach().float() for value in values.values()]))
+        means = torch.stack(of_step).mean(0)
         if self.trainer._logger_connector.should_update_logs:
             means = mean_over_ranks(means)
         for name, mean in zip(values, means, strict=True):

@@ -152,11 +152,28 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is what was written, or None; what is passed over is said."""
+    for path in newest_first(run_dir / "checkpoints"):
+        try:
+            _compare(path)
+        except Broken as error:
+            _say(f"{error}; trying the checkpoint before")
+        else:
+            return path
+    return None
+
+
+def _compare(folder: Path) -> None:
+    """Everything with the manifest. Raises Broken."""
+    for name in manifest(folder)["files"]:
+        read_file(folder, name)
+
+
 def check(folder: Path) -> None:
     """Compare everything with the manifest. Raises UserError."""
     try:
-        for name in manifest(folder)["files"]:
-            read_file(folder, name)
+        _compare(folder)
     except Broken as error:
         raise UserError(f"{error}; {folder} is not a whole checkpoint") from error
 

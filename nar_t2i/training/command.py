@@ -55,7 +55,8 @@ _WARNINGS = (
     r".*callbacks used to create the checkpoint need to be provided.*",
     r".*The `srun` command is available on your system but is not used.*",
 )
-_INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt")
+_INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt",
+          "Loaded model weights from")  # which names the checkpoint that was asked for, not the one that was whole
 
 
 def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print_config: bool = False) -> int:

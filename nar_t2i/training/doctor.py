@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from nar_t2i import recipe as recipes
 from nar_t2i.data.opening import is_remote
+from nar_t2i.data.order import validation_batches
 from nar_t2i.data.source import SampleError
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import fused
@@ -143,7 +144,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
     steps, batch = config.trainer.max_steps, data.global_batch_size
-    total = None
+    total = validated = None
     for split in ("train", "validation"):
         asked = config.data.init_args.get(split)
         if asked is None:
@@ -158,8 +159,11 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
             continue
         print(f"{split:<12} {source.name}: {len(source):,} samples in {len(source.blocks):,} shards; {source.lost_count:,} unreadable")
         total = len(source) if split == "train" else total
+        validated = len(source) if split == "validation" else validated
     try:
         micro, accumulation = data.micro_batch_size(ranks), data.accumulation(ranks)
+        if validated is not None:
+            validation_batches(validated, micro, world=ranks)
     except UserError as error:
         wrong.append(str(error))
         return

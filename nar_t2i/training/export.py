@@ -69,7 +69,7 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: itself, or a run's newest. UserError where there is none."""
     if (path / checkpoints.MANIFEST).is_file():
         return path.resolve()
-    found = checkpoints.latest(path)
+    found = checkpoints.newest_whole(path)
     if found is None:
         raise UserError(f"{path} is neither a whole checkpoint nor a run that has one")
     return found.resolve()

@@ -137,7 +137,7 @@ def _read(path: Path, averaged: bool) -> Weights:
     if path.is_file():
         return _read_file(path, averaged)
     run = path.parent if path.name == "checkpoints" else path
-    checkpoint = path if (path / checkpoints.MANIFEST).is_file() else checkpoints.latest(run)
+    checkpoint = path if (path / checkpoints.MANIFEST).is_file() else checkpoints.newest_whole(run)
     if checkpoint is not None:
         return _read_checkpoint(checkpoint, averaged)
     files = sorted(path.rglob("*.safetensors"))
@@ -171,7 +171,7 @@ def _read_checkpoint(path: Path, averaged: bool) -> Weights:
     try:
         return _weights(checkpoints.read(path), averaged)
     except checkpoints.Broken as error:
-        raise UserError(f"init_from: {error}; {path} is not a whole checkpoint") from error
+        raise UserError(f"{error}; {path} is not a whole checkpoint") from error
 
 
 def _weights(content: Mapping[str, Any], averaged: bool) -> Weights:

@@ -17,6 +17,7 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import platform
 import subprocess
@@ -37,6 +38,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import nar_t2i
 from nar_t2i.errors import UserError
 from nar_t2i.files import write_json, write_text
+from nar_t2i.liveness import going_on
 from nar_t2i.training import checkpoints, wandb_run
 from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
@@ -47,6 +49,7 @@ PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "om
 
 
 LOCK = "lock"
+WAIT_FOR_OWN = 180  # seconds
 
 
 @dataclass
@@ -132,21 +135,29 @@ class RunFolder(Callback):
     def _take(self) -> None:
         """Make sure that no other process trains in this folder, on whichever node."""
         self._lock = open(self.folder / LOCK, "a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system that knows no locks
-            self._lock.seek(0)
-            other = self._lock.read().strip() or "another process"
-            self._lock.close()
-            self._lock = None
-            raise UserError(
-                f"run_dir: {self.folder} is in use by {other}; give this run another run_dir, or delete "
-                f"{self.folder / LOCK} if that process is no more"
-            ) from error
-        self._lock.truncate(0)
         job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        # What a failed node left of this job's last start may hold it until Slurm has ended that, too.
+        until = time.monotonic() + (WAIT_FOR_OWN if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system that knows no locks
+                self._lock.seek(0)
+                other = self._lock.read().strip() or "another process"
+                if job and other.endswith(job) and time.monotonic() < until:
+                    going_on()
+                    time.sleep(1)
+                    continue
+                self._lock.close()
+                self._lock = None
+                raise UserError(
+                    f"run_dir: {self.folder} is in use by {other}; give this run another run_dir, or delete "
+                    f"{self.folder / LOCK} if that process is no more"
+                ) from error
+        self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}{job}\n")
         self._lock.flush()
 
@@ -317,12 +328,27 @@ class _ContinuedWriter(ExperimentWriter):
         with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
-        if len(kept) == len(rows):
-            return
-        with open(self.metrics_file_path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(kept)
+        if len(kept) < len(rows):
+            self._write(kept)
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:  # which does not name the file where the disk is full
+            raise OSError(error.errno, error.strerror, self.metrics_file_path) from error
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        """All of it anew, and whole: it is a run's only history."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(Path(self.metrics_file_path), text.getvalue())
 
     def _check_log_dir_exists(self) -> None:
         """An existing file is continued, not deleted."""

@@ -128,7 +128,7 @@ class TokenizerModule(TrainedModule):
     def training_step(self, batch: Batch, batch_index: int) -> None:
         images = to_float(batch.images)
         accumulation = self.trainer.datamodule.accumulation()
-        discriminating = self.discriminating()
+        step, discriminating = self.trainer.global_step, self.discriminating()
         self._accumulated = (self._accumulated + 1) % accumulation
         last = self._accumulated == 0
 
@@ -143,19 +143,18 @@ class TokenizerModule(TrainedModule):
             self.discriminator.requires_grad_(True)
             weight = self.discriminator_weight * adaptive_weight(loss, adversarial, self.codec.decoder.last_weight)
             total = total + weight * adversarial
-            self.log("adversarial_weight", weight)
+            self.log_of_step({"adversarial_weight": weight})
         self._backward_and_step(0, total / accumulation, last)
         if last:
             used = self.codec.quantizer.step()
             self.log("batch_codebook_use", (used > 0).float().mean())
         if discriminating:
-            self._train_discriminator(images, reconstruction.detach(), accumulation, last)
+            self._train_discriminator(images, reconstruction.detach(), accumulation, step, last)
 
-    def _train_discriminator(self, images: Tensor, reconstruction: Tensor, accumulation: int, last: bool) -> None:
+    def _train_discriminator(self, images: Tensor, reconstruction: Tensor, accumulation: int, step: int, last: bool) -> None:
         real, fake = self.discriminator(images), self.discriminator(reconstruction)
         loss = discriminator_loss(real, fake)
-        self.log_dict({"discriminator_loss": loss.detach(), "discriminator_real": real.detach().mean(),
-                       "discriminator_fake": fake.detach().mean()})  # fmt: skip
+        self.log_of_step({"discriminator_loss": loss, "discriminator_real": real.mean(), "discriminator_fake": fake.mean()}, step)
         self._backward_and_step(1, loss / accumulation, last)
 
     def _backward_and_step(self, index: int, loss: Tensor, last: bool) -> None:

@@ -28,11 +28,11 @@ def cluster(tmp_path_factory):
     started.stop()
 
 
-def submit(cluster, folder, *overrides, strategy="ddp", nodes=2, **environment):
+def submit(cluster, folder, *overrides, strategy="ddp", nodes=2, options=(), **environment):
     line = ["slurm/train.sh", "tests/cluster/tiny.yaml", f"--run_dir={folder}/run", f"--trainer.strategy={strategy}", *overrides]
-    options = ["--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={folder}/job.log"]
+    asked = ["--parsable", *options, f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={folder}/job.log"]
     python = {"NAR_T2I_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    return cluster.call("sbatch", *options, *line, cwd=ROOT, **{**python, **environment})
+    return cluster.call("sbatch", *asked, *line, cwd=ROOT, **{**python, **environment})
 
 
 def wait_for_step(folder, step, timeout=180):
@@ -78,7 +78,8 @@ def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how, begin):
 
 
 def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):
-    number = submit(cluster, tmp_path, SLOW, "--checkpoint.every_steps=1000", "--trainer.max_steps=100")
+    # Slurm signals the workers, too.
+    number = submit(cluster, tmp_path, SLOW, "--checkpoint.every_steps=1000", "--trainer.max_steps=100", "--data.init_args.workers=2")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.csv").exists():
         assert time.monotonic() < deadline, log(tmp_path)
@@ -89,6 +90,25 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):
     wait_for_step(tmp_path, 1, timeout=40)
     time.sleep(5)
     assert cluster.job(number)["JobState"] == "CANCELLED"
+
+
+def test_a_job_whose_time_is_over_before_it_is_told_is_not_queued_for_ever(cluster, tmp_path):
+    number = submit(cluster, tmp_path, SLOW, "--trainer.max_steps=400", options=["--time=5"])
+    job = cluster.wait(number, "FAILED", "COMPLETED")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert "of 300 seconds; not queued again" in log(tmp_path) and "User defined signal" not in log(tmp_path)
+    again = submit(cluster, tmp_path, "--trainer.max_steps=12", options=["--time=2", "--signal=USR1@10"])
+    cluster.wait(again, "COMPLETED", "FAILED")
+    result(tmp_path)
+
+
+def test_a_job_that_exports_nothing_runs_the_code_that_it_started_with(cluster, tmp_path):
+    code = json.dumps([{"class_path": "tests.cluster.measure.Code"}])
+    kept = f"--export=NAR_T2I_PYTHON={sys.executable},PYTHONPATH={ROOT}"
+    number = submit(cluster, tmp_path, f"--trainer.callbacks={code}", options=[kept])
+    cluster.wait(number, "COMPLETED", "FAILED")
+    told = [path.read_text() for path in tmp_path.rglob("code-*.txt")]
+    assert len(told) == 2 and all(f"run/slurm/{number}/nar_t2i" in text for text in told), log(tmp_path)
 
 
 def test_a_job_that_fails_is_not_queued_again(cluster, tmp_path):

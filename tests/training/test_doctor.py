@@ -51,6 +51,7 @@ def test_overrides_count(capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--nodes", "3"], "wrong        global_batch_size 16"),
+    (["--nodes", "4", "--data.init_args.validation.init_args.count=3"], "wrong        validation has 3 samples for 4 ranks"),
     (["--data.init_args.train=nowhere"], "nowhere"),
     (["--model.init_args.network.init_args.width=2048", "--gpu-memory-gib", "0.1"], "MiB of 102: set data.init_args.micro_batch_size"),
     (["--model.init_args.ema_decay=often"], "ema_decay: expected float"),
