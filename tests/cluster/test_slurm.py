@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -92,13 +93,31 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):
     assert cluster.job(number)["JobState"] == "CANCELLED"
 
 
-def test_a_job_whose_time_is_over_before_it_is_told_is_not_queued_for_ever(cluster, tmp_path):
+def told_at_once(cluster, folder, number):
+    """Send SIGUSR1 from the first moment on, until the job is at work no more."""
+    while "start 0" not in log(folder):
+        assert cluster.job(number)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), log(folder)
+        time.sleep(0.2)
+    while cluster.job(number)["JobState"] == "RUNNING" and "again" not in log(folder):
+        with suppress(RuntimeError):  # between two steps there is nobody to tell
+            cluster.call("scancel", "--signal=USR1", number)
+        time.sleep(0.5)
+
+
+def test_a_short_job_that_is_told_as_it_begins_is_not_queued_for_ever(cluster, tmp_path):
+    """As Slurm tells one of five minutes, of which 300 seconds are left."""
     number = submit(cluster, tmp_path, SLOW, "--trainer.max_steps=400", options=["--time=5"])
+    told_at_once(cluster, tmp_path, number)
     job = cluster.wait(number, "FAILED", "COMPLETED")
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log(tmp_path)
     assert "of 300 seconds; not queued again" in log(tmp_path) and "User defined signal" not in log(tmp_path)
-    again = submit(cluster, tmp_path, "--trainer.max_steps=12", options=["--time=2", "--signal=USR1@10"])
-    cluster.wait(again, "COMPLETED", "FAILED")
+
+
+def test_a_job_that_is_told_before_it_has_begun_is_queued_once_more(cluster, tmp_path):
+    number = submit(cluster, tmp_path, SLOW, options=["--time=60"])
+    told_at_once(cluster, tmp_path, number)
+    job = cluster.wait(number, "COMPLETED", "FAILED")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(tmp_path)
     result(tmp_path)
 
 

@@ -1,7 +1,10 @@
 """The data module: what batches hold, what is lost, and where a run goes on."""
 
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -377,3 +380,14 @@ def test_a_trainer_resumes_exactly(tmp_path, optimizers, micro, workers, epoch_s
 
     assert fit_steps(5) == (list(range(40)), 40)
     assert fit_steps(9, tmp_path / "run.ckpt") == (list(range(40, 72)), 72)
+
+
+def test_workers_leave_signals_to_their_rank(tmp_path):
+    """Slurm's `scancel` reaches them, too, and their rank has a batch to finish."""
+    data = CaptionedImages(str(write_shards(tmp_path, [64])), 8, 4, workers=1)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    assert len([next(batches) for _ in range(12)]) == 12 and worker.is_alive()
