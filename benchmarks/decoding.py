@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import transformers
-from results import positive, program, whole
-from timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 
+from benchmarks.results import positive, program, whole
+from benchmarks.timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device, operation_counter

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from results import positive, program
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.results import positive, program
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.retrieval import FeatureNetwork, retrieve, train_features
 from nar_t2i.files import write_json

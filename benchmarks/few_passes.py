@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import results
 from PIL import Image
 
+from benchmarks import results
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.comparison import paired_interval

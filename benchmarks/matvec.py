@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results import positive, program
-from timing import Budget, Roofline, Run, summary, weight_bytes
 from torch import Tensor, nn
 
+from benchmarks.results import positive, program
+from benchmarks.timing import Budget, Roofline, Run, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device
@@ -111,7 +111,7 @@ def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Tensor:
     """As Chain.forward. outputs: that a program computes, half as many where there are few."""
-    from matvec_kernel import matvec
+    from benchmarks.matvec_kernel import matvec
 
     hidden = x
     for number, layer in enumerate(chain.layers):

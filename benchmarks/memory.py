@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from results import program
 
+from benchmarks.results import program
 from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine
 from nar_t2i.training import doctor, zero

@@ -25,16 +25,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import timing
 import torch
 import transformers
-from amused import GEOMETRIES, STEPS, Amused, one_table
-from amused import WORDS as WORDS_READ
-from decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
-from results import positive, program, whole
-from timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from torch import Tensor
 
+from benchmarks import timing
+from benchmarks.amused import GEOMETRIES, STEPS, Amused, one_table
+from benchmarks.amused import WORDS as WORDS_READ
+from benchmarks.decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
+from benchmarks.results import positive, program, whole
+from benchmarks.timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import best_device, operation_counter

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import yaml
-from results import positive, program, whole
 from torch import Tensor
 
+from benchmarks.results import positive, program, whole
 from nar_t2i import recipe
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.evaluation.prompt_generator import generate

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from results import positive, program
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.results import positive, program
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.files import write_json

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from results import program
 from torch import Tensor
 
+from benchmarks.results import program
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.scenes import Split
 from nar_t2i.evaluation.features import SceneFeatures

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import positive, program
-
+from benchmarks.results import positive, program
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import results
 import torch
 
+from benchmarks import results
 from nar_t2i.errors import UserError
 from nar_t2i.hardware import exact_fp32, matrix_rate
 

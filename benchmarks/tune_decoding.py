@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import positive, program
-
+from benchmarks.results import positive, program
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import draw_prompts

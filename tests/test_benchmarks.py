@@ -41,9 +41,8 @@ def test_decoding_of_emage_and_its_twin(tmp_path):
     assert 10 < parallel["compute_floor_ms"] / twin["compute_floor_ms"] < 20
 
 
-def test_operations_of_a_long_sequence_follow_from_short_ones(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import decoding
+def test_operations_of_a_long_sequence_follow_from_short_ones():
+    from benchmarks import decoding
 
     bench = decoding.Bench(decoding.Given(100, 1000), small=True, compile=False, dtype=torch.bfloat16)
     model = decoding.recipe.load(decoding.TWIN).config["model"]["init_args"]
@@ -81,14 +80,13 @@ def test_peers_side_by_side(tmp_path):
     assert abs(rows[llama, "fp32"]["parameters"] / twin["parameters"] - 1) < 0.02 and rows[llama, "fp32"]["passes"] == twin["passes"]
 
 
-def test_a_chain_of_matrices(tmp_path, monkeypatch):
+def test_a_chain_of_matrices(tmp_path):
     done = run("matvec.py", "--small", "--repeats", 3, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert row["matrices"] == 13 and 0 < row["differ"] < 0.02 and 0 < row["share_of_bandwidth"] < 1
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import matvec
-    from timing import Budget, Roofline, Run
+    from benchmarks import matvec
+    from benchmarks.timing import Budget, Roofline, Run
 
     chain = matvec.Chain(16, 1)
     x = torch.randn(matvec.ROWS, 16)
@@ -97,13 +95,12 @@ def test_a_chain_of_matrices(tmp_path, monkeypatch):
     assert other.rows == [] and "differs by 0.09" in other.failed[0]
 
 
-def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
+def test_peers_that_differ_are_not_reported(tmp_path):
     """What differs is told, the run ends with an error, and no row is written, where a weight of one side differs, or a setting
     of its decoder; others have their turn."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import peers
-    from amused import Amused
-    from timing import Budget, Roofline
+    from benchmarks import peers
+    from benchmarks.amused import Amused
+    from benchmarks.timing import Budget, Roofline
 
     device = torch.device("cpu")
     amused = Amused("tiny", device)
@@ -131,9 +128,8 @@ def test_peers_that_differ_are_not_reported(tmp_path, monkeypatch):
     assert len(run.rows) == 2 and json.loads((tmp_path / "found.json").read_text())["left_out"] == ["tiny"]
 
 
-def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import timing
+def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_path):
+    from benchmarks import timing
 
     run = timing.Run(timing.Roofline(torch.device("cpu")), timing.Budget(1), str(tmp_path / "found.json"))
 
@@ -185,8 +181,7 @@ def test_what_a_network_of_prefixes_knows(tmp_path):
 
 
 def test_the_distance_of_spoilt_scenes(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import scene_frechet
+    from benchmarks import scene_frechet
 
     monkeypatch.setattr(scene_frechet, "COUNT", 60)
     assert scene_frechet.main() == 0
