@@ -66,7 +66,7 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
             raise UserError(f"--{given[0]}: is fixed by the protocol {arguments.protocol}; leave one of them out")
         protocol = read_protocol(arguments.protocol)
     else:
-        metrics, accuracy = chosen_metrics(["scene_accuracy"] if arguments.metrics is None else arguments.metrics.split(","))
+        metrics, accuracy = chosen_metrics(["scene_accuracy"] if arguments.metrics is None else [name.strip() for name in arguments.metrics.split(",")])
         protocol = Protocol(None, metrics, accuracy, arguments.count, arguments.seed or 0)
     for metric in protocol.metrics:
         if metric.features in NEEDS and getattr(arguments, metric.features) is None:
@@ -162,7 +162,7 @@ class Evaluation:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _holds_pieces(self) -> bool:
-        return any(self.folder.glob("*/*.safetensors"))
+        return any(not file.parent.name.startswith("model-") for file in self.folder.glob("*/*.safetensors"))
 
     def write(self) -> None:
         """Compute the numbers and write them."""

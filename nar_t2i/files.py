@@ -41,6 +41,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_new(path: Path, value: Any) -> bool:
+    """As `write_json`, where there is no such file yet; whether this process wrote it, of all that try at once."""
+    temporary = temporary_name(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))

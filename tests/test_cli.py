@@ -490,6 +490,16 @@ def test_a_run_that_is_told_to_make_room_before_it_has_begun_asks_to_be_started_
     assert subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 85
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/{00000..00009}.tar", "gs://bucket/0.tar", "hf://x/0.tar"])
+@pytest.mark.parametrize("where", ["recipe", "command line"])
+def test_what_cannot_be_streamed_is_said_before_anything_tries(folder, capsys, url, where):
+    Path("s.yaml").write_text("extends: quickstart/tokenizer.yaml\n" + (f"data: {{init_args: {{train: '{url}', validation: null}}}}\n" if where == "recipe" else ""))
+    arguments = [] if where == "recipe" else [f"--data.init_args.train={url}", "--data.init_args.validation=null"]
+    assert main(["fit", "--config", "s.yaml", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "key data.init_args.train: " in error and "cannot be streamed directly; name the command" in error and "Traceback" not in error
+
+
 def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):
     assert fit("--checkpoint.every_steps=3", "--checkpoint.keep=0") == 0
     for checkpoint in (folder / "run/checkpoints").glob("step-*.ckpt"):

@@ -18,6 +18,7 @@ from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import TokenEmbedding, TokenHead, select
 from nar_t2i.noise import SlotNoise
 from nar_t2i.parts import part
+from nar_t2i.text.layers import copied
 from nar_t2i.types import (
     Condition,
     Encoded,
@@ -76,9 +77,9 @@ class ToyText(TextEncoder):
     def forward(self, captions: list[str]) -> Condition:
         rows = [[sum(map(ord, word)) % 64 for word in caption.split()] or [0] for caption in captions]
         length = max(map(len, rows))
-        device = self.embedding.weight.device
-        codes = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-        mask = torch.arange(length, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
+        codes = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        codes, mask = copied(self.embedding.weight.device, codes, mask)
         states = self.embedding(codes)
         return Condition((states,), (mask,), (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ class Mixture(Source):
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        if not sources or len(sources) != len(weights) or min(weights) <= 0:
+        if not sources or len(sources) != len(weights) or not all(0 < weight < math.inf for weight in weights):
             raise UserError(f"a mixture needs one positive weight a source, not {list(weights)} for {len(sources)}")
         specs = {s.token_spec for s in sources}
         if len(specs) > 1:

@@ -175,7 +175,8 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
             values = _mapping(values)
             if metric in ("scene_accuracy", "decoding"):
                 continue
-            protocol = {key: told.get(key) for key in ("data", "real", "features", "seed")}
+            compared = ("real",) if values.get("real_samples") is not None else ()  # with real pictures
+            protocol = {key: told.get(key) for key in ("data", *compared, "features", "seed")}
             protocol["features"] = _mapping(protocol["features"]).get(str(values.get("features")))
             protocol |= {"metric": values.get("protocol"), "samples": values.get("samples"), "real_samples": values.get("real_samples")}
             for key, value in _numbers(values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -27,8 +28,8 @@ class Autoregressive(InferenceStrategy):
     static = True
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-        if not temperature >= 0:
-            raise UserError(f"Autoregressive: temperature must be at least 0, not {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"Autoregressive: temperature must be finite and at least 0, not {temperature}")
         self.temperature, self.truncation = temperature, truncation(top_k, top_p)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,8 +49,8 @@ class Scheduled(InferenceStrategy):
     ):
         if steps < 1 or steps != int(steps):
             raise UserError(f"steps must be at least 1, and whole, not {steps}")
-        if not (temperature >= 0 and (final_temperature is None or final_temperature >= 0)):
-            raise UserError(f"temperatures must be at least 0, not {temperature} and {final_temperature}")
+        if not (0 <= temperature < math.inf and (final_temperature is None or 0 <= final_temperature < math.inf)):
+            raise UserError(f"temperatures must be finite and at least 0, not {temperature} and {final_temperature}")
         self.steps, self.schedule = steps, schedule
         self.temperature, self.final_temperature = temperature, final_temperature
         self.truncation = truncation(top_k, top_p)

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from nar_t2i.data.images import ImageError, decode_image
 from nar_t2i.data.shard_index import IMAGE_SUFFIXES, MAX_TEXT
 from nar_t2i.errors import UserError
-from nar_t2i.files import read_json, write_json
+from nar_t2i.files import read_json, write_json, write_new
 from nar_t2i.prepare.command import shard_range
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are stored as PNG
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
 MAX_CAPTIONS = MAX_TEXT // 8  # bytes, of which JSON makes up to six times as many
@@ -107,7 +107,8 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
         raise UserError(f"samples_per_shard is {options.samples_per_shard}; it must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {"samples_per_shard": options.samples_per_shard, "max_size": options.max_size}
-    claim_folder(folder, {"items": _fingerprint(items), **made_from})
+    fingerprint, newest = _fingerprint(items)
+    claim_folder(folder, {"items": fingerprint, **made_from}, newest)
     kept, dropped = 0, []
     starts = range(0, len(items), options.samples_per_shard)
     chosen = shard_range(options.shards, len(starts))
@@ -128,13 +129,13 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
     return summary
 
 
-def claim_folder(folder: Path, wanted: dict) -> None:
-    """Note what the shards of a folder are made from. Raises UserError when they were made from something else."""
+def claim_folder(folder: Path, wanted: dict, newest: tuple[float, str] = (0.0, "")) -> None:
+    """Note what the shards of a folder are made from, by one of the processes that begin at once. newest: when the last of the files
+    changed that they are made from, and its name. Raises UserError when they were made from something else."""
     path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob("*.tar")):
-            raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
-        write_json(path, wanted)
+    if not path.exists() and any(folder.glob("*.tar")):
+        raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
+    if write_new(path, wanted):
         return
     found = read_json(path)
     differing = [name for name in wanted if found.get(name) != wanted[name]]
@@ -143,17 +144,22 @@ def claim_folder(folder: Path, wanted: dict) -> None:
             f"{folder} holds shards from another input or other options ({', '.join(differing)} differ); "
             "choose another folder, or delete this one"
         )
+    if newest[0] > path.stat().st_mtime:
+        raise UserError(f"{newest[1]} was changed after {folder} was begun, whose shards may hold what it was; choose another folder, or delete "
+                        f"this one (if it is the same, touch {path})")  # fmt: skip
 
 
-def _fingerprint(items: Sequence[Item]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(items: Sequence[Item]) -> tuple[str, tuple[float, str]]:
+    """Of names, texts and sizes; and when the last of the images changed, and its name."""
+    digest, newest = hashlib.sha256(), (0.0, "")
     for item in items:
         try:
-            size = item.path.stat().st_size if item.path.is_file() else -1
+            about = item.path.stat() if item.path.is_file() else None
         except OSError:  # a name that no file can have
-            size = -1
-        digest.update(repr((item.name, item.captions, item.problem, size)).encode())
-    return digest.hexdigest()
+            about = None
+        digest.update(repr((item.name, item.captions, item.problem, about.st_size if about else -1)).encode())
+        newest = max(newest, (about.st_mtime, item.name)) if about else newest
+    return digest.hexdigest(), newest
 
 
 def _import_chunk(
@@ -211,6 +217,8 @@ def _load(item: Item, max_size: int | None) -> _Loaded | str:
     if problem:
         return problem
     try:
+        if item.path.exists() and not item.path.is_file():
+            return "image file cannot be read: it is no regular file"
         data = item.path.read_bytes()
     except FileNotFoundError:
         return "image file is missing"

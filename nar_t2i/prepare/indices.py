@@ -44,7 +44,7 @@ def index_shards(shards: str, index_folder: str | Path | None = None, workers: i
 def _count(tar: Path, path: Path) -> tuple[int, int]:
     index = open_index(tar, path)
     if index.in_memory:
-        raise UserError(f"{path} cannot be written; name a folder for the indices with --index-folder")
+        raise UserError(f"{path} cannot be written; name another folder for the indices with --index-folder")
     return len(index), len(index.lost)
 
 

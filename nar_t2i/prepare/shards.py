@@ -64,8 +64,10 @@ class ShardFile:
 
     def abandon(self) -> None:
         """Throw away what was written."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # which may still have to write
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> int:
         """Append a file; returns the offset of its bytes."""

@@ -72,6 +72,8 @@ def _text_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = _csv_rows(table, file) if table.suffix.lower() == ".csv" else _tsv_rows(list(file))
         _, head = next(rows, (1, []))
+        if "\udcff\udcfe" in (start := "".join(head)[:4]) or "\udcfe\udcff" in start:
+            raise UserError(f"{table}: is in UTF-16; save it as UTF-8")
         if isinstance(head, str):
             raise UserError(f"{table}, line 1: {head}")
         _check_columns(table, head, columns)
@@ -137,6 +139,8 @@ def _parquet_rows(table: Path, columns: tuple[str, str]) -> Iterator[Row]:
 
 
 def _check_columns(table: Path, present: list[str], wanted: tuple[str, str]) -> None:
+    if twice := [name for name in wanted if present.count(name) > 1]:
+        raise UserError(f"{table}: has several columns {', '.join(twice)}; keep one")
     missing = [name for name in wanted if name not in present]
     if missing:
         raise UserError(

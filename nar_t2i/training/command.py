@@ -26,6 +26,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
 from nar_t2i import recipe as recipes
+from nar_t2i.data.opening import is_remote
+from nar_t2i.data.stream import expand
 from nar_t2i.errors import REQUEUE, UserError
 from nar_t2i.parts import with_defaults
 from nar_t2i.recipe import Recipe
@@ -276,10 +278,23 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
             trainer.setdefault("check_val_every_n_epoch", None)
     if recipe.config.get("run_dir") is None:
         recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
+    _check_streams(recipe)
     trial = wandb_run.trial()
     if trial is not None and subcommand == "fit":  # the trials of a sweep would go on from one another
         recipe.config["run_dir"] = str(Path(recipe.config["run_dir"], "sweeps", *trial))
     return recipe
+
+
+def _check_streams(recipe: Recipe) -> None:
+    """Before jsonargparse takes a URL for a file that it is to open."""
+    data = recipe.config.get("data")
+    settings = data.get("init_args") if isinstance(data, dict) else None
+    for split in ("train", "validation") if isinstance(settings, dict) else ():
+        if isinstance(given := settings.get(split), str) and is_remote(given):
+            try:
+                expand(given)
+            except UserError as error:
+                raise recipe.error(f"data.init_args.{split}", str(error)) from error
 
 
 def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:

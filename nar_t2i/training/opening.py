@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks
+from nar_t2i.files import read_json
 from nar_t2i.folders import CONFIG, folder_hash
 from nar_t2i.hashing import file_hash
 
@@ -58,6 +59,8 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
                 beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
                 try:
                     export(checkpoint, beside, averaged, exactly=True)
+                    if "class_path" in read_json(beside / CONFIG):
+                        raise UserError(f"{path}: trains a part alone, which draws no pictures; name a generator's run or model")
                     beside.rename(folder)
                 finally:
                     shutil.rmtree(beside, ignore_errors=True)

@@ -221,6 +221,11 @@ mine Average         26.79 \t
 """
 
 
+def test_some_of_hpsv2_s_styles_are_no_whole(tmp_path):
+    (tmp_path / "some.txt").write_text("sd anime 29.34 0.15\n")
+    assert SUITES["hpsv2"].ingest(tmp_path / "some.txt").scores == {"anime": 29.34}
+
+
 def test_hpsv2_reads_what_it_prints_and_scores_one_by_one(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text(HPS)

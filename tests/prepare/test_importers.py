@@ -19,7 +19,7 @@ from PIL import Image
 from nar_t2i.data.images import decode_image
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import UserError
-from nar_t2i.prepare import coco, folder, table
+from nar_t2i.prepare import coco, folder, importing, table
 from nar_t2i.prepare.folder import import_folder
 from nar_t2i.prepare.importing import Options
 from tests.data.making_shards import encoded, pixels
@@ -389,3 +389,86 @@ def test_captions_that_no_reader_would_take_are_dropped(tmp_path):
     with pytest.raises(UserError, match="captions are longer than 131072 bytes"):
         folder.import_folder(root, tmp_path / "out")
     assert [item.name for item in folder.find_items(root)] == ["im0.png"]
+
+
+def test_of_two_imports_at_once_one_is_refused(tmp_path, monkeypatch):
+    """Whichever comes first: here the other one, between looking and writing."""
+    first, second = images(tmp_path / "first", 2), images(tmp_path / "second", 3)
+    inner = importing.write_new
+
+    def raced(path, value):
+        monkeypatch.setattr(importing, "write_new", inner)
+        import_folder(second, tmp_path / "out")
+        return inner(path, value)
+
+    monkeypatch.setattr(importing, "write_new", raced)
+    with pytest.raises(UserError, match="holds shards from another input"):
+        import_folder(first, tmp_path / "out")
+    assert len(stored(tmp_path / "out")) == 3 and not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_picture_that_was_changed_since_is_noticed_whatever_its_size(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for n in range(4):
+        Image.new("RGB", (8, 8), "red").save(root / f"{n}.bmp")
+        (root / f"{n}.txt").write_text(f"caption {n}")
+    import_folder(root, tmp_path / "out", Options(2))
+    (tmp_path / "out/00001.tar").unlink()
+    Image.new("RGB", (8, 8), "blue").save(root / "3.bmp")
+    after = (tmp_path / "out/manifest.json").stat().st_mtime + 1
+    os.utime(root / "3.bmp", (after, after))
+    with pytest.raises(UserError, match="3.bmp was changed after"):
+        import_folder(root, tmp_path / "out", Options(2))
+    os.utime(tmp_path / "out/manifest.json", (after, after))
+    assert import_folder(root, tmp_path / "out", Options(2)).kept == 4
+
+
+def test_coco_images_of_one_id_are_told(tmp_path):
+    entry = {"id": 1, "file_name": "a.png"}
+    content = {"images": [entry, entry, {"id": 1, "file_name": "b.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="image id 1 is that of a.png and of b.png"):
+        coco.find_items(tmp_path / "c.json", tmp_path)
+    content["images"].pop()
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert [item.name for item in coco.find_items(tmp_path / "c.json", tmp_path)] == ["a.png"]
+
+
+def test_odd_files_cost_a_picture_and_are_told(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for name in ("good.jfif", "upper.JPEG", "linked.png", "folder.png", "pipe.png", "waits.png", "phone.heic"):
+        (root / name).write_bytes(encoded(pixels(1), "JPEG"))
+        (root / name).with_suffix(".TXT" if name == "upper.JPEG" else ".txt").write_text("a caption")
+    (root / "alone.txt").write_text("a caption")
+    for name in ("linked.txt", "folder.txt", "pipe.txt", "waits.png"):
+        (root / name).unlink()
+    os.symlink("linked.txt", root / "linked.txt")
+    (root / "folder.txt").mkdir()
+    os.mkfifo(root / "pipe.txt")
+    os.mkfifo(root / "waits.png")
+    summary = import_folder(root, tmp_path / "out")
+    assert summary.kept == 2 and {dropped.name: dropped.reason for dropped in summary.dropped} == {
+        "alone.txt": "caption without an image", "folder.png": "no caption file", "linked.png": "caption cannot be read: Too many levels of symbolic links",
+        "phone.heic": ".heic is not read; convert it to JPEG, PNG or WebP", "pipe.png": "caption cannot be read: it is no regular file",
+        "waits.png": "image file cannot be read: it is no regular file",
+    }  # fmt: skip
+
+
+def test_a_shard_that_cannot_be_finished_leaves_nothing(tmp_path):
+    from tests.full_disk import files_of_at_most
+
+    with files_of_at_most(4000), pytest.raises(OSError):
+        import_folder(images(tmp_path / "in", 40), tmp_path / "out", Options(40))
+    assert not [path for path in (tmp_path / "out").iterdir() if ".tar" in path.name]
+
+
+def test_tables_with_a_column_twice_or_in_utf_16(tmp_path):
+    twice = pyarrow.table([["a"], ["b"], ["c"]], names=["path", "caption", "caption"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    (tmp_path / "twice.csv").write_text("path,caption,caption\na,b,c\n")
+    (tmp_path / "wide.csv").write_text("path,caption\na,b\n", encoding="utf-16")
+    for name, words in (("twice.parquet", "several columns caption"), ("twice.csv", "several columns caption"), ("wide.csv", "is in UTF-16")):
+        with pytest.raises(UserError, match=words):
+            table.find_items(tmp_path / name)

@@ -44,8 +44,10 @@ class Hpsv2(Suite):
         scores, counts = _listed(text, path) if text.lstrip().startswith("{") else _printed(text, path)
         if not scores:
             raise UserError(f"{path}: holds no score of {', '.join(STYLES)}")
-        overall = scores.pop("Average", sum(scores.values()) / len(scores) if scores else 0.0)
-        return Scores({"overall": overall, **scores}, counts, "HPSv2 in percent; versions 2.0 and 2.1 do not compare")
+        overall = {"overall": scores.pop("Average")} if "Average" in scores else {}
+        if not overall and (counts or set(scores) == set(STYLES)):  # some are no whole, and only counts would tell it
+            overall = {"overall": sum(scores.values()) / len(scores)}
+        return Scores({**overall, **scores}, counts, "HPSv2 in percent; versions 2.0 and 2.1 do not compare")
 
 
 def _printed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
