@@ -187,6 +187,19 @@ def test_a_run_whose_tokenizer_was_exchanged_is_no_model(place, run, tmp_path, c
         weights.write_bytes(before)
 
 
+def test_a_tokenizer_s_run_is_named_and_leaves_nothing(place, tmp_path, capsys):
+    recipe = yaml.safe_load((ROOT / "tests/cluster/tiny_tokenizer.yaml").read_text())
+    recipe |= {"run_dir": str(tmp_path / "run"), "checkpoint": {"every_steps": 1}}
+    recipe["trainer"]["max_steps"] = 1
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(tmp_path / "tokenizer.yaml")]) == 0
+    capsys.readouterr()
+    line = ["--metrics", "scene_frechet", "--data", "scenes", "--count", "4", "--out", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(tmp_path / "run"), *line]) == 2
+    assert f"{tmp_path}/run: trains a part alone, which draws no pictures" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_checkpoint_that_is_cut_off_is_named(place, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run/checkpoints/step-00000002.ckpt"

@@ -14,7 +14,8 @@ def evaluation(path, value=3.25, kinds=("model",), seed=0, **protocol):
     numbers = {"value": value, "deviation": 0.5, "features": "scene", "samples": 40, "real_samples": 40, "protocol": {"k": 3}}
     told = {"seed": seed, "data": {"samples": 40, "source": "shards"}, "real": {"which": "same"},
             "features": {"scene": {"weights_hash": "0"}, "clip": {"sha256": "1"}}, **protocol}  # fmt: skip
-    result = {"scene_frechet": numbers, "decoding": {"steps": 8, "precision": "fp32"},
+    captions = {"value": 6.3, "features": "clip", "samples": 40, "protocol": {}}  # of pictures and captions, with no real ones
+    result = {"scene_frechet": numbers, "clip_score": captions, "decoding": {"steps": 8, "precision": "fp32"},
               "scene_accuracy": {"seen": scores(value / 10), "shuffled": scores(0.01)}}  # fmt: skip
     path.write_text(json.dumps({"kind": "evaluation", "protocol": told, "results": {kind: result for kind in kinds}}))
     return path
@@ -65,6 +66,9 @@ def test_numbers_by_other_protocols_are_marked_and_say_in_what(tmp_path):
     named = [{"scene": {"sha256": value, "file": f"{name}.pt"}, "clip": {}} for name, value in (("a", "1"), ("b", "1"), ("c", "2"))]
     renamed = [evaluation(tmp_path / f"{name}.json", features=of) for name, of in zip(("n1", "n2", "n3"), named)]
     assert differing([entry for path in renamed for entry in read_entries(path)])["scene_frechet"] == {"n3": ["features.sha256"]}
+    real = [evaluation(tmp_path / f"{name}.json", real=what) for name, what in (("r1", None), ("r2", {"which": "all"}), ("r3", {"which": "same"}))]
+    of_real = differing([entry for path in real for entry in read_entries(path)])
+    assert set(of_real["scene_frechet"]) == {"r2", "r3"} and "clip_score" not in of_real
     suites = [{"kind": "suite", "suite": "geneval", "scores": {"overall": 0.5}, "counts": {"images": count}} for count in (40, 2212)]
     for name, content in zip("fg", suites):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -81,7 +85,7 @@ def test_numbers_by_other_protocols_are_marked_and_say_in_what(tmp_path):
         assert (tmp_path / "a.json").read_bytes() == before
     assert main(["report", *map(str, paths), "--out", str(tmp_path / "new/table.html")]) == 0
     text = (tmp_path / "new/table.html").read_text()
-    assert text.count("†</td>") == 4 and "data.samples, data.source, seed" in text
+    assert text.count("†</td>") == 6 and "data.samples, data.source, seed" in text
     assert rows(tmp_path / "new/table.csv")["d", "scene_frechet"]["other_protocol"] == "features.weights_hash"
 
 
