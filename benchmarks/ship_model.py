@@ -20,10 +20,10 @@ from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
 from nar_t2i.files import write_json
-from nar_t2i.generate import contact_sheet
 from nar_t2i.hardware import describe_machine
 from nar_t2i.inference import BestOf
 from nar_t2i.parts import build
+from nar_t2i.pictures import contact_sheet
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.schedules import Guidance
 

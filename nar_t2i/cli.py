@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -97,8 +98,11 @@ def leave(status: int) -> NoReturn:
     """End the process once all that is registered to happen then has happened, without taking Python apart.
 
     A thread of gloo, NCCL or a loader that asks for Python's lock while that is being done aborts a process that had
-    finished well: about one of some hundred ranks was seen to end with SIGABRT.
+    finished well: about one of some hundred ranks was seen to end with SIGABRT. A loader's workers, which heed no signal and may wait for
+    a file system for ever, are ended first.
     """
+    for worker in multiprocessing.active_children():
+        worker.kill()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

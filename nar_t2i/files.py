@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -43,14 +44,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_new(path: Path, value: Any) -> bool:
     """As `write_json`, where there is no such file yet; whether this process wrote it, of all that try at once."""
-    temporary = temporary_name(path)
+    whole = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.new")
+    write_json(whole, value)
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.link(temporary, path)
+        os.link(whole, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if path.exists():
+            return False
+        os.replace(whole, path)  # a file system without links, on which two that try at once may both have written it
     finally:
-        temporary.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
 
@@ -67,7 +74,7 @@ def whole_file(path: Path, work: Path | None = None) -> Iterator[BinaryIO]:
     Two processes that write the same file, on whichever nodes, do not mix their bytes; the last one's stand. work: a folder of the
     same file system for the temporary file, where the file's own may hold no other.
     """
-    temporary = temporary_name(path if work is None else work / path.name)
+    temporary = temporary_name(path) if work is None else work / f"{socket.gethostname()}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -93,5 +100,8 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+            raise
     finally:
         os.close(handle)

@@ -144,7 +144,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{COMMAND_LINE}: key {key}: {text!r} is not a YAML value; quote it") from error
-        if isinstance(value, str) and text[:1] not in ("'", '"'):
+        if isinstance(value, str) and " #" in text and text.lstrip()[:1] not in tuple("'\"!&|>"):
             value = text  # all of it: in a text on a command line, nothing is a comment
         *parents, last = key.split(".")
         node = tree

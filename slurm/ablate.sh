@@ -43,7 +43,12 @@ here=$PWD script=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "$script")/.."
 # absolute NAME: of a file where the command was given; a name of a shipped recipe stays.
 absolute() { if [ -f "$here/$1" ]; then printf '%s\n' "$here/$1"; else printf '%s\n' "$1"; fi; }
-is_recipe() { [ -f "$here/$1" ] || [ -f "$1" ] || [ -f "recipes/$1" ] || [ -f "recipes/$1.yaml" ]; }
+is_recipe() {
+  case $1 in
+    *.yaml|*.yml) [ -f "$here/$1" ] || [ -f "$1" ] || [ -f "recipes/$1" ] ;;
+    *) [ -f "recipes/$1.yaml" ] ;;
+  esac
+}
 options=() recipes=() ablation=() judged=false
 while [ $# -gt 0 ]; do
   case $1 in

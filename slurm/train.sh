@@ -61,7 +61,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
   mkdir -p "$snapshot" runs/.slurm
   cp slurm/python.sh "$snapshot"
   # Not what another task is just writing.
-  tar --exclude=__pycache__ -cf - nar_t2i | tar -xf - -C "$snapshot"
+  { tar --exclude=__pycache__ -cf - nar_t2i || [ $? -eq 1 ]; } | tar -xf - -C "$snapshot"  # 1: a folder got another entry meanwhile
   git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
   printf '%s\n' "$run" > "$pointer.part"
@@ -92,15 +92,14 @@ srun --export=ALL --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${
 
 if [ "$status" -eq "$REQUEUE" ]; then
   # A run that gets no further between two requeues never would; one that was told before it had begun may.
-  if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" != "$before" ]; then
-    rm -f "$snapshot/no-step"
-  elif [ -e "$snapshot/no-step" ]; then
-    fail "no step was finished in two starts; not queued again"
-  else
-    touch "$snapshot/no-step"
-  fi
-  if [ "$limit" -le 300 ] && [ $((2 * SECONDS)) -lt "$limit" ]; then
-    fail "told to leave after $SECONDS of $limit seconds; not queued again. Slurm tells it 300 s before the end: take a longer --time, or --signal=USR1@60"
+  if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" = "$before" ]; then
+    if [ "$limit" -le 300 ]; then
+      fail "told to leave before a step was finished; not queued again. It is told 300 s before its end, if --signal=USR1@SECONDS says nothing else, and has $limit s"
+    fi
+    if [ -e "$snapshot/no-step" ] && [ "$(cat "$snapshot/no-step")" = "$before" ]; then
+      fail "no step was finished in two starts; not queued again"
+    fi
+    printf '%s' "$before" > "$snapshot/no-step"
   fi
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   echo "train.sh: queueing ${job:-$SLURM_JOB_ID} again"

@@ -3,6 +3,7 @@ prints as JSON what each came to."""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import sys
@@ -12,14 +13,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,6 +55,8 @@ from tests.tokenizers.random_vgg import random_vgg
 from tests.toys import ToyBinary, ToyCodec, ToyContinuous, ToyText
 
 STEPS = 3
+ENDED = "ended: "  # before each line that says how a case did
+TOKENS = tempfile.TemporaryDirectory()  # of all cases, by kind
 Case = Callable[[Path], Any]
 
 
@@ -90,7 +94,7 @@ def generator(text: Callable[[Path], nn.Module], **settings: Any) -> Case:
     def make(folder: Path) -> tuple[LightningModule, LightningDataModule]:
         folder.mkdir()
         tokenizer = settings.get("tokenizer") or codec()
-        scenes, tokens = RenderedScenes(count=64, image_size=tiny.SIZE), Path(tempfile.gettempdir(), tokenizer.spec.kind)
+        scenes, tokens = RenderedScenes(count=64, image_size=tiny.SIZE), Path(TOKENS.name, tokenizer.spec.kind)
         encode_tokens(tokenizer, scenes, tokens, 16, errors=tokenizer.spec.kind == "categorical")
         data = CaptionedImages(scenes, tiny.SIZE, tiny.GLOBAL_BATCH, tiny.GLOBAL_BATCH // 2, cache=str(tokens),
                                validation=RenderedScenes("validation", 16, image_size=tiny.SIZE))  # fmt: skip
@@ -167,6 +171,8 @@ def resumed(*settings: str, then: Sequence[str] = ()) -> Case:
             run(folder / "whole")
             run(folder / "parts", f"--ckpt_path={folder}/whole/checkpoints/step-00000003.ckpt", *then)
         whole, parts = (load_file(folder / name / "model/network/weights.safetensors") for name in ("whole", "parts"))
+        with open(folder / "parts/metrics.csv", newline="") as file:
+            assert min(int(row["step"]) for row in csv.DictReader(file)) >= 3  # it did not begin anew
         for name, value in whole.items():
             torch.testing.assert_close(parts[name], value, **({"rtol": 1e-4, "atol": 1e-6} if then else {"rtol": 0, "atol": 0}))
 
@@ -196,13 +202,14 @@ def drawn(strategy: Callable[[Any], inference.InferenceStrategy], made: Any = No
             sampled = t2i.sample(PROMPTS, seed=3, known=known, **settings)
             shown = composited(sampled.images, edit) if edited else sampled.images
             assert shown.shape == (len(PROMPTS), 3, tiny.SIZE, tiny.SIZE)
-            return sampled.tokens.cpu()
+            return sampled.tokens
 
         near = draw()
         with far_device.present():
             t2i.to("far")
             critic.to("far")
-            assert torch.equal(draw(), near)
+            far = draw()
+            assert far.device.type == "far" and torch.equal(far.cpu(), near)
 
     return case
 
@@ -227,8 +234,17 @@ def encoded(folder: Path) -> None:
         text.to("cpu")
         written[device] = {path.name: path.read_bytes() for path in (folder / device).rglob("*") if path.suffix in (".npy", ".safetensors")}
     assert written["far"].keys() == written["cpu"].keys() and written["cpu"]
-    tokens = [name for name in written["cpu"] if name.endswith(".tokens.npy")]
-    assert tokens and all(written["far"][name] == written["cpu"][name] for name in tokens)
+    for name, near in written["cpu"].items():
+        if name.endswith(".tokens.npy"):
+            assert written["far"][name] == near
+        elif name.endswith(".npy"):
+            torch.testing.assert_close(*(torch.from_numpy(np.load(BytesIO(written[device][name]))) for device in ("far", "cpu")))
+        else:
+            far, here = (load(written[device][name]) for device in ("far", "cpu"))
+            assert far.keys() == here.keys()
+            for key, value in here.items():
+                torch.testing.assert_close(far[key].float(), value.float(), rtol=2e-3, atol=2e-3)
+    assert any(name.endswith(".errors.npy") for name in written["cpu"]) and any(name.endswith(".text.safetensors") for name in written["cpu"])
 
 
 def judged(folder: Path) -> None:
@@ -311,7 +327,7 @@ def main() -> int:
                     CASES[name](Path(folder))
                 except Exception:
                     problem = said.getvalue()[-1000:] + traceback.format_exc()
-            print(json.dumps([name, problem]), flush=True)
+            print(f"{ENDED}{json.dumps([name, problem])}", flush=True)
     return 0
 
 

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 NEAR = torch.device("cpu")
+# Whether this torch knows devices that are written in Python.
+POSSIBLE = all(hasattr(backend_registration, name) for name in ("_setup_privateuseone_for_python_backend", "_DummyBackendModule"))
 aten = torch.ops.aten
 # Between devices, on purpose.
 _COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -77,6 +79,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return False  # so that a module's parameters are exchanged where it is moved
     if func is aten._fused_sdp_choice.default:
         return 0  # written out, of which a CPU can do the same
+    if torch.Tag.nondeterministic_seeded in func.tags and func is not aten.scaled_dot_product_attention.default:
+        raise RuntimeError(f"{func} draws by itself: noise is counted (nar_t2i.noise)")
     named = [*kwargs.values()]
     far = any(isinstance(x, Far) for x in _tensors([args, named]))
     if far and func not in _COPIES:
@@ -132,23 +136,24 @@ def present() -> Iterator[None]:
         yield
 
 
-class _Module(backend_registration._DummyBackendModule):
-    """What is `torch.far`. Random numbers of the device's own are refused: noise is counted (`nar_t2i.noise`)."""
-
-    def get_rng_state(self, device: Any = None) -> Tensor:
-        return torch.zeros(0, dtype=torch.uint8)
-
-    def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
-
-    def device(self, device: Any) -> Any:
-        return nullcontext()
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
 def register() -> None:
-    backend_registration._setup_privateuseone_for_python_backend("far", _Module())
+    """Needs a torch that has `POSSIBLE`."""
+
+    class Module(backend_registration._DummyBackendModule):
+        """What is `torch.far`."""
+
+        def get_rng_state(self, device: Any = None) -> Tensor:
+            return torch.zeros(0, dtype=torch.uint8)
+
+        def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
+
+        def device(self, device: Any) -> Any:
+            return nullcontext()
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
+
+    backend_registration._setup_privateuseone_for_python_backend("far", Module())
 
 
 class _Accelerator(CPUAccelerator):

@@ -83,6 +83,14 @@ leave(3)
 """
 
 
+def test_workers_that_heed_no_signal_are_ended_with_their_process():
+    code = "import multiprocessing, signal, time\nfrom nar_t2i.cli import leave\n\n" \
+           "def wait(begun):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    begun.set()\n    time.sleep(100)\n\n" \
+           "multiprocessing.set_start_method('fork')\nbegun = multiprocessing.Event()\n" \
+           "multiprocessing.Process(target=wait, args=(begun,), daemon=True).start()\nbegun.wait()\nleave(3)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 3
+
+
 @pytest.mark.parametrize("ending", ["leave(3)", "raise SystemExit(3)"])
 def test_threads_that_want_pythons_lock_do_not_abort_a_process_that_leaves(ending):
     code = LEAVING.replace("leave(3)", ending)

@@ -76,7 +76,7 @@ def test_changing_a_class_drops_the_arguments_of_the_old_one(write):
 
 @pytest.mark.parametrize(("text", "value"), [
     ("a #1", "a #1"), ("'a #1'", "a #1"), ('"3"', "3"), ("1e-3", 1e-3), ("[a, 'b #2']", ["a", "b #2"]),
-    ("null", None), ("None", None), ("a: b", {"a": "b"}), (" a", " a"),
+    ("!!str 3", "3"), (" 'a'", "a"), ("null", None), ("None", None), ("a: b", {"a": "b"}),
 ])  # fmt: skip
 def test_a_value_on_the_command_line_has_no_comments(write, text, value):
     assert load(write("a.yaml", "x: 1\n"), [f"x={text}"]).config["x"] == value

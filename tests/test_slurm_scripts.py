@@ -59,6 +59,9 @@ def test_recipes_are_files_from_where_one_stands_or_names(script, tmp_path, monk
     done = script("ablate.sh", "--exclusive", "one.yaml", "two.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"--exclusive slurm/train.sh --one-of {tmp_path}/one.yaml {tmp_path}/two.yaml")
+    (tmp_path / "before.log").touch()
+    logged = script("ablate.sh", "--output", "before.log", "one.yaml", cwd=tmp_path)
+    assert logged.stdout.strip().endswith(f"--output before.log slurm/train.sh --one-of {tmp_path}/one.yaml"), logged.stderr
     named = script("ablate.sh", "--nodes", 1, "learning/masked")
     assert named.returncode == 0 and named.stdout.strip().endswith("--nodes 1 slurm/train.sh --one-of learning/masked"), named.stderr
     unknown = script("ablate.sh", "none.yaml")

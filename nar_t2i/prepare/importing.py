@@ -30,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # the last three are st
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
+NEWEST = "last_changed"  # in it: when the last of the files did, in seconds since 1970
 MAX_CAPTIONS = MAX_TEXT // 8  # bytes, of which JSON makes up to six times as many
 SUMMARY = "summary.json"
 
@@ -135,7 +136,7 @@ def claim_folder(folder: Path, wanted: dict, newest: tuple[float, str] = (0.0, "
     path = folder / MANIFEST
     if not path.exists() and any(folder.glob("*.tar")):
         raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
-    if write_new(path, wanted):
+    if write_new(path, {**wanted, NEWEST: newest[0]}):
         return
     found = read_json(path)
     differing = [name for name in wanted if found.get(name) != wanted[name]]
@@ -144,9 +145,9 @@ def claim_folder(folder: Path, wanted: dict, newest: tuple[float, str] = (0.0, "
             f"{folder} holds shards from another input or other options ({', '.join(differing)} differ); "
             "choose another folder, or delete this one"
         )
-    if newest[0] > path.stat().st_mtime:
+    if newest[0] > found.get(NEWEST, newest[0]):
         raise UserError(f"{newest[1]} was changed after {folder} was begun, whose shards may hold what it was; choose another folder, or delete "
-                        f"this one (if it is the same, touch {path})")  # fmt: skip
+                        f"this one (if it is the same, write {newest[0]} as {NEWEST} into {path})")  # fmt: skip
 
 
 def _fingerprint(items: Sequence[Item]) -> tuple[str, tuple[float, str]]:

@@ -152,16 +152,20 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is what was written, or None; what is passed over is said."""
+def newest(run_dir: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """A run's newest checkpoint for which `read` does not raise Broken, and its result; what is passed over is said."""
     for path in newest_first(run_dir / "checkpoints"):
         try:
-            _compare(path)
+            return path, read(path)
         except Broken as error:
             _say(f"{error}; trying the checkpoint before")
-        else:
-            return path
     return None
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """A run's newest checkpoint that is what was written, or None."""
+    found = newest(run_dir, _compare)
+    return found and found[0]
 
 
 def _compare(folder: Path) -> None:

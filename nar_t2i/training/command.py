@@ -288,7 +288,8 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
 def _check_streams(recipe: Recipe) -> None:
     """Before jsonargparse takes a URL for a file that it is to open."""
     data = recipe.config.get("data")
-    settings = data.get("init_args") if isinstance(data, dict) else None
+    ours = isinstance(data, dict) and str(data.get("class_path")).startswith("nar_t2i.")
+    settings = data.get("init_args") if ours else None
     for split in ("train", "validation") if isinstance(settings, dict) else ():
         if isinstance(given := settings.get(split), str) and is_remote(given):
             try:

@@ -137,9 +137,10 @@ def _read(path: Path, averaged: bool) -> Weights:
     if path.is_file():
         return _read_file(path, averaged)
     run = path.parent if path.name == "checkpoints" else path
-    checkpoint = path if (path / checkpoints.MANIFEST).is_file() else checkpoints.newest_whole(run)
-    if checkpoint is not None:
-        return _read_checkpoint(checkpoint, averaged)
+    if (path / checkpoints.MANIFEST).is_file():
+        return _read_checkpoint(path, averaged)
+    if found := checkpoints.newest(run, lambda checkpoint: _weights(checkpoints.read(checkpoint), averaged)):
+        return found[1]
     files = sorted(path.rglob("*.safetensors"))
     if not files:
         raise UserError(f"init_from: {path} holds neither a whole checkpoint nor a .safetensors file")

@@ -119,7 +119,7 @@ def test_a_short_job_that_is_told_as_it_begins_is_not_queued_for_ever(cluster, t
     told_at_once(cluster, tmp_path, number)
     job = cluster.wait(number, "FAILED", "COMPLETED")
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log(tmp_path)
-    assert "of 300 seconds; not queued again" in log(tmp_path) and "User defined signal" not in log(tmp_path)
+    assert "before a step was finished; not queued again" in log(tmp_path) and "has 300 s" in log(tmp_path) and "User defined signal" not in log(tmp_path)
 
 
 def test_a_job_that_is_told_before_it_has_begun_is_queued_once_more(cluster, tmp_path):

@@ -385,9 +385,10 @@ def test_a_trainer_resumes_exactly(tmp_path, optimizers, micro, workers, epoch_s
 def test_workers_leave_signals_to_their_rank(tmp_path):
     """Slurm's `scancel` reaches them, too, and their rank has a batch to finish."""
     data = CaptionedImages(str(write_shards(tmp_path, [64])), 8, 4, workers=1)
+    before = set(multiprocessing.active_children())
     batches = iter(data.train_dataloader())
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - before
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
     assert len([next(batches) for _ in range(12)]) == 12 and worker.is_alive()

@@ -11,6 +11,7 @@ from nar_t2i.cli import SUITES as ON_THE_COMMAND_LINE
 from nar_t2i.cli import main
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.suites import SUITES
+from nar_t2i.evaluation.suites.t2i_compbench import LONGEST
 from nar_t2i.pipeline import TextToImage
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -86,6 +87,14 @@ def test_the_layout_is_what_the_programs_read_and_nothing_else(place, tmp_path, 
     if name == "hpsv2":
         assert Image.open(tmp_path / "out/concept-art/00000.jpg").format == "JPEG"
         assert np.abs(pixels(tmp_path / "out/concept-art/00000.jpg").astype(int) - drawn[0]).mean() < 12
+
+
+def test_the_longest_prompt_is_a_file_s_name(place, tmp_path):
+    prompt = "a" * LONGEST
+    (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
+    line = ["suite", "draw", "t2i-compbench", str(place / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--pictures", "1", "--steps", "1"]
+    assert main([*line, "--out", str(tmp_path / "out")]) == 0
+    assert inside(tmp_path / "out") == {f"samples/{prompt}_000000.png"}
 
 
 def test_drawing_goes_on_and_other_settings_are_refused(place, tmp_path, capsys):

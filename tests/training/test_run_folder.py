@@ -83,7 +83,19 @@ def test_the_lock_of_a_job_s_last_start_is_waited_for(tmp_path, monkeypatch, job
             with pytest.raises(UserError, match="in use by process 5 on node of job 7"):
                 folder._take()
             assert time.monotonic() - begun < 20
-        monkeypatch.setattr(run_folder, "WAIT_FOR_OWN", 0)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_lock_that_is_never_left_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(run_folder, "WAIT_FOR_OWN", 1)
+    holder = hold(tmp_path, 60)
+    try:
+        with pytest.raises(UserError, match="in use by process 5 on node of job 7"):
+            RunFolder(tmp_path, "", {})._take()
     finally:
         holder.kill()
         holder.wait()
