@@ -1,6 +1,7 @@
 # make quickstart   captions to pictures, on two cores in minutes
 # make test         the tests that take minutes
 # make test-cluster the tests on several ranks, under DDP and ZeRO
+# make format       puts the code into the form that the tests ask for
 # make bench        all benchmarks, in small where there is no GPU; make bench-page renders docs/results/bench
 # All set up .venv by themselves, once, and again when what is installed changes.
 
@@ -9,7 +10,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 MODELS := $(VENV)/.models
 
-.PHONY: quickstart quickstart-short test test-cluster bench bench-page clean
+.PHONY: quickstart quickstart-short test test-cluster format bench bench-page clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/nar-t2i quickstart
@@ -26,6 +27,10 @@ test: $(STAMP) $(MODELS)
 # Slurm's come first: it lets a job that it takes back wait for two minutes, in which others run.
 test-cluster: $(STAMP)
 	$(VENV)/bin/python -m pytest -x -q -n 2 --dist loadfile --no-loadscope-reorder tests/cluster/test_slurm.py tests/cluster
+
+format: $(STAMP)
+	$(VENV)/bin/python -m ruff format --no-cache
+	$(VENV)/bin/python -m ruff check --no-cache --fix
 
 bench: $(STAMP)
 	NAR_T2I_PYTHON=$(VENV)/bin/python benchmarks/all.sh

@@ -123,7 +123,9 @@ class Amused:
     def ours_once(self, state: TokenState, texts: tuple[Condition, Condition]) -> Tensor:
         """The same of our network, in fp32."""
         (states, masks, pooled, _), null = texts
-        both = Condition((torch.cat([*states, *null.states]),), (torch.cat([*masks, *null.masks]),), torch.cat([pooled, null.pooled]))
+        both = Condition(
+            (torch.cat([*states, *null.states]),), (torch.cat([*masks, *null.masks]),), torch.cat([pooled, null.pooled])
+        )
         twice = TokenState(state.values.repeat(2, 1), state.masked.repeat(2, 1))
         return self.network(twice, self.network.prepare(both)).logits
 

@@ -52,7 +52,12 @@ from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.text import BertTextEncoder
 from nar_t2i.types import Condition
 
-THIN = {"channels": [16], "patch": 8, "blocks": 1, "attention": False}  # what the tokenizer says does not matter here, only how much
+THIN = {
+    "channels": [16],
+    "patch": 8,
+    "blocks": 1,
+    "attention": False,
+}  # what the tokenizer says does not matter here, only how much
 CODES = 1024  # two bytes a token, as the recipe's 8,192
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -160,8 +165,14 @@ class Material:
     def bytes_a_sample(self, side: str) -> float:
         """On the disk."""
         shards, tokens, states = ("shards", ".tar"), ("tokens", ".tokens.npy"), ("states", ".safetensors")
-        read = {"webdataset, arrays": [("arrays", ".tar")], "webdataset, states": [("state-arrays", ".tar")], "cached": [tokens],
-                "cached, states": [tokens, states], "encoded anew, states": [tokens], "files": [("files", "")]}.get(side, [shards])  # fmt: skip
+        read = {
+            "webdataset, arrays": [("arrays", ".tar")],
+            "webdataset, states": [("state-arrays", ".tar")],
+            "cached": [tokens],
+            "cached, states": [tokens, states],
+            "encoded anew, states": [tokens],
+            "files": [("files", "")],
+        }.get(side, [shards])
         return sum(path.stat().st_size for folder, end in read for path in (self.folder / folder).glob(f"*{end}")) / self.count
 
     # The sides
@@ -301,7 +312,10 @@ def _agree_closely(name: str, other: str, found: dict[str, Any], expected: dict[
     differing = np.mean([(found[key][1] != expected[key][1]).double().mean().item() for key in found])
     if differing > 1e-3:
         raise UserError(f"{name} gives other tokens than {other}: {differing:.1%} of them")
-    off = max(((found[key][2].float() - expected[key][2].float()).abs().max().item() for key in found if found[key][2] is not None), default=0.0)
+    off = max(
+        ((found[key][2].float() - expected[key][2].float()).abs().max().item() for key in found if found[key][2] is not None),
+        default=0.0,
+    )
     if off > 2e-2:
         raise UserError(f"{name} gives other states than {other}: {off:.3f} apart")
 
@@ -314,7 +328,11 @@ def _rows(batches: Iterator[Samples], count: int) -> Iterator[tuple[str, str, Te
 
 
 def _hash(tensor: Tensor | None) -> str:
-    return "" if tensor is None else hashlib.sha256(tensor.contiguous().numpy().tobytes() + str((tensor.dtype, tensor.shape)).encode()).hexdigest()
+    return (
+        ""
+        if tensor is None
+        else hashlib.sha256(tensor.contiguous().numpy().tobytes() + str((tensor.dtype, tensor.shape)).encode()).hexdigest()
+    )
 
 
 def _first_stream(condition: Condition) -> tuple[Tensor, Tensor]:
@@ -333,7 +351,11 @@ def _together(rows: list[tuple[Any, ...]]) -> tuple[list[str], list[str], list[A
     first = np.stack(members[0])
     # Codes become int64 here, as in our workers, by NumPy: torch takes many times longer.
     first = first.astype(np.int64) if first.dtype == np.uint16 else first
-    return list(keys), list(captions), [torch.from_numpy(first), *(_padded([torch.from_numpy(x) for x in states]) for states in members[1:])]
+    return (
+        list(keys),
+        list(captions),
+        [torch.from_numpy(first), *(_padded([torch.from_numpy(x) for x in states]) for states in members[1:])],
+    )
 
 
 def _collated(rows: list[tuple[str, str, np.ndarray]]) -> Samples:

@@ -49,7 +49,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=positive, default=20, help="warm calls of each part; default: 20")
     parser.add_argument("--twin-repeats", type=whole, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
     parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
-    parser.add_argument("--floors", type=float, nargs=2, metavar=("TFLOPS", "GB_S"), help="measure nothing: print the floors of a GPU with these rates")
+    parser.add_argument(
+        "--floors",
+        type=float,
+        nargs=2,
+        metavar=("TFLOPS", "GB_S"),
+        help="measure nothing: print the floors of a GPU with these rates",
+    )
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/decoding.json")
     parsed = parser.parse_args()
@@ -168,13 +174,19 @@ class Bench:
                     return graphs.decode(inference, network, *self.told(batch), noise, guidance)
 
                 yield known | self.part(f"{name}, from the text", batch, repeats, from_text)
-                yield known | self.part(f"{name}, from the text to the image", batch, repeats, lambda: self.codec.decode(from_text().tokens))
+                yield known | self.part(
+                    f"{name}, from the text to the image", batch, repeats, lambda: self.codec.decode(from_text().tokens)
+                )
 
     def floor(self, name: str, batch: int, network: TokenNetwork) -> dict[str, float]:
-        """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for those that
-        prepare the text, which are read once, and for tables, of which a row is looked up here and there."""
+        """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for
+        those that prepare the text, which are read once, and for tables, of which a row is looked up here and there.
+        """
         model = recipe.load(name).config["model"]["init_args"]
-        sizes, passes = self.sizes(model["network"]), self.spec.length if network.causal else model["inference"]["init_args"]["steps"]
+        sizes, passes = (
+            self.sizes(model["network"]),
+            self.spec.length if network.causal else model["inference"]["init_args"]["steps"],
+        )
         if name not in self._operations:
             self._operations[name] = self.operations(model, network.causal)
         of_text = weight_bytes(network.text, *(block.cross_attention.kv for block in network.blocks))
@@ -185,8 +197,9 @@ class Bench:
         return self.roofline.floor(batch * self._operations[name], moved, self.dtype)
 
     def operations(self, model: dict[str, Any], causal: bool) -> float:
-        """Of one image, counted on a device without memory, where nothing is compiled. Token by token they grow with the square of the
-        length, so that three short sequences tell of one for which counting would take a minute."""
+        """Of one image, counted on a device without memory, where nothing is compiled. Token by token they grow with the square
+        of the length, so that three short sequences tell of one for which counting would take a minute.
+        """
         if not causal:
             return self.counted(model, self.spec)
         short = [self.counted(model, TokenSpec((1, length), self.spec.kind, self.spec.size)) for length in (4, 8, 12)]
@@ -216,7 +229,9 @@ class Bench:
         return self.part("image decoder", batch, repeats, lambda: self.codec.decode(tokens))
 
     def part(self, name: str, batch: int, repeats: int, run: Callable[[], Any]) -> dict[str, Any]:
-        return {"system": name, "batch": batch, "dtype": short(self.dtype)} | self.timed(run, repeats, self.clock.once(run), None, batch)
+        return {"system": name, "batch": batch, "dtype": short(self.dtype)} | self.timed(
+            run, repeats, self.clock.once(run), None, batch
+        )
 
     def timed(self, run: Callable[[], Any], repeats: int, cold: Any, floor: dict[str, float] | None, batch: int) -> dict[str, Any]:
         found = summary(cold, self.clock.warm({"": run}, repeats)[""])

@@ -59,8 +59,17 @@ OF_MACHINES = "the machine is that of the last call; seconds_an_image are of the
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=results.positive, default=167, help="a category, seen and held out; default: 167, 1,002 of each")
-    parser.add_argument("--only", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="ENTRY", help=f"of {'; '.join(ENTRIES)}; default: all")
+    parser.add_argument(
+        "--prompts", type=results.positive, default=167, help="a category, seen and held out; default: 167, 1,002 of each"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(ENTRIES),
+        choices=list(ENTRIES),
+        metavar="ENTRY",
+        help=f"of {'; '.join(ENTRIES)}; default: all",
+    )
     parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out", "further"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
@@ -92,7 +101,9 @@ def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -
     t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
     made_by = {"recipe": how, "prompts": prompts_a_category * len(CATEGORIES), "weights": weights_hash(t2i.network),
                "inference": model["inference"], "guidance": model["guidance"]}  # fmt: skip
-    found: dict[str, Any] = read_json(path) if path.exists() else {"made_by": made_by, "parameters": sum(p.numel() for p in t2i.network.parameters())}
+    found: dict[str, Any] = (
+        read_json(path) if path.exists() else {"made_by": made_by, "parameters": sum(p.numel() for p in t2i.network.parameters())}
+    )
     if found["made_by"] != made_by:
         sys.exit(f"{path}: was made by {found['made_by']}, and this is {made_by}; name another folder with --out, or delete it")
     for which in (which for which in sets if which not in found):
@@ -105,7 +116,9 @@ def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -
             found.setdefault(key, value)  # the time is of the machine that drew the first set
         if which == "seen" and isinstance(t2i.inference, BestOf):
             chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
-            sheet = contact_sheet([Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8)
+            sheet = contact_sheet(
+                [Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8
+            )
             sheet.save(path.with_suffix(".png"))
         found.setdefault("machine", describe_machine())
         write_json(path, found)
@@ -119,9 +132,10 @@ def further(prompts_a_category: int) -> list[ScenePrompt]:
 
 
 def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One an entry. deficit: the accuracy of the first one, or of the twin of as much training, less the entry's, a mean of paired differences with its 95% interval, on
-    seen prompts, further ones among them where both have them, `pairs` in all; to_perfect: Wilson's upper bound of the share of
-    seen prompts that go wrong, further ones among them."""
+    """One an entry. deficit: the accuracy of the first one, or of the twin of as much training, less the entry's, a mean of
+    paired differences with its 95% interval, on seen prompts, further ones among them where both have them, `pairs` in all;
+    to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them.
+    """
     first = next(iter(judged))
     found = []
     for name, entry in judged.items():
@@ -130,16 +144,32 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         seen = np.array(entry["seen"], dtype=float)
         every = [*entry["seen"], *entry.get("further", [])]
         sets = [which for which in ("seen", "further") if which in entry and which in judged[reference_name]]
-        own, other = (np.concatenate([np.array(of[which], dtype=float) for which in sets]) for of in (entry, judged[reference_name]))
+        own, other = (
+            np.concatenate([np.array(of[which], dtype=float) for which in sets]) for of in (entry, judged[reference_name])
+        )
         deficit = paired_interval((other - own)[None])
-        found.append({
-            "entry": name, "compared_with": reference_name, "recipe": entry["made_by"]["recipe"], "parameters": entry["parameters"], "passes": entry["passes"], "rows": entry["rows"],
-            "seen": float(seen.mean()), "seen_interval": wilson(seen.sum(), len(seen)), "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
-            "deficit": deficit.mean, "deficit_low": deficit.low, "deficit_high": deficit.high, "pairs": len(own),
-            "further": float(np.mean(entry["further"])) if "further" in entry else None,
-            "to_perfect": 1 - wilson(sum(every), len(every))[0], "of": len(every), "seconds_an_image": entry["seconds_an_image"],
-            "drawn_on": entry["machine"]["processor"] if "machine" in entry else None,
-        })  # fmt: skip
+        found.append(
+            {
+                "entry": name,
+                "compared_with": reference_name,
+                "recipe": entry["made_by"]["recipe"],
+                "parameters": entry["parameters"],
+                "passes": entry["passes"],
+                "rows": entry["rows"],
+                "seen": float(seen.mean()),
+                "seen_interval": wilson(seen.sum(), len(seen)),
+                "held_out": float(np.mean(entry["held_out"])) if "held_out" in entry else None,
+                "deficit": deficit.mean,
+                "deficit_low": deficit.low,
+                "deficit_high": deficit.high,
+                "pairs": len(own),
+                "further": float(np.mean(entry["further"])) if "further" in entry else None,
+                "to_perfect": 1 - wilson(sum(every), len(every))[0],
+                "of": len(every),
+                "seconds_an_image": entry["seconds_an_image"],
+                "drawn_on": entry["machine"]["processor"] if "machine" in entry else None,
+            }
+        )
     return found
 
 

@@ -52,7 +52,10 @@ def main() -> int:
         x = torch.randn(ROWS, sizes["width"], dtype=torch.bfloat16)
     ways: list[tuple[dict[str, Any], Callable[[], Tensor]]] = [({"kernels": "torch's"}, lambda: chain(x))]
     if device.type == "cuda":
-        ways += [({"kernels": "one a matrix", "outputs": o, "warps": w, "early": e}, lambda o=o, w=w, e=e: fused(chain, x, o, w, e)) for o, w, e in SETTINGS]
+        ways += [
+            ({"kernels": "one a matrix", "outputs": o, "warps": w, "early": e}, lambda o=o, w=w, e=e: fused(chain, x, o, w, e))
+            for o, w, e in SETTINGS
+        ]
     expected = chain.double()(x.double())
     chain.to(torch.bfloat16)
     for told, call in ways:
@@ -93,8 +96,17 @@ def rows(
     found = summary(cold, run.clock.warm({"": replay}, repeats)[""])
     moved = weight_bytes(chain)
     floor = 1000 * moved / run.roofline.copy_rate
-    yield {**told, "rows": ROWS, "matrices": len(chain.layers), "bytes": moved, "differ": differ, **found, "copy_gb_s": run.roofline.copy_rate / 1e9,
-           "memory_floor_ms": floor, "share_of_bandwidth": floor / found["p50_ms"]}  # fmt: skip
+    yield {
+        **told,
+        "rows": ROWS,
+        "matrices": len(chain.layers),
+        "bytes": moved,
+        "differ": differ,
+        **found,
+        "copy_gb_s": run.roofline.copy_rate / 1e9,
+        "memory_floor_ms": floor,
+        "share_of_bandwidth": floor / found["p50_ms"],
+    }
 
 
 def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -116,12 +128,32 @@ def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Ten
     hidden = x
     for number, layer in enumerate(chain.layers):
         first, norm = number % 2 == 0, chain.norms[number // 2]
-        source, block = (x if first else hidden), (outputs if layer.out_features > chain.layers[1].out_features else max(4, outputs // 2))
+        source, block = (
+            (x if first else hidden),
+            (outputs if layer.out_features > chain.layers[1].out_features else max(4, outputs // 2)),
+        )
         made = torch.empty(ROWS, layer.out_features, dtype=x.dtype, device=x.device)
         matvec[(layer.out_features // block,)](
-            source, source.shape[1], layer.weight, layer.bias, norm.weight, norm.bias, x, made, layer.out_features, layer.in_features, ROWS,
-            block, min(1024, layer.in_features), first, number % 6 == 4, not first, early, num_warps=warps, launch_pdl=early,
-        )  # fmt: skip
+            source,
+            source.shape[1],
+            layer.weight,
+            layer.bias,
+            norm.weight,
+            norm.bias,
+            x,
+            made,
+            layer.out_features,
+            layer.in_features,
+            ROWS,
+            block,
+            min(1024, layer.in_features),
+            first,
+            number % 6 == 4,
+            not first,
+            early,
+            num_warps=warps,
+            launch_pdl=early,
+        )
         if first:
             hidden = made
         else:

@@ -1,4 +1,6 @@
-"""A matrix times a few rows as one Triton kernel (see matvec.py). Imported on a CUDA GPU alone: torch for CPUs comes without Triton."""
+"""A matrix times a few rows as one Triton kernel (see matvec.py). Imported on a CUDA GPU alone: torch for CPUs comes without
+Triton.
+"""
 
 import triton
 import triton.language as tl

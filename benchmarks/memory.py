@@ -34,8 +34,14 @@ model:
   init_args:
     tokenizer:
       class_path: nar_t2i.tokenizers.VQGAN
-      init_args: {{image_size: 256, channels: [32, 64], patch: 4, quantizer: {{class_path: nar_t2i.tokenizers.VectorQuantizer, init_args: {{codes: 1024, width: 16}}}}}}
-    text: {{class_path: nar_t2i.text.ScratchTextEncoder, init_args: {{vocabulary: {vocabulary}, width: {width}, depth: 4, heads: 8}}}}
+      init_args:
+        image_size: 256
+        channels: [32, 64]
+        patch: 4
+        quantizer: {{class_path: nar_t2i.tokenizers.VectorQuantizer, init_args: {{codes: 1024, width: 16}}}}
+    text:
+      class_path: nar_t2i.text.ScratchTextEncoder
+      init_args: {{vocabulary: {vocabulary}, width: {width}, depth: 4, heads: 8}}
     network: {{class_path: nar_t2i.networks.EncoderDecoder, init_args: {{width: {width}, depth: {depth}, heads: 16}}}}
     learning: {{class_path: nar_t2i.learning.Masked}}
 data:
@@ -97,7 +103,10 @@ def _side_by_side(lines: dict[Path, list[str]]) -> None:
     """Runs all at once, each with its output in a file: what a process allocates is its own. Ends the program where one fails."""
     # What the doctor measured here on a CPU told DeepSpeed of no GPU.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    running = {log: subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT) for log, line in lines.items()}
+    running = {
+        log: subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log, line in lines.items()
+    }
     failed = [log for log, process in running.items() if process.wait()]
     for log in failed:
         print(log.read_text()[-3000:], file=sys.stderr)

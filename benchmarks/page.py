@@ -21,7 +21,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.report_html import embedded, figure, page, section, table, tag
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 TITLE = "Benchmarks"
 NOTE = (
@@ -62,7 +62,17 @@ def markdown(read: Sequence[Result]) -> str:
     parts = [f"# {TITLE}", "", NOTE, "Plots: [index.html](index.html). This page is made by `make bench-page`."]
     for name, found in read:
         columns = columns_of(found["rows"])
-        parts += ["", f"## {name}", "", "```", found["command"], "```", "", *(f"- {key}: {value}" for key, value in about(found)), ""]
+        parts += [
+            "",
+            f"## {name}",
+            "",
+            "```",
+            found["command"],
+            "```",
+            "",
+            *(f"- {key}: {value}" for key, value in about(found)),
+            "",
+        ]
         parts += [_line(map(shown_name, columns)), "|" + "---|" * len(columns)] if columns else ["No rows."]
         parts += [_line(shown(row.get(column)) for column in columns) for row in found["rows"]]
     return "\n".join(parts) + "\n"
@@ -74,7 +84,9 @@ def html(read: Sequence[Result]) -> str:
         columns = columns_of(found["rows"])
         rows = [[shown(row.get(column)) for column in columns] for row in found["rows"]]
         told = table([], [[key, value] for key, value in about(found)], class_="plain")
-        sections.append(section(name, tag("pre", found["command"]), told, plot(name, found["rows"]), table([*map(shown_name, columns)], rows)))
+        sections.append(
+            section(name, tag("pre", found["command"]), told, plot(name, found["rows"]), table([*map(shown_name, columns)], rows))
+        )
     return page(TITLE, tag("h1", TITLE), tag("p", NOTE), sections)
 
 

@@ -91,14 +91,17 @@ def main() -> int:
         del amused
         free()
     for dtype in size_dtypes if "size" in parsed.systems else ():
-        bench = Bench(run.roofline, parsed.small, False, DTYPES[dtype])
-        for batch in batches:
-            run.add(f"{PARALLEL}, batch {batch}, {dtype}", lambda: bench.decoding(PARALLEL, batch, repeats))
-            run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
-            run.add(f"{LLAMA}, batch {batch}, {dtype}", lambda: Llama(bench).rows(batch, parsed.twin_repeats))
-        del bench
+        add_sizes(run, Bench(run.roofline, parsed.small, False, DTYPES[dtype]), batches, dtype, repeats, parsed.twin_repeats)
         free()
     return run.finish()
+
+
+def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:
+    """The networks of the 346M recipe's size: in parallel, its twin, and a Llama."""
+    for batch in batches:
+        run.add(f"{PARALLEL}, batch {batch}, {dtype}", lambda: bench.decoding(PARALLEL, batch, repeats))
+        run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, twin_repeats))
+        run.add(f"{LLAMA}, batch {batch}, {dtype}", lambda: Llama(bench).rows(batch, twin_repeats))
 
 
 class Run(timing.Run):
@@ -111,6 +114,7 @@ class Run(timing.Run):
 
     def faster(self, row: dict[str, Any]) -> dict[str, float]:
         """How many times faster a row is than the peer's, and than itself in fp32."""
+
         def found(**same: Any) -> dict[str, Any] | None:
             keys = {key: row.get(key) for key in ("system", "geometry", "batch", "dtype", "launched")} | same
             return next((other for other in self.rows if all(other.get(key) == value for key, value in keys.items())), None)
@@ -179,7 +183,13 @@ class Pair:
         with compiled([amused.unet]):
             cold = self.clock.once(lambda: amused.theirs(self.texts))
             differ |= self.logits()
-            row = {"system": THEIRS, **self.known, "launched": "compiled", "parameters": sum(p.numel() for p in amused.unet.parameters()), **differ}
+            row = {
+                "system": THEIRS,
+                **self.known,
+                "launched": "compiled",
+                "parameters": sum(p.numel() for p in amused.unet.parameters()),
+                **differ,
+            }
             return row | self.timed(lambda: amused.theirs(self.texts), repeats, cold, self.floor(), self.batch)
 
     def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
@@ -222,7 +232,9 @@ class Pair:
                 network = UVit(**amused.network._described_args).to(self.dtype)
             condition, null = (texts.map(lambda x: x.to(meta)) for texts in amused.texts(1))
             with operation_counter() as counter:
-                amused.inference.decode(network, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), amused.guidance)
+                amused.inference.decode(
+                    network, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), amused.guidance
+                )
             OPERATIONS[self.geometry] = counter.get_total_flops()
         moved = STEPS * weight_bytes(amused.network)
         return self.run.roofline.floor(self.batch * OPERATIONS[self.geometry], moved, self.dtype)

@@ -99,12 +99,18 @@ def _row(count: int, strategy: str, each: list[dict[str, Any]], precision: str) 
     estimate = held(trained, count, STAGES[strategy], half)
     model = payload(total, count, strategy, half)
     return {
-        "ranks": count, "strategy": strategy, "parameters": total, "step_ms": 1000 * min(max(times) for times in zip(*(one["seconds"] for one in each), strict=True)),
+        "ranks": count,
+        "strategy": strategy,
+        "parameters": total,
+        "step_ms": 1000 * min(max(times) for times in zip(*(one["seconds"] for one in each), strict=True)),
         **{f"{name}_bytes": max(one["payload"].get(name, 0) for one in each) for name in RING},
-        "sent_bytes": mean(one["sent"] for one in each), "model_sent_bytes": wire(model, count, GLOO),
+        "sent_bytes": mean(one["sent"] for one in each),
+        "model_sent_bytes": wire(model, count, GLOO),
         **{f"{name}_bytes": max(one[name] for one in each) for name in ("weights", "optimizer", "average")},
-        "doctor_weights_bytes": estimate.weights, "doctor_optimizer_bytes": estimate.optimizer, "doctor_average_bytes": estimate.average,
-    }  # fmt: skip
+        "doctor_weights_bytes": estimate.weights,
+        "doctor_optimizer_bytes": estimate.optimizer,
+        "doctor_average_bytes": estimate.average,
+    }
 
 
 def check(name: str, losses: list[float], expected: list[float], other: str) -> None:
@@ -219,7 +225,9 @@ def forward_operations(network: dict[str, Any], passes: float, tokens: int, code
     block = self_attention + cross_attention + 16 * tokens * width**2  # and the MLP
     head = 2 * (2 / math.pi) * tokens * width * codes
     prepared = depth * 4 * words * width**2 + 2 * words * hidden * width  # keys and values; the projection of the states
-    text = bert["num_hidden_layers"] * (8 * words * hidden**2 + 4 * words**2 * hidden + 4 * words * hidden * bert["intermediate_size"])
+    text = bert["num_hidden_layers"] * (
+        8 * words * hidden**2 + 4 * words**2 * hidden + 4 * words * hidden * bert["intermediate_size"]
+    )
     return passes * (depth * block + head) + prepared + text
 
 
@@ -253,19 +261,20 @@ def tables() -> str:
     bert = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
     operations = forward_operations(network, 2, 1024, 8192, 34, bert)
     lines = [
-        f"{3 * operations / 1e12:.2f} TFLOP an image, {PARAMETERS / 1e6:.0f}M parameters, {images} images a step:", "",
-        "| GPUs | strategy | images a GPU | work, ms | a GPU sends, GB | that takes, ms | efficiency without overlap | with overlap |",
+        f"{3 * operations / 1e12:.2f} TFLOP an image, {PARAMETERS / 1e6:.0f}M parameters, {images} images a step:",
+        "",
+        "| GPUs | strategy | images a GPU | work, ms | a GPU sends, GB | that takes, ms | efficiency without overlap | with "
+        "overlap |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for gpus in (8, 16, 32, 64):
         for strategy in STAGES:
             row = predict(gpus, strategy, PARAMETERS, operations, images)
             lines.append(
-                f"| {gpus} | {strategy} | {row['images a GPU']} | {row['work_ms']:.0f} | {row['sent_gb']:.2f} | {row['exchange_ms']:.0f} "
-                f"| {row['without overlap']:.2f} | {row['with overlap']:.2f} |"
+                f"| {gpus} | {strategy} | {row['images a GPU']} | {row['work_ms']:.0f} | {row['sent_gb']:.2f} | "
+                f"{row['exchange_ms']:.0f} | {row['without overlap']:.2f} | {row['with overlap']:.2f} |"
             )
     return "\n".join(lines) + "\n"
-
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the distance over scene features sees, and what it does not: 1,000 pictures, spoilt in one way or another, to 1,000 real scenes.
+"""What the distance over scene features sees, and what it does not: 1,000 pictures, spoilt in one way or another, to 1,000 real
+scenes.
 
-    python benchmarks/scene_frechet.py        # the table of docs/evaluation.md: a minute of one core
+python benchmarks/scene_frechet.py        # the table of docs/evaluation.md: a minute of one core
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def spoilt(images: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "other real scenes, through the shipped model's tokenizer and back", decoded(tokens)
     yield "scenes with combinations that are held out of training, too", scenes(1, "all")
     for radius in (0.5, 1, 2):
-        rows = [np.asarray(Image.fromarray(row).filter(ImageFilter.GaussianBlur(radius))) for row in images.permute(0, 2, 3, 1).numpy()]
+        rows = [
+            np.asarray(Image.fromarray(row).filter(ImageFilter.GaussianBlur(radius))) for row in images.permute(0, 2, 3, 1).numpy()
+        ]
         yield f"blurred by a Gaussian of {radius} px", torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
     noise = torch.randn(images.shape, generator=draw)
     for strength in (5, 15, 30):

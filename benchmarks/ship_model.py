@@ -3,9 +3,9 @@
     python benchmarks/ship_model.py runs/shipped/deeper/model
 
 Stores the weights in half precision under nar_t2i/assets/model, set to decode as recipes/shipped/deeper.yaml says, four
-candidates of each picture of which the likeliest is kept (benchmarks/rerank.py). Scores that very folder on all committed prompts, with one candidate, and writes
-metrics.json there and, with a sheet of 64 prompts as it draws them by default, under docs/results/shipped. `--sheet` alone
-draws the sheet again.
+candidates of each picture of which the likeliest is kept (benchmarks/rerank.py). Scores that very folder on all committed
+prompts, with one candidate, and writes metrics.json there and, with a sheet of 64 prompts as it draws them by default, under
+docs/results/shipped. `--sheet` alone draws the sheet again.
 """
 
 from __future__ import annotations

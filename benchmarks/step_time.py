@@ -56,7 +56,9 @@ class Span(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--micro-batch", type=results.positive, help="images a step; default: about as many as fit, or 8 with --small")
+    parser.add_argument(
+        "--micro-batch", type=results.positive, help="images a step; default: about as many as fit, or 8 with --small"
+    )
     parser.add_argument("--steps", type=results.positive, default=3, help="that are looked at; default: 3")
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out: there is no C++ compiler, or to compare")
     parser.add_argument("--out", default=str(results.FOLDER / "step-time.json"))
@@ -80,17 +82,31 @@ def main() -> int:
             size = max(1, size * 3 // 4)
             watch = watched(bench, means, size)
     rows = table(watch.kernels, watch.waits, 1e6 * watch.seconds, parsed.steps)
-    results.write(parsed.out, rows, recipe="emage/346m-256" + ", in small" * parsed.small, micro_batch=size, compile=means["compile"],
-                  step_ms=1000 * watch.seconds / parsed.steps)  # fmt: skip
+    results.write(
+        parsed.out,
+        rows,
+        recipe="emage/346m-256" + ", in small" * parsed.small,
+        micro_batch=size,
+        compile=means["compile"],
+        step_ms=1000 * watch.seconds / parsed.steps,
+    )
     for row in rows:
-        print(f"{row['ms']:9.2f} ms {row['share']:7.1%} {row['calls']:9.1f}  {row['part']}{'  ' + row['kernel'] if 'kernel' in row else ''}")
+        print(
+            f"{row['ms']:9.2f} ms {row['share']:7.1%} {row['calls']:9.1f}  "
+            f"{row['part']}{'  ' + row['kernel'] if 'kernel' in row else ''}"
+        )
     return 0
 
 
 def watched(bench: Bench, means: dict[str, Any], size: int) -> Watch:
     watch = Watch(bench.steps)
-    trainer(bench.folder, [Guard(GuardConfig()), watch], max_steps=WARM_UP + bench.steps, precision=means["precision"],
-            accelerator=bench.device.type).fit(bench.module(means), datamodule=RandomCodes(bench.codec, size, bench.device))  # fmt: skip
+    trainer(
+        bench.folder,
+        [Guard(GuardConfig()), watch],
+        max_steps=WARM_UP + bench.steps,
+        precision=means["precision"],
+        accelerator=bench.device.type,
+    ).fit(bench.module(means), datamodule=RandomCodes(bench.codec, size, bench.device))
     return watch
 
 
@@ -100,7 +116,9 @@ def likely_to_fit(device: torch.device) -> int:
 
 
 class Watch(Callback):
-    """Profiles `steps` steps after the warm-up. kernels: what the device ran. waits: of the host for it. seconds: of all the steps."""
+    """Profiles `steps` steps after the warm-up. kernels: what the device ran. waits: of the host for it. seconds: of all the
+    steps.
+    """
 
     def __init__(self, steps: int):
         self.steps = steps

@@ -24,7 +24,9 @@ class Collectives(TorchDispatchMode):
         self.payload: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function.namespace == "c10d" and (tensors := list(_tensors(args))):
             name = function.overloadpacket.__name__.strip("_").replace("_base", "").replace("coalesced", "").strip("_")
             # Gathers and scatters are given the whole and the part; both may be lists.

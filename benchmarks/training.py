@@ -6,9 +6,10 @@
 In small it shows that all rows run and agree; what the means bring on a GPU cannot be read off it.
 
 The recipe's network, text encoder (trained along, on captions of 32 words), learning strategy and optimizer take real steps
-under the trainer, with the average of the weights and the guard of a run, on cached codes; weights, codes and captions are random. Leave one out: the first row has every means, each
-row below it all but one, and one none; on a GPU one has CUDA graphs as well. The rows stand at a third of the largest micro-batch
-that fits into memory, so that those that need more fit too, and one more row has every means at the largest.
+under the trainer, with the average of the weights and the guard of a run, on cached codes; weights, codes and captions are
+random. Leave one out: the first row has every means, each row below it all but one, and one none; on a GPU one has CUDA graphs
+as well. The rows stand at a third of the largest micro-batch that fits into memory, so that those that need more fit too, and
+one more row has every means at the largest.
 
 Work is what is needed: three times the operations of a forward pass whose head reads hidden slots alone. A row whose head reads
 all of them gets no credit for it. Utilisation is of the rate of a large matrix product in the row's own precision, measured in
@@ -60,7 +61,9 @@ TOLERANCE = 0.25  # of what the loss falls by in these steps
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--micro-batch", type=results.positive, help="images a step; default: a third of the largest, or 8 with --small")
+    parser.add_argument(
+        "--micro-batch", type=results.positive, help="images a step; default: a third of the largest, or 8 with --small"
+    )
     parser.add_argument("--steps", type=results.positive, help="that are timed, in fp32 on a GPU a third of them; default: 10")
     parser.add_argument("--rounds", type=results.positive, default=1, help="how often all rows are measured in turn; default: 1")
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out of all rows: there is no C++ compiler")
@@ -82,7 +85,14 @@ def main() -> int:
                 "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
                 "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
         chosen = variants(device.type == "cuda", not parsed.no_compile)
-        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, lambda rows, left_out: results.write(parsed.out, rows, left_out=left_out, **told))
+        rows = bench.compare(
+            chosen,
+            size,
+            largest,
+            parsed.rounds,
+            deadline,
+            lambda rows, left_out: results.write(parsed.out, rows, left_out=left_out, **told),
+        )
     for row in rows:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
     return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
@@ -93,7 +103,9 @@ NOTHING = {"masked_head": False, "fused": False, "compile": None, "precision": "
 
 
 def variants(cuda: bool, compiles: bool) -> dict[str, dict[str, Any]]:
-    """Each row's means by its name, those first that tell most; graphs last, which take a minute to compile. On a CPU there are none."""
+    """Each row's means by its name, those first that tell most; graphs last, which take a minute to compile. On a CPU there are
+    none.
+    """
     everything = EVERYTHING if compiles else EVERYTHING | {"compile": None}
     return {
         "everything": everything,
@@ -115,12 +127,22 @@ class Bench:
 
     def module(self, means: dict[str, Any]) -> GeneratorModule:
         with self.device:  # where random weights are made quickly
-            return random_generator(self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")})
+            return random_generator(
+                self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")}
+            )
 
     def compare(
-        self, chosen: dict[str, dict[str, Any]], size: int, largest: int | None, rounds: int, deadline: float, save: Callable[[Any, list[str]], None]
+        self,
+        chosen: dict[str, dict[str, Any]],
+        size: int,
+        largest: int | None,
+        rounds: int,
+        deadline: float,
+        save: Callable[[Any, list[str]], None],
     ) -> list[dict[str, Any]]:
-        """A row a variant: medians over the rounds. save: is given the rows so far, and the names of those that are not there. UserError where losses differ."""
+        """A row a variant: medians over the rounds. save: is given the rows so far, and the names of those that are not there.
+        UserError where losses differ.
+        """
         found: dict[str, list[dict[str, Any]]] = {}
         first: list[float] = []
         at_largest: list[dict[str, Any]] = []
@@ -129,7 +151,9 @@ class Bench:
             return [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
 
         def missing() -> list[str]:
-            return [name for name in chosen if name not in found] + ["everything, largest micro-batch"] * (largest is not None and not at_largest)
+            return [name for name in chosen if name not in found] + ["everything, largest micro-batch"] * (
+                largest is not None and not at_largest
+            )
 
         for name, means in [*chosen.items()] * rounds:
             if time.monotonic() > deadline:
@@ -169,8 +193,13 @@ class Bench:
 
     def fit(self, size: int, means: dict[str, Any], steps: int) -> Clock:
         clock = Clock(steps)
-        trainer(self.folder, [Guard(GuardConfig()), clock], max_steps=WARM_UP + steps, precision=means["precision"],
-                accelerator=self.device.type).fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))  # fmt: skip
+        trainer(
+            self.folder,
+            [Guard(GuardConfig()), clock],
+            max_steps=WARM_UP + steps,
+            precision=means["precision"],
+            accelerator=self.device.type,
+        ).fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))
         return clock
 
     def largest(self) -> int:
@@ -346,7 +375,9 @@ def random_generator(
     text = {**told["text"]["init_args"], "folder": bert, "pretrained": False}
 
     def made(spec: Any, widths: Any) -> TokenNetwork:
-        return build({"class_path": told["network"]["class_path"], "init_args": arguments | {"spec": spec, "text_widths": tuple(widths)}})
+        return build(
+            {"class_path": told["network"]["class_path"], "init_args": arguments | {"spec": spec, "text_widths": tuple(widths)}}
+        )
 
     module = GeneratorModule(
         codec, BertTextEncoder(**text), made, learning if masked_head else HeadAtAllSlots(learning),

@@ -37,7 +37,9 @@ TOP_P, FINAL_TEMPERATURES = (1.0, 0.95, 0.9), (None, 0.1, 0.3)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER[:RECIPE]", help="RECIPE: to decode by, where it is not by the model's own")
+    parser.add_argument(
+        "models", nargs="+", metavar="NAME=FOLDER[:RECIPE]", help="RECIPE: to decode by, where it is not by the model's own"
+    )
     parser.add_argument("--trials", type=positive, default=12)
     parser.add_argument("--prompts", type=positive, default=40, help="a category; default: 40")
     parser.add_argument("--out", default="docs/results/ablations/tuning.json")
@@ -61,7 +63,13 @@ def main() -> int:
             possible = {key: value for key, value in settings.items() if key in first._described_args}
             t2i.inference, t2i.guidance = changed(first, **possible), Guidance(**guidance)
             drawn = draw_prompts(
-                t2i, prompts, batch_size=32, bf16=fast_precision() != "32-true", workers=usable_cores(), seed=10**6, name=f"{name} {trial}"
+                t2i,
+                prompts,
+                batch_size=32,
+                bf16=fast_precision() != "32-true",
+                workers=usable_cores(),
+                seed=10**6,
+                name=f"{name} {trial}",
             )
             passed = verdicts(drawn.images, prompts, usable_cores())
             trials.append({**possible, "guidance": guidance, "accuracy": sum(passed) / len(passed), "passes": drawn.passes})
@@ -80,9 +88,12 @@ def draw_settings(trial: int) -> tuple[dict[str, Any], dict[str, Any]]:
     draw = random.Random(trial)
     guidance = {"scale": draw.choice(SCALES), "ramp": draw.choice(RAMPS)}
     settings = {
-        "temperature": draw.choice(TEMPERATURES), "top_k": draw.choice(TOP_K), "choice_temperature": draw.choice(CHOICE_TEMPERATURES),
-        "top_p": draw.choice(TOP_P), "final_temperature": draw.choice(FINAL_TEMPERATURES),
-    }  # fmt: skip
+        "temperature": draw.choice(TEMPERATURES),
+        "top_k": draw.choice(TOP_K),
+        "choice_temperature": draw.choice(CHOICE_TEMPERATURES),
+        "top_p": draw.choice(TOP_P),
+        "final_temperature": draw.choice(FINAL_TEMPERATURES),
+    }
     return settings, guidance
 
 

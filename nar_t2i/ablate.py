@@ -7,8 +7,9 @@
 
 A recipe that only decodes otherwise (its run_dir is another recipe's) is judged on that one's run, which is trained if it
 was not yet. Everything that is finished is kept, with the settings that it was made by: the same command goes on after an
-interruption, and another one that would mix settings is refused. An entry that fails is named, and the others are done. Strategies that make several forward passes a step take
-that many times fewer steps, unless --equal steps is given. Every run trains on one device.
+interruption, and another one that would mix settings is refused. An entry that fails is named, and the others are done.
+Strategies that make several forward passes a step take that many times fewer steps, unless --equal steps is given. Every run
+trains on one device.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def apart(entries: Sequence[Entry]) -> list[list[Entry]]:
     groups: list[tuple[set[str], list[int]]] = []  # runs that a group's entries are of, or name; the entries' numbers
     for number, entry in enumerate(entries):
         named = {os.path.normpath(value) for value in flat(entry.config).values() if isinstance(value, str) and "/" in value}
-        runs = {str(other.run) for other in entries if any(f"{name}/".startswith(f"{other.run}/") for name in named)} | {str(entry.run)}
+        runs = {str(other.run) for other in entries if any(f"{name}/".startswith(f"{other.run}/") for name in named)} | {
+            str(entry.run)
+        }
         members = [number]
         for group in [group for group in groups if group[0] & runs]:
             groups.remove(group)

@@ -98,8 +98,8 @@ def leave(status: int) -> NoReturn:
     """End the process once all that is registered to happen then has happened, without taking Python apart.
 
     A thread of gloo, NCCL or a loader that asks for Python's lock while that is being done aborts a process that had
-    finished well: about one of some hundred ranks was seen to end with SIGABRT. A loader's workers, which heed no signal and may wait for
-    a file system for ever, are ended first.
+    finished well: about one of some hundred ranks was seen to end with SIGABRT. A loader's workers, which heed no signal and
+    may wait for a file system for ever, are ended first.
     """
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -123,13 +123,17 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw pictures from prompts")
     generate.add_argument("--model", metavar="FOLDER", help="a model folder (default: the small model in the package)")
-    generate.add_argument("--recipe", metavar="NAME", help="draw as a recipe says, such as inference/halton (default: as the model does)")
+    generate.add_argument(
+        "--recipe", metavar="NAME", help="draw as a recipe says, such as inference/halton (default: as the model does)"
+    )
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generate.add_argument("--prompts", metavar="FILE", help="a file with one prompt a line, or JSON lines with a `prompt`")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     _add_decoding(generate)
     generate.add_argument("--temperature", type=float, help="of the draws (default: the model's own)")
-    generate.add_argument("--out", default="generated", metavar="DIR", help="where pictures go (default: generated); what is there is not drawn again")
+    generate.add_argument(
+        "--out", default="generated", metavar="DIR", help="where pictures go (default: generated); what is there is not drawn again"
+    )
     generate.add_argument("--image", metavar="FILE", help="a picture to edit: its middle square")
     generate.add_argument("--mask", metavar="FILE", help="light where --image is drawn anew (default: where it is transparent)")
     generate.add_argument("--variation", type=float, metavar="SHARE", help="draw a share of --image anew, anywhere: 0 to 1")
@@ -138,10 +142,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a model")
     _add_model(evaluate)
-    evaluate.add_argument("--metrics", metavar="LIST", help="comma-separated: scene_accuracy (default), fid, kid, precision_recall, "
-                          "clip_score, cmmd, scene_frechet")  # fmt: skip
+    evaluate.add_argument(
+        "--metrics",
+        metavar="LIST",
+        help="comma-separated: scene_accuracy (default), fid, kid, precision_recall, clip_score, cmmd, scene_frechet",
+    )
     evaluate.add_argument("--protocol", metavar="NAME", help="a recipe of recipes/evaluation, such as coco-30k, or a file")
-    evaluate.add_argument("--data", metavar="DATA", help="captions and real pictures: shards, a recipe's validation data, or 'scenes'")
+    evaluate.add_argument(
+        "--data", metavar="DATA", help="captions and real pictures: shards, a recipe's validation data, or 'scenes'"
+    )
     evaluate.add_argument("--count", type=int, metavar="N", help="samples of --data (default: all)")
     evaluate.add_argument("--inception", metavar="FILE", help="TorchScript: images to features, for fid, kid, precision_recall")
     evaluate.add_argument("--clip", metavar="FOLDER", help="a CLIPModel of transformers, for clip_score and cmmd")
@@ -260,5 +269,3 @@ def _message(error: UserError) -> str:
     if "Original Traceback" in text:
         text = text.rpartition("UserError: ")[2]
     return " ".join(text.split())
-
-

@@ -48,7 +48,11 @@ def read_edit(image: str | Path, mask: str | Path | None, size: int) -> Edit:
         raise UserError(f"--mask {mask}: {_size(redraw)} pixels, but {image} has {_size(pixels)}")
     fitted = _scaled(redraw, size, Image.Resampling.BOX) > 0  # whatever holds any of it; Lanczos would ring
     if not fitted.any():
-        where = " within the middle square" if redraw.any() else f": what is below {OPAQUE} of 255 is kept, and its lightest is {lightest}"
+        where = (
+            " within the middle square"
+            if redraw.any()
+            else f": what is below {OPAQUE} of 255 is kept, and its lightest is {lightest}"
+        )
         raise UserError(f"--image {image}: the mask leaves nothing to be drawn anew{where}")
     return Edit(torch.tensor(_fit_kept(pixels, ~redraw, size)).permute(2, 0, 1), torch.from_numpy(fitted))
 

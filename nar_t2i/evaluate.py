@@ -66,7 +66,9 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
             raise UserError(f"--{given[0]}: is fixed by the protocol {arguments.protocol}; leave one of them out")
         protocol = read_protocol(arguments.protocol)
     else:
-        metrics, accuracy = chosen_metrics(["scene_accuracy"] if arguments.metrics is None else [name.strip() for name in arguments.metrics.split(",")])
+        metrics, accuracy = chosen_metrics(
+            ["scene_accuracy"] if arguments.metrics is None else [name.strip() for name in arguments.metrics.split(",")]
+        )
         protocol = Protocol(None, metrics, accuracy, arguments.count, arguments.seed or 0)
     for metric in protocol.metrics:
         if metric.features in NEEDS and getattr(arguments, metric.features) is None:
@@ -152,7 +154,9 @@ class Evaluation:
                 if self.real is not None:
                     self._work("real", self.real, lambda samples: self._real_piece(samples, t2i.tokenizer.image_size))
             for name, prompts in self.prompts.items():
-                self._work(f"{model.name}-scenes-{name}", prompts, lambda samples: self._scene_piece(draw, prompts, samples, model.name))
+                self._work(
+                    f"{model.name}-scenes-{name}", prompts, lambda samples: self._scene_piece(draw, prompts, samples, model.name)
+                )
             if self.drawn is not None:
                 self._work(f"{model.name}-captions", self.drawn, lambda samples: self._caption_piece(draw, samples, model.name))
 
@@ -294,7 +298,9 @@ class Evaluation:
         told: dict[str, Any] = {"name": protocol.name, "seed": protocol.seed}
         if self.drawn is not None:
             told["data"] = self.drawn.identity()
-            told["real"] = {"which": protocol.reference, "resize": RESIZE, "pixels": self.image_size} if self.real is not None else None
+            told["real"] = (
+                {"which": protocol.reference, "resize": RESIZE, "pixels": self.image_size} if self.real is not None else None
+            )
             told["features"] = {features.name: features.protocol for features in self.features}
         if self.arguments.prompts or self.arguments.per_category:
             told["scene_prompts"] = {name: text_hash(repr(prompts)) for name, prompts in self.prompts.items()}
@@ -317,7 +323,9 @@ def _scene_prompts(arguments: argparse.Namespace) -> dict[str, list[ScenePrompt]
     if arguments.prompts:
         name = Path(arguments.prompts).stem
         if name == SHUFFLED:
-            raise UserError(f"--prompts {arguments.prompts}: {SHUFFLED} is what the control is called in the results; name the file otherwise")
+            raise UserError(
+                f"--prompts {arguments.prompts}: {SHUFFLED} is what the control is called in the results; name the file otherwise"
+            )
         sets = {name: load(arguments.prompts)}
     else:
         sets = {"seen": committed("seen"), "held_out": committed("held_out")}

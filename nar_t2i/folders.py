@@ -165,8 +165,9 @@ def _find_assets(config: Any, folder: Path, trusted: tuple[str, ...]) -> None:
 
 
 def folder_hash(folder: Path) -> str:
-    """sha256 of the files of a model, or of a part, by their names in its folder; of a model those of its parts and its configuration,
-    since pictures may lie beside them."""
+    """sha256 of the files of a model, or of a part, by their names in its folder; of a model those of its parts and its
+    configuration, since pictures may lie beside them.
+    """
     parts = [folder] if (folder / WEIGHTS).is_file() else [config.parent for config in folder.glob(f"*/{CONFIG}")]
     files = sorted({folder / CONFIG, *(file for part in parts for file in part.rglob("*") if file.is_file())})
     return text_hash("\n".join(f"{file.relative_to(folder)} {file_hash(file)}" for file in files))

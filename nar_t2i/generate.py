@@ -88,7 +88,10 @@ def main(arguments: argparse.Namespace) -> int:
     with _writing(out):
         save_whole(contact_sheet([picture.open() for picture in pictures], prompts), out / "sheet.png")
     if t2i.text.truncated:
-        print(f"nar-t2i: {t2i.text.truncated} of the texts are longer than this model reads; their ends were left out", file=sys.stderr)
+        print(
+            f"nar-t2i: {t2i.text.truncated} of the texts are longer than this model reads; their ends were left out",
+            file=sys.stderr,
+        )
     before = f" ({len(pictures) - len(missing)} of them drawn before)" if len(missing) < len(pictures) else ""
     print(f"{len(pictures)} pictures in {out}{before}, all of them on {out / 'sheet.png'}")
     return 0

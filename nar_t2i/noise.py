@@ -109,8 +109,8 @@ class SlotNoise:
     """Noise at chosen slots: what a slot draws does not depend on which other slots were read.
 
     rows, positions: (R,) the image and the place of each slot, where slots were chosen by booleans; else None, and (B, M). How many
-    there are is read from the device, for which a GPU's host waits: so it is read once, here, before the network's work is queued, and
-    whoever needs them again asks this. places: in the flattened (B, N), (R,), where slots were chosen by booleans.
+    there are is read from the device, for which a GPU's host waits: so it is read once, here, before the network's work is
+    queued, and whoever needs them again asks this. places: in the flattened (B, N), (R,), where slots were chosen by booleans.
     """
 
     def __init__(self, noise: Noise, step: int | Tensor, positions: Tensor):

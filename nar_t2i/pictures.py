@@ -29,8 +29,9 @@ def save_whole(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 class Picture(NamedTuple):
-    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and no picture is
-    overwritten by another."""
+    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and no
+    picture is overwritten by another.
+    """
 
     path: Path
     drawn_from: dict[str, Any]
@@ -48,7 +49,11 @@ class Picture(NamedTuple):
         same = isinstance(there, dict)
         differing = [key for key, value in json.loads(json.dumps(self.drawn_from)).items() if not same or there.get(key) != value]
         if differing:
-            what = f"was drawn by another {differing[0].replace('_', ' ')}" if same else "was not drawn by this command, or is not whole"
+            what = (
+                f"was drawn by another {differing[0].replace('_', ' ')}"
+                if same
+                else "was not drawn by this command, or is not whole"
+            )
             raise UserError(f"--out {self.path.parent}: {self.path.name} is there, and {what}; name another folder, or delete it")
         return film == "none" or film_path(self.path, film).exists()
 

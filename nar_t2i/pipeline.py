@@ -1,8 +1,8 @@
 """TextToImage: prompts in, images out; saved to and loaded from one folder.
 
-    model/
-      config.json   format version, inference strategy, guidance
-      tokenizer/ text/ null/ network/   a part folder each (nar_t2i.folders)
+model/
+  config.json   format version, inference strategy, guidance
+  tokenizer/ text/ null/ network/   a part folder each (nar_t2i.folders)
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class TextToImage:
         told_otherwise(folder)
         config = read_json(folder / "config.json")
         if isinstance(config, dict) and "class_path" in config:
-            raise UserError(f"{folder}: a {str(config['class_path']).rpartition('.')[2]} alone, which draws no pictures; name a generator's model")
+            raise UserError(
+                f"{folder}: a {str(config['class_path']).rpartition('.')[2]} alone, which draws no pictures; name a "
+                "generator's model"
+            )
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{folder / 'config.json'}: not a pipeline of format {FORMAT}")
         parts = {name: load_part(folder / name, trusted) for name in PARTS}
@@ -159,8 +162,8 @@ class TextToImage:
         batch_size: images that are decoded at once. candidates: images to draw of each prompt, of which the one stays that
         the network finds likeliest (BestOf); None keeps the pipeline's.
 
-        Images come in the order of the prompts. Raises UserError where lengths differ, this strategy has no such setting, or a seed is
-        no 64-bit integer.
+        Images come in the order of the prompts. Raises UserError where lengths differ, this strategy has no such setting, or a
+        seed is no 64-bit integer.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:

@@ -222,9 +222,7 @@ class Quickstart:
         from nar_t2i.evaluation.scene_accuracy import verdicts
 
         title = f"{model}, {which}"
-        result, images = evaluate_prompts(
-            t2i, prompts, steps=16, batch_size=32, bf16=self._bf16, workers=self.workers, name=title
-        )
+        result, images = evaluate_prompts(t2i, prompts, steps=16, batch_size=32, bf16=self._bf16, workers=self.workers, name=title)
         shown = {id(prompt) for prompt in take(prompts, PICTURES // 6)}
         folder = self.folder / "evaluation/samples"
         folder.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def _read(path: Path, chain: tuple[Path, ...], config: dict[str, Any], sources: 
     that extends it merges again: a second recipe on the same base is a difference, too, and does not undo the first one's."""
     identity = path.resolve()
     if identity in chain:
-        circle = [*chain[chain.index(identity):], identity]
+        circle = [*chain[chain.index(identity) :], identity]
         raise UserError(f"{path}: key extends: circular: {' → '.join(p.name for p in circle)}")
     if chain and any(identity == other.resolve() for other in seen):
         return

@@ -41,7 +41,9 @@ class TruncatedGaussian:
         if not (0 <= self.low < self.high <= 1 and self.deviation > 0):
             raise UserError(f"{self}: needs 0 <= low < high <= 1 and a deviation above 0")
         if not self.low - 7 * self.deviation <= self.mean <= self.high + 7 * self.deviation:
-            raise UserError(f"{self}: the mean lies more than 7 deviations outside, where next to nothing of the distribution is left")
+            raise UserError(
+                f"{self}: the mean lies more than 7 deviations outside, where next to nothing of the distribution is left"
+            )
 
     def ratio(self, t: Tensor) -> Tensor:
         """The inverse of the distribution function at 1 − t, in double precision."""

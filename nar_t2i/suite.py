@@ -76,7 +76,9 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     }  # fmt: skip
     group.on_first(lambda: _settle(work / "settings.json", settings, out))
     t2i = group.together(lambda: TextToImage.from_pretrained(model.folder)).to(group.device)
-    missing = group.agreed([n for n in range(len(items)) if not all((out / f).exists() for f in (*files[n], *suite.texts(items[n])))])
+    missing = group.agreed(
+        [n for n in range(len(items)) if not all((out / f).exists() for f in (*files[n], *suite.texts(items[n])))]
+    )
     mine = missing[group.rank :: group.world]
     at_once = max(1, arguments.batch_size // pictures)
 
@@ -105,7 +107,9 @@ def _settle(path: Path, settings: dict[str, Any], out: Path) -> None:
     elif path.exists():
         check_same(path, settings)
     else:
-        raise UserError(f"{out}: holds files, and nothing says what drew them, since {path} is missing; name another folder with --out")
+        raise UserError(
+            f"{out}: holds files, and nothing says what drew them, since {path} is missing; name another folder with --out"
+        )
 
 
 def _write(suite: Suite, out: Path, work: Path, item: Item, files: dict[str, list[int]], images: Sequence[Image.Image]) -> None:

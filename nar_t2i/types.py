@@ -294,10 +294,9 @@ class Term(NamedTuple):
 class LearningStrategy(nn.Module):
     """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
 
-    passes: forward passes of the network in a training step, by which ablations equalise cost; one without a gradient counts a third.
-    draws: whether the network that it teaches draws pictures; a critic does not.
-    causal: whether it teaches causal networks, or all others.
-    reads_errors: whether it needs `TokenBatch.error`.
+    passes: forward passes of the network in a training step, by which ablations equalise cost; one without a gradient counts a
+    third. draws: whether the network that it teaches draws pictures; a critic does not. causal: whether it teaches causal
+    networks, or all others. reads_errors: whether it needs `TokenBatch.error`.
     """
 
     passes: float = 1

@@ -22,8 +22,13 @@ class Model(LightningModule):
     """interrupt_at: press Ctrl-C during that batch. secret: what a checkpoint's hyperparameters must not bring back."""
 
     def __init__(
-        self, network: nn.Module, optimizer: OptimizerConfig = OptimizerConfig(), secret: str = "default",
-        interrupt_at: int = -1, fail: bool = False, save_object: bool = False,
+        self,
+        network: nn.Module,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        secret: str = "default",
+        interrupt_at: int = -1,
+        fail: bool = False,
+        save_object: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network"])

@@ -1,5 +1,6 @@
-"""What is trained and drawn on a device that is not there (tests/test_far_device.py): `python -m tests.far_cases` runs all of it, and
-prints as JSON what each came to."""
+"""What is trained and drawn on a device that is not there (tests/test_far_device.py): `python -m tests.far_cases` runs all of
+it, and prints as JSON what each came to.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +64,22 @@ Case = Callable[[Path], Any]
 def trained(module: LightningModule, data: LightningDataModule, folder: Path, strategy: Any, **settings: Any) -> dict[str, Tensor]:
     """The weights after some steps, with a validation between them."""
     trainer = Trainer(
-        strategy=strategy, max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=1, val_check_interval=2,
-        check_val_every_n_epoch=None, default_root_dir=folder, log_every_n_steps=1, callbacks=[Guard(GuardConfig()), Monitor(folder)],
+        strategy=strategy,
+        max_steps=STEPS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+        callbacks=[Guard(GuardConfig()), Monitor(folder)],
         **settings,
-    )  # fmt: skip
+    )
     trainer.fit(module, datamodule=data)
     return {name: value.cpu() for name, value in module.state_dict().items()}
 
@@ -146,7 +158,9 @@ def critic() -> dict[str, Any]:
     torch.manual_seed(1)
     text = ToyText().requires_grad_(False)
     drafted = net(networks.EncoderDecoder)(codec().spec, text.widths)
-    return dict(learning=learning.CriticOf(drafted), network=partial(networks.TokenCritic, width=16, depth=1, heads=2), caption_dropout=0.0)
+    return dict(
+        learning=learning.CriticOf(drafted), network=partial(networks.TokenCritic, width=16, depth=1, heads=2), caption_dropout=0.0
+    )
 
 
 def frozen(folder: Path) -> nn.Module:
@@ -155,8 +169,9 @@ def frozen(folder: Path) -> nn.Module:
 
 
 def resumed(*settings: str, then: Sequence[str] = ()) -> Case:
-    """A run of the real command that was saved on the far device, and goes on there: with the weights of one that was not stopped. then:
-    settings that change with it."""
+    """A run of the real command that was saved on the far device, and goes on there: with the weights of one that was not
+    stopped. then: settings that change with it.
+    """
 
     def run(run_dir: Path, *more: str) -> None:
         given = [f"--run_dir={run_dir}", "--trainer.max_steps=6", "--trainer.val_check_interval=4", *settings, *more]
@@ -184,8 +199,9 @@ PROMPTS = ["a red star", "two green circles above a square", ""]
 
 
 def drawn(strategy: Callable[[Any], inference.InferenceStrategy], made: Any = None, edited: bool = False, **settings: Any) -> Case:
-    """Drawing on the far device, and that its tokens are those that are drawn on the CPU. strategy: of a critic's network. made: of the
-    network. settings: of `sample`."""
+    """Drawing on the far device, and that its tokens are those that are drawn on the CPU. strategy: of a critic's network.
+    made: of the network. settings: of `sample`.
+    """
 
     def case(folder: Path) -> None:
         t2i = tiny_pipeline(folder)
@@ -232,7 +248,9 @@ def encoded(folder: Path) -> None:
             encode_tokens(codec().to("cpu"), scenes, folder / device / "tokens", 16, device=device, errors=True)
             encode_text(text, scenes, folder / device / "text", device=device)
         text.to("cpu")
-        written[device] = {path.name: path.read_bytes() for path in (folder / device).rglob("*") if path.suffix in (".npy", ".safetensors")}
+        written[device] = {
+            path.name: path.read_bytes() for path in (folder / device).rglob("*") if path.suffix in (".npy", ".safetensors")
+        }
     assert written["far"].keys() == written["cpu"].keys() and written["cpu"]
     for name, near in written["cpu"].items():
         if name.endswith(".tokens.npy"):
@@ -244,12 +262,16 @@ def encoded(folder: Path) -> None:
             assert far.keys() == here.keys()
             for key, value in here.items():
                 torch.testing.assert_close(far[key].float(), value.float(), rtol=2e-3, atol=2e-3)
-    assert any(name.endswith(".errors.npy") for name in written["cpu"]) and any(name.endswith(".text.safetensors") for name in written["cpu"])
+    assert any(name.endswith(".errors.npy") for name in written["cpu"]) and any(
+        name.endswith(".text.safetensors") for name in written["cpu"]
+    )
 
 
 def judged(folder: Path) -> None:
     """Features of pictures."""
-    images = torch.stack([torch.from_numpy(RenderedScenes(count=4, image_size=64).read(i).image).permute(2, 0, 1) for i in range(4)])
+    images = torch.stack(
+        [torch.from_numpy(RenderedScenes(count=4, image_size=64).read(i).image).permute(2, 0, 1) for i in range(4)]
+    )
     near = SceneFeatures(torch.device("cpu")).of_images(images)
     with far_device.present():
         far = SceneFeatures(torch.device("far", 0)).of_images(images)
@@ -258,22 +280,34 @@ def judged(folder: Path) -> None:
 
 plain = net(networks.EncoderDecoder)
 CASES: dict[str, Case] = {
-    "masked": generator(scratch, learning=learning.Masked(regions=0.5, everything=0.3, curriculum=0.5, label_smoothing=0.1), network=plain),
-    "masked, Muon": generator(scratch, network=plain, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, kind="muon", eps=1e-3)),
-    "masked, layers computed twice": generator(scratch, network=net(networks.EncoderDecoder, activation_checkpointing=True, grid_convolution=True)),
+    "masked": generator(
+        scratch, learning=learning.Masked(regions=0.5, everything=0.3, curriculum=0.5, label_smoothing=0.1), network=plain
+    ),
+    "masked, Muon": generator(
+        scratch, network=plain, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, kind="muon", eps=1e-3)
+    ),
+    "masked, layers computed twice": generator(
+        scratch, network=net(networks.EncoderDecoder, activation_checkpointing=True, grid_convolution=True)
+    ),
     "two ways": generator(scratch, network=net(networks.TwoWayDecoder)),
-    "text reader": generator(scratch, learning=learning.Masked(everything=1.0), network=lambda spec, widths: networks.TextReader(spec, widths, 16, 2)),
+    "text reader": generator(
+        scratch, learning=learning.Masked(everything=1.0), network=lambda spec, widths: networks.TextReader(spec, widths, 16, 2)
+    ),
     "U-ViT": generator(lambda folder: ToyText(), **tiny.uvit()),
     "BERT": generator(bert, network=plain),
     "T5": generator(t5, network=plain),
     "CLIP": generator(clip, network=plain),
     "T5 and CLIP": generator(joint, network=plain),
     "replaced": generator(scratch, learning=learning.Replaced(visible_weight=0.5), network=plain),
-    "self-conditioned": generator(scratch, learning=learning.SelfConditioned(), network=net(networks.EncoderDecoder, self_conditioning=True)),
+    "self-conditioned": generator(
+        scratch, learning=learning.SelfConditioned(), network=net(networks.EncoderDecoder, self_conditioning=True)
+    ),
     "unrolled": generator(scratch, learning=learning.Unrolled(3), network=plain),
     "unrolled, modes": generator(scratch, learning=learning.Unrolled(2, "mode", "masked"), network=plain),
     "progressive": generator(scratch, learning=learning.Progressive(3), network=plain, inference=inference.ProgressiveStages(3)),
-    "causal": generator(scratch, learning=learning.Causal(), network=net(networks.CausalDecoder), inference=inference.Autoregressive()),
+    "causal": generator(
+        scratch, learning=learning.Causal(), network=net(networks.CausalDecoder), inference=inference.Autoregressive()
+    ),
     "prefixes": generator(scratch, **tiny.prefixes(), inference=inference.Particles(3)),
     "critic": generator(frozen, **critic()),
     "bits": generator(scratch, tokenizer=ToyCodec("binary"), network=ToyBinary),
@@ -315,10 +349,11 @@ def main() -> int:
     far_device.register()
     torch.set_num_threads(1)
     save = PreTrainedModel.save_pretrained
+
     # transformers tells weights that are one from copies by their storage, which the device has none of.
-    near = lambda self, folder, state_dict=None: save(
-        self, folder, state_dict={name: value.cpu() for name, value in (state_dict or self.state_dict()).items()}
-    )  # noqa: E731
+    def near(self, folder, state_dict=None):
+        save(self, folder, state_dict={name: value.cpu() for name, value in (state_dict or self.state_dict()).items()})
+
     with mock.patch.object(PreTrainedModel, "save_pretrained", near):
         for name in sys.argv[1:] or CASES:
             problem, said = None, StringIO()

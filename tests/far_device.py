@@ -1,5 +1,5 @@
-"""A device that is not there: tensors that say they lie on `far:0`, and whose numbers a CPU computes. What only a device would refuse
-is refused, too: an operation on tensors of both. So training and drawing on a GPU can be tested, but for its kernels.
+"""A device that is not there: tensors that say they lie on `far:0`, and whose numbers a CPU computes. What only a device would
+refuse is refused, too: an operation on tensors of both. So training and drawing on a GPU can be tested, but for its kernels.
 
 `register` is for a process of its own: from then on torch takes the device for this machine's accelerator.
 """

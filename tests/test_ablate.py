@@ -70,7 +70,9 @@ def test_recipes_are_trained_judged_and_compared_once(beside_a_quickstart, monke
     for other, reason in ((["--prompts", "2"], "prompts 1"), (["--equal", "steps"], "equal 'flops'"),
                           (["--override", "model.init_args.network.init_args.width=8"], "width 16")):  # fmt: skip
         assert main(["ablate", *RECIPES[:2], *LINE, *other]) == 2
-        assert f"was made with {reason}" in capsys.readouterr().err.replace("settings.", "").replace("config.model.init_args.network.init_args.", "").replace("training.model.init_args.network.init_args.", "")
+        assert f"was made with {reason}" in capsys.readouterr().err.replace("settings.", "").replace(
+            "config.model.init_args.network.init_args.", ""
+        ).replace("training.model.init_args.network.init_args.", "")
     capsys.readouterr()
     assert main(["ablate", *RECIPES, *LINE]) == 0
     told = capsys.readouterr().out
@@ -121,7 +123,11 @@ def test_a_report_puts_ablations_into_one_table(beside_a_quickstart, monkeypatch
     with files_of_at_most(100):
         assert main(["report", "other", "third"]) == 2
     told = capsys.readouterr().err
-    assert "File too large" in told and told.count("\n") == 1 and "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
+    assert (
+        "File too large" in told
+        and told.count("\n") == 1
+        and "linear (third)" in (beside_a_quickstart / "other/comparison.md").read_text()
+    )
     assert main(["report", "other", "other/runs/0/linear"]) == 0  # an ablation and a run: one table
     columns = {line.split(",")[0] for line in (beside_a_quickstart / "side-by-side.csv").read_text().splitlines()[1:]}
     assert columns == {"linear", "linear (third)", "linear (0)"}
@@ -131,8 +137,13 @@ def test_a_critic_is_trained_beside_its_generator_and_then_guides_it(beside_a_qu
     monkeypatch.chdir(beside_a_quickstart)
     recipes = ["learning/masked", "learning/critic", "inference/critic_guided", "inference/critic_adaptive"]
     text = load("scale/small").config["model"]["init_args"]["text"]
-    save_part(build({"class_path": text["class_path"], "init_args": {**text["init_args"], "trainable": "all"}}), "runs/quickstart/text")
-    frozen = [{"init_from=null": "init_from=runs/quickstart/text"}.get(part, part.replace("trainable=all", "trainable=none")) for part in LINE]
+    save_part(
+        build({"class_path": text["class_path"], "init_args": {**text["init_args"], "trainable": "all"}}), "runs/quickstart/text"
+    )
+    frozen = [
+        {"init_from=null": "init_from=runs/quickstart/text"}.get(part, part.replace("trainable=all", "trainable=none"))
+        for part in LINE
+    ]
     assert main(["ablate", *recipes, *frozen, "--out", "criticised"]) == 0
     rows = json.loads((beside_a_quickstart / "criticised/comparison.json").read_text())["rows"]
     assert [(row["name"], row["passes"]) for row in rows] == [("masked", 16), ("critic_guided", 31), ("critic_adaptive", 31)]
@@ -156,7 +167,10 @@ def test_tasks_are_what_can_be_done_side_by_side(beside_a_quickstart, monkeypatc
     line = ["ablate", "learning/masked", "learning/linear", *LINE, "--out", "tasks"]
     assert main([*line, "--count"]) == 0 and capsys.readouterr().out == "2\n"
     assert main([*line, "--task", "1"]) == 0
-    assert "1 of the entries are other tasks'" in capsys.readouterr().out and not (beside_a_quickstart / "tasks/comparison.md").exists()
+    assert (
+        "1 of the entries are other tasks'" in capsys.readouterr().out
+        and not (beside_a_quickstart / "tasks/comparison.md").exists()
+    )
     assert main([*line, "--task", "0"]) == 0 and (beside_a_quickstart / "tasks/comparison.md").exists()
     assert main([*line, "--task", "2"]) == 2 and "there are 2" in capsys.readouterr().err
     Path("tasks/runs/0/masked/ablation.json").unlink()  # as where nar-t2i fit has trained it
@@ -197,7 +211,10 @@ def test_a_way_to_decode_that_fails_ends_neither_its_run_nor_others(beside_a_qui
 
     monkeypatch.chdir(beside_a_quickstart)
     monkeypatch.setattr(module, "judge", failing)
-    assert main(["ablate", "learning/masked", "inference/halton", "inference/random", "inference/one_step", *LINE, "--out", "halting"]) == 2
+    assert (
+        main(["ablate", "learning/masked", "inference/halton", "inference/random", "inference/one_step", *LINE, "--out", "halting"])
+        == 2
+    )
     *lines, last = capsys.readouterr().err.splitlines()
     assert "✗ halton, seed 0: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in lines
     assert "✗ random, seed 0: NotImplementedError: no more is said" in lines
@@ -218,7 +235,9 @@ def test_an_entry_that_fails_is_named_and_the_others_are_done(beside_a_quickstar
     line = [*LINE, "--out", "failing"]
     assert main(["ablate", "learning/progressive", "slow.yaml", "learning/masked", *line]) == 2  # whose token cache has no errors
     *lines, last = capsys.readouterr().err.splitlines()
-    assert any("✗ progressive, seed 0: the cache runs/quickstart/tokens/train holds no quantisation errors" in line for line in lines)
+    assert any(
+        "✗ progressive, seed 0: the cache runs/quickstart/tokens/train holds no quantisation errors" in line for line in lines
+    )
     assert any("✗ slow, seed 0: the run failing/runs/0/progressive failed" in line for line in lines)
     assert last.startswith("nar-t2i: error: not done: progressive (seed 0), slow (seed 0); ")
     assert main(["report", "failing"]) == 2 and "failing: an ablation that is not finished" in capsys.readouterr().err
@@ -273,7 +292,7 @@ def test_differences_are_paired():
     other = draw.random(2000) < 0.53
     rows = compare({"base": judged(base), "paired": judged(better), "apart": judged(other)})
     half = [row.difference.high - row.difference.mean for row in rows[1:]]
-    assert rows[1].difference.mean == pytest.approx((better.mean() - base.mean())) and rows[1].difference.low > 0
+    assert rows[1].difference.mean == pytest.approx(better.mean() - base.mean()) and rows[1].difference.low > 0
     assert half[0] < half[1] / 3  # pairs tell more than two samples
     assert half[1] == pytest.approx(1.96 * (2 * 0.25 / 2000) ** 0.5, rel=0.05)
     assert rows[0].forward_passes == 20 and rows[0].spread is None
@@ -318,10 +337,14 @@ def test_the_interval_over_seeds_is_student_s(seeds, t):
 
 def test_what_other_trainings_would_give_stands_apart():
     first, second = [1] * 60 + [0] * 40, [1] * 40 + [0] * 60
-    rows = compare({"base": judged(first, second), "up": judged([1] * 64 + [0] * 36, [1] * 46 + [0] * 54), "one": judged([1] * 70 + [0] * 30)})
+    rows = compare(
+        {"base": judged(first, second), "up": judged([1] * 64 + [0] * 36, [1] * 46 + [0] * 54), "one": judged([1] * 70 + [0] * 30)}
+    )
     assert rows[0].seen.mean == 0.5 and rows[0].spread == pytest.approx(0.1 * 2**0.5) and rows[0].over_seeds is None
     over = rows[1].over_seeds  # differences of 0.04 and 0.06
-    assert over.mean == rows[1].difference.mean == pytest.approx(0.05) and over.high - over.mean == pytest.approx(12.7062 * 0.01, rel=1e-3)
+    assert over.mean == rows[1].difference.mean == pytest.approx(0.05) and over.high - over.mean == pytest.approx(
+        12.7062 * 0.01, rel=1e-3
+    )
     assert rows[1].difference.low > 0 > over.low  # sure of these trainings, not of others
     assert rows[2].difference.mean == pytest.approx(0.1) and rows[2].over_seeds is None  # with the reference's first seed
     with pytest.raises(UserError, match="judged on"):

@@ -1,4 +1,6 @@
-"""aMUSEd's weights in diffusers' layout, imported: the same tokens and pictures as diffusers' own pipeline, given the same draws."""
+"""aMUSEd's weights in diffusers' layout, imported: the same tokens and pictures as diffusers' own pipeline, given the same
+draws.
+"""
 
 import json
 import shutil
@@ -156,20 +158,31 @@ def spoilt(folder, tmp_path, file, change):
     return copy
 
 
-@pytest.mark.parametrize("file, change, message", [
-    ("model_index.json", None, "model_index.json: No such file"),
-    ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "a StableDiffusionPipeline; of diffusers' pipelines only aMUSEd's"),
-    ("transformer/diffusion_pytorch_model.safetensors", None, "transformer/diffusion_pytorch_model.safetensors: No such file"),
-    ("vqvae/diffusion_pytorch_model.safetensors", None, "vqvae/diffusion_pytorch_model.safetensors: No such file"),
-    ("vqvae/config.json", {"num_vq_embeddings": 32}, "vqvae/diffusion_pytorch_model.safetensors: Error"),
-    ("vqvae/config.json", {"norm_num_groups": 7}, "not the configuration of a VQModel"),
-    ("scheduler/scheduler_config.json", {"mask_token_id": 70}, "mask_token_id is 70, and transformer's last code is 71"),
-    ("scheduler/scheduler_config.json", {"masking_schedule": "sqrt"}, "masking_schedule is sqrt"),
-    ("text_encoder/model.safetensors", None, "is not a whole pretrained model"),
-    ("text_encoder/config.json", {"projection_dim": 14}, "text_encoder,tokenizer}: text_projection.weight has the shape (12, 16)"),
-    ("transformer/config.json", {"cond_embed_dim": 14}, "cond_embed.linear_1.weight makes vector.0.weight of the shape"),
-    ("tokenizer/tokenizer.json", None, "holds no tokenizer's vocabulary"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("model_index.json", None, "model_index.json: No such file"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionPipeline"},
+            "a StableDiffusionPipeline; of diffusers' pipelines only aMUSEd's",
+        ),
+        ("transformer/diffusion_pytorch_model.safetensors", None, "transformer/diffusion_pytorch_model.safetensors: No such file"),
+        ("vqvae/diffusion_pytorch_model.safetensors", None, "vqvae/diffusion_pytorch_model.safetensors: No such file"),
+        ("vqvae/config.json", {"num_vq_embeddings": 32}, "vqvae/diffusion_pytorch_model.safetensors: Error"),
+        ("vqvae/config.json", {"norm_num_groups": 7}, "not the configuration of a VQModel"),
+        ("scheduler/scheduler_config.json", {"mask_token_id": 70}, "mask_token_id is 70, and transformer's last code is 71"),
+        ("scheduler/scheduler_config.json", {"masking_schedule": "sqrt"}, "masking_schedule is sqrt"),
+        ("text_encoder/model.safetensors", None, "is not a whole pretrained model"),
+        (
+            "text_encoder/config.json",
+            {"projection_dim": 14},
+            "text_encoder,tokenizer}: text_projection.weight has the shape (12, 16)",
+        ),
+        ("transformer/config.json", {"cond_embed_dim": 14}, "cond_embed.linear_1.weight makes vector.0.weight of the shape"),
+        ("tokenizer/tokenizer.json", None, "holds no tokenizer's vocabulary"),
+    ],
+)
 def test_a_folder_that_is_not_whole_is_one_error(folder, tmp_path, capsys, file, change, message):
     copy = spoilt(folder, tmp_path, file, change)
     assert main(["import", str(copy), str(tmp_path / "model")]) == 2

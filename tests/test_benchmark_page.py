@@ -7,7 +7,10 @@ import pytest
 from benchmarks import page, results
 from nar_t2i.errors import UserError
 
-ROWS = [{"system": "ours | a", "batch": 1, "p50_ms": 12.3456, "graph": True}, {"system": "theirs <b>", "batch": 8, "p50_ms": 5678.9, "share": None}]
+ROWS = [
+    {"system": "ours | a", "batch": 1, "p50_ms": 12.3456, "graph": True},
+    {"system": "theirs <b>", "batch": 8, "p50_ms": 5678.9, "share": None},
+]
 
 
 def test_tables_and_plots(tmp_path):

@@ -72,7 +72,18 @@ def test_the_scaling_document_holds_the_tables_of_the_model():
 
 
 def test_the_time_of_a_step_is_divided_into_kinds_of_work(tmp_path):
-    line = [sys.executable, ROOT / "benchmarks/step_time.py", "--small", "--no-compile", "--micro-batch", "4", "--steps", "2", "--out", tmp_path / "step.json"]
+    line = [
+        sys.executable,
+        ROOT / "benchmarks/step_time.py",
+        "--small",
+        "--no-compile",
+        "--micro-batch",
+        "4",
+        "--steps",
+        "2",
+        "--out",
+        tmp_path / "step.json",
+    ]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "step.json").read_text())
@@ -84,10 +95,28 @@ def test_the_time_of_a_step_is_divided_into_kinds_of_work(tmp_path):
 
 
 def test_kernels_side_by_side_count_once_and_gaps_are_seen():
-    spans = [step_time.Span(name, start, end) for name, start, end in (
-        ("ampere_bf16_gemm_128x64", 0, 4000), ("flash_fwd_kernel", 3000, 5000), ("multi_tensor_apply_kernel", 7000, 8000), ("triton_poi_fused_gelu", 8000, 8500))]
+    spans = [
+        step_time.Span(name, start, end)
+        for name, start, end in (
+            ("ampere_bf16_gemm_128x64", 0, 4000),
+            ("flash_fwd_kernel", 3000, 5000),
+            ("multi_tensor_apply_kernel", 7000, 8000),
+            ("triton_poi_fused_gelu", 8000, 8500),
+        )
+    ]
     assert step_time.busy(spans) == 6500
-    rows = {row["part"]: row for row in step_time.table(spans, [step_time.Span("cudaStreamSynchronize", 0, 600)], 10_000, 2) if "kernel" not in row}
-    assert rows["matrix products"]["ms"] == 2 and rows["attention"]["ms"] == 1 and rows["optimizer, average, clipping"]["calls"] == 0.5
-    assert rows["fused by the compiler"]["ms"] == 0.25 and rows["nothing runs"] == {"part": "nothing runs", "ms": 1.75, "share": 0.35, "calls": 0}
+    rows = {
+        row["part"]: row
+        for row in step_time.table(spans, [step_time.Span("cudaStreamSynchronize", 0, 600)], 10_000, 2)
+        if "kernel" not in row
+    }
+    assert (
+        rows["matrix products"]["ms"] == 2 and rows["attention"]["ms"] == 1 and rows["optimizer, average, clipping"]["calls"] == 0.5
+    )
+    assert rows["fused by the compiler"]["ms"] == 0.25 and rows["nothing runs"] == {
+        "part": "nothing runs",
+        "ms": 1.75,
+        "share": 0.35,
+        "calls": 0,
+    }
     assert rows["host waits"]["ms"] == pytest.approx(0.3) and rows["others"]["ms"] == 0

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script, *arguments):
-    return subprocess.run([sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_decoding_of_emage_and_its_twin(tmp_path):
@@ -61,7 +63,20 @@ def test_floors_of_a_machine_that_is_not_at_hand():
 
 
 def test_peers_side_by_side(tmp_path):
-    done = run("peers.py", "--small", "--geometry", "tiny", "--batch", 1, "--repeats", 2, "--twin-repeats", 1, "--out", tmp_path / "found.json")
+    done = run(
+        "peers.py",
+        "--small",
+        "--geometry",
+        "tiny",
+        "--batch",
+        1,
+        "--repeats",
+        2,
+        "--twin-repeats",
+        1,
+        "--out",
+        tmp_path / "found.json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found) >= {"command", "machine", "versions", "commit", "rows"} and found["versions"]["diffusers"]
@@ -77,7 +92,9 @@ def test_peers_side_by_side(tmp_path):
     assert rows[ours, "fp32"]["equal_tokens"] == 1
     # As large as each other, to 2%, and a pass a token.
     twin = rows["emage/ar-346m-256", "fp32"]
-    assert abs(rows[llama, "fp32"]["parameters"] / twin["parameters"] - 1) < 0.02 and rows[llama, "fp32"]["passes"] == twin["passes"]
+    assert (
+        abs(rows[llama, "fp32"]["parameters"] / twin["parameters"] - 1) < 0.02 and rows[llama, "fp32"]["passes"] == twin["passes"]
+    )
 
 
 def test_a_chain_of_matrices(tmp_path):
@@ -168,7 +185,9 @@ def test_what_a_network_of_prefixes_knows(tmp_path):
     shipped = TextToImage.from_pretrained(shipped_model())
     torch.manual_seed(0)
     network = PrefixDecoder(shipped.tokenizer.spec, shipped.text.widths, width=16, depth=1, heads=2, grid_convolution=True).eval()
-    TextToImage(shipped.tokenizer, shipped.text, shipped.null, network, Particles(2), Guidance(1.5)).save_pretrained(tmp_path / "model")
+    TextToImage(shipped.tokenizer, shipped.text, shipped.null, network, Particles(2), Guidance(1.5)).save_pretrained(
+        tmp_path / "model"
+    )
     done = run("prefix_stages.py", tmp_path / "model", "--scenes", 4, "--prompts", 1, "--drawings", 2, "--change", "candidates=2")
     assert done.returncode == 0, done.stderr
     nats = re.findall(r"stage of (\d+): ([\d.]+) nats apart(?:, ([\d.]+) together)?", done.stdout)

@@ -58,8 +58,10 @@ def metrics(folder):
 
 
 def test_help_is_quick_and_imports_no_torch():
-    code = "import sys\nfrom nar_t2i.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
-           "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = (
+        "import sys\nfrom nar_t2i.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for command in ("fit", "validate", "test", "predict", "generate", "evaluate", "report", "quickstart"):
@@ -84,10 +86,12 @@ leave(3)
 
 
 def test_workers_that_heed_no_signal_are_ended_with_their_process():
-    code = "import multiprocessing, signal, time\nfrom nar_t2i.cli import leave\n\n" \
-           "def wait(begun):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    begun.set()\n    time.sleep(100)\n\n" \
-           "multiprocessing.set_start_method('fork')\nbegun = multiprocessing.Event()\n" \
-           "multiprocessing.Process(target=wait, args=(begun,), daemon=True).start()\nbegun.wait()\nleave(3)"
+    code = (
+        "import multiprocessing, signal, time\nfrom nar_t2i.cli import leave\n\n"
+        "def wait(begun):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    begun.set()\n    time.sleep(100)\n\n"
+        "multiprocessing.set_start_method('fork')\nbegun = multiprocessing.Event()\n"
+        "multiprocessing.Process(target=wait, args=(begun,), daemon=True).start()\nbegun.wait()\nleave(3)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 3
 
 
@@ -110,7 +114,9 @@ def test_help_of_a_verb(capsys):
 def test_python_m_is_the_same_command(folder):
     result = subprocess.run(
         [sys.executable, "-m", "nar_t2i", "fit", "--config", "toy.yaml", "--trainer.max_stepz", "3"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 2
     message = "command line: key trainer.max_stepz: unknown key; did you mean 'max_steps'?"
@@ -139,8 +145,15 @@ def test_printed_configuration_is_a_recipe_that_resolves_to_itself(folder, capsy
 
 
 def test_overrides_may_stand_anywhere_and_sweeps_write_none(folder, capsys):
-    line = ["fit", "--trainer.max_steps", "4", "--config=toy.yaml", "--print_config", "--trainer.max_time=None",
-            "--model.init_args.optimizer.learning_rate=1e-3"]
+    line = [
+        "fit",
+        "--trainer.max_steps",
+        "4",
+        "--config=toy.yaml",
+        "--print_config",
+        "--trainer.max_time=None",
+        "--model.init_args.optimizer.learning_rate=1e-3",
+    ]
     assert main(line) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["trainer"]["max_steps"], config["trainer"]["max_time"]) == (4, None)
@@ -228,8 +241,10 @@ def test_where_no_checkpoint_is_whole_nothing_starts_over_unasked(folder, capsys
 def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(folder):
     """The limit on a file's size stands in for a disk: both fail in the middle of a write."""
     assert fit("--trainer.max_steps=3") == 0
-    small = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from nar_t2i.cli import main; main()"
+    small = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from nar_t2i.cli import main; main()"
+    )
     command = [sys.executable, "-c", small, "fit", "--config", "toy.yaml", "--trainer.max_steps=6", "--checkpoint.every_steps=2"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert "step-00000004.ckpt: could not be written" in result.stderr
@@ -284,7 +299,8 @@ def test_ctrl_c_saves_after_the_batch_and_the_same_command_goes_on(folder, capsy
 
 def test_lightning_does_not_advertise(folder, capfd):
     subprocess.run(
-        [sys.executable, "-m", "nar_t2i", "fit", "--config", "toy.yaml"], check=True,
+        [sys.executable, "-m", "nar_t2i", "fit", "--config", "toy.yaml"],
+        check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     text = "".join(capfd.readouterr())
@@ -302,9 +318,7 @@ MISTAKES = {
         ["--model.init_args.optimizer.warmup=1"],
         "key model.init_args.optimizer.warmup: unknown key; did you mean 'warmup_steps'?",
     ),
-    "unknown key beside a class": (
-        ["--model.init_arg.x=1"], "key model.init_arg: unknown key; did you mean 'init_args'?"
-    ),
+    "unknown key beside a class": (["--model.init_arg.x=1"], "key model.init_arg: unknown key; did you mean 'init_args'?"),
     "wandb without a key": (["--wandb=mine"], "command line: key wandb: takes keys, such as wandb.project=mine"),
     "unknown wandb key": (["--wandb.projct=mine"], "command line: key wandb.projct: unknown key; did you mean 'project'?"),
     "another kind of recipe": (["--config=evaluation/coco-30k"], "key metrics: is a protocol's, for nar-t2i evaluate --protocol"),
@@ -319,16 +333,14 @@ MISTAKES = {
     ),
     "no such class": (
         ["--model.class_path=tests.cli_toys.Nothing"],
-        "key model.class_path: class 'tests.cli_toys.Nothing' does not exist"
+        "key model.class_path: class 'tests.cli_toys.Nothing' does not exist",
     ),
     "no such module": (["--data.class_path=nowhere.Data"], "key data.class_path: class 'nowhere.Data' does not exist"),
     "wrong class": (
         ["--model.init_args.network.class_path=tests.cli_toys.Data"],
         "key model.init_args.network.class_path: class 'tests.cli_toys.Data' is not a Module",
     ),
-    "not a class": (
-        ["--model.init_args.network=3"], "key model.init_args.network: expected a class_path of a Module, got 3"
-    ),
+    "not a class": (["--model.init_args.network=3"], "key model.init_args.network: expected a class_path of a Module, got 3"),
     "missing argument": (["--model.init_args.network=null"], "key model.init_args.network: is required"),
     "missing model": (["--model=null"], "command line: key model: is required"),
     "wrong list item": (
@@ -350,9 +362,7 @@ MISTAKES = {
     "checkpoint settings": (["--checkpoint.keep=-1"], "every_steps must be at least 1"),
     "at run time": (["--model.init_args.fail=true"], "shard 00000.tar: sample 3: broken"),
     "in the data": (["--data.init_args.broken=true"], "shard 00000.tar: sample 3: broken"),
-    "in a worker": (
-        ["--data.init_args.broken=true", "--data.init_args.workers=1"], "error: shard 00000.tar: sample 3: broken"
-    ),
+    "in a worker": (["--data.init_args.broken=true", "--data.init_args.workers=1"], "error: shard 00000.tar: sample 3: broken"),
     "no value": (["--trainer.max_steps"], "command line: --trainer.max_steps needs a value"),
     "no option": (["toy.yaml"], "command line: unexpected argument 'toy.yaml'"),
 }
@@ -375,7 +385,10 @@ def test_a_mistake_in_a_file_names_that_file(folder, capsys):
 
 def test_names_are_told_beside_the_classes_that_may_take_their_place(capsys):
     assert fit("--model.init_args.learning.init_args.schedule=cosin", recipe="quickstart/generator") == 2
-    said = "key model.init_args.learning.init_args.schedule: expected one of 'cosine', 'linear', 'square', 'arccos', 'exponential', or a class_path, got cosin"
+    said = (
+        "key model.init_args.learning.init_args.schedule: expected one of 'cosine', 'linear', 'square', 'arccos', "
+        "'exponential', or a class_path, got cosin"
+    )
     assert said in capsys.readouterr().err
 
 
@@ -398,8 +411,11 @@ def test_a_verb_that_has_nothing_to_do_says_so(folder, capsys):
     shutil.copyfile(ROOT / "tests/cluster/tiny.yaml", "tiny.yaml")
     assert fit("--trainer.max_steps=1", "--data.init_args.validation=null", recipe="tiny.yaml") == 0
     assert "across ranks is zero" not in capsys.readouterr().err
-    for verb, said in (("validate", "key data.init_args.validation: names no validation data"), ("test", "has no test_step: `nar-t2i evaluate`"),
-                       ("predict", "has no predict_step")):  # fmt: skip
+    for verb, said in (
+        ("validate", "key data.init_args.validation: names no validation data"),
+        ("test", "has no test_step: `nar-t2i evaluate`"),
+        ("predict", "has no predict_step"),
+    ):
         assert fit("--data.init_args.validation=null", verb=verb, recipe="tiny.yaml") == 2
         assert said in capsys.readouterr().err
 
@@ -411,8 +427,15 @@ def test_validate_needs_weights(capsys):
 
 @pytest.mark.parametrize(
     "line",
-    [[], ["fly"], ["generate", "--stepz", "3"], ["generate", "--steps", "many"], ["evaluate"], ["fit"],
-     ["generate", "--film", "vhs"]],
+    [
+        [],
+        ["fly"],
+        ["generate", "--stepz", "3"],
+        ["generate", "--steps", "many"],
+        ["evaluate"],
+        ["fit"],
+        ["generate", "--film", "vhs"],
+    ],
 )
 def test_wrong_commands_are_one_line_and_status_2(line, capsys):
     assert main(line) == 2
@@ -429,9 +452,7 @@ def test_generate_evaluate_report_and_quickstart_are_dispatched(monkeypatch):
     assert main(["report", "runs/a", "runs/b"]) == 0
     assert main(["quickstart", "--shortened"]) == 0
     generate, evaluate, report, quickstart = seen[1::2]
-    assert seen[::2] == [
-        "nar_t2i.generate", "nar_t2i.evaluate", "nar_t2i.evaluation.report", "nar_t2i.quickstart"
-    ]
+    assert seen[::2] == ["nar_t2i.generate", "nar_t2i.evaluate", "nar_t2i.evaluation.report", "nar_t2i.quickstart"]
     assert (generate.prompt, generate.steps, generate.guidance_scale, generate.film) == (["a", "b"], None, 2.0, "gif")
     assert generate.negative_prompt is None and generate.model is None and generate.seed == 0
     assert (evaluate.model, evaluate.batch_size, evaluate.weights, evaluate.seed) == ("m", 8, None, None)
@@ -445,8 +466,12 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
     assert fit("--trainer.max_steps=4", recipe="tiny.yaml") == 0
     run = folder / "run"
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "lock"}
-    for wrong, said in (("model.init_args.network.init_args.width=32", "of another model"), ("data.init_args.global_batch_size=24", "data.init_args.global_batch_size 24: the run goes on behind 64 samples"),
-                        ("model.init_args.optimizer.kind=muon", "optimizer states are AdamW's of groups of"), ("data.init_args.train=gone", "gone")):  # fmt: skip
+    for wrong, said in (
+        ("model.init_args.network.init_args.width=32", "of another model"),
+        ("data.init_args.global_batch_size=24", "data.init_args.global_batch_size 24: the run goes on behind 64 samples"),
+        ("model.init_args.optimizer.kind=muon", "optimizer states are AdamW's of groups of"),
+        ("data.init_args.train=gone", "gone"),
+    ):
         assert fit(f"--{wrong}", "--trainer.max_steps=8", recipe="tiny.yaml") == 2
         error = capsys.readouterr().err
         assert said in error and "AssertionError" not in error
@@ -455,19 +480,31 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(folder, capsys):
     assert fit("--trainer.max_steps=5", "--model.init_args.guidance.scale=9", recipe="tiny.yaml") == 0
     # A checkpoint goes by the configuration that it was trained by, and one that no configuration fits is no model.
     assert main(["export", "run/checkpoints/step-00000004.ckpt", "before"]) == 0 and main(["export", "run", "after"]) == 0
-    scales = [json.loads(Path(name, "config.json").read_text())["guidance"]["init_args"]["scale"] for name in ("model", "before", "after")]
+    scales = [
+        json.loads(Path(name, "config.json").read_text())["guidance"]["init_args"]["scale"] for name in ("model", "before", "after")
+    ]
     assert scales[0] == scales[1] != scales[2] == 9
     # A finished run that is started again writes its model by the recipe, and says so.
     assert fit("--trainer.max_steps=5", "--model.init_args.guidance.scale=7", recipe="tiny.yaml") == 0
-    said = [json.loads((run / "model/config.json").read_text())["guidance"], yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["guidance"]]
+    said = [
+        json.loads((run / "model/config.json").read_text())["guidance"],
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["guidance"],
+    ]
     assert said[0]["init_args"]["scale"] == said[1]["scale"] == 7
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("width: 16", "width: 32"))
     for earlier in run.glob("config.*.yaml"):
         earlier.unlink()
-    assert main(["export", "run", "never"]) == 2 and "is of another model than" in capsys.readouterr().err and not Path("never").exists()
+    assert (
+        main(["export", "run", "never"]) == 2
+        and "is of another model than" in capsys.readouterr().err
+        and not Path("never").exists()
+    )
     BREAKS["run.pt is missing or cut off"](run / "checkpoints/step-00000005.ckpt")
-    assert main(["export", "run/checkpoints/step-00000005.ckpt", "never"]) == 2 and "is not a whole checkpoint" in capsys.readouterr().err
+    assert (
+        main(["export", "run/checkpoints/step-00000005.ckpt", "never"]) == 2
+        and "is not a whole checkpoint" in capsys.readouterr().err
+    )
 
 
 def test_export_takes_the_newest_checkpoint_that_is_whole(folder, capsys):
@@ -484,7 +521,11 @@ def test_export_takes_the_newest_checkpoint_that_is_whole(folder, capsys):
 def test_a_tilde_is_the_user_s_folder(folder, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "home"))
     assert fit("--run_dir=~/a run", "--trainer.max_steps=2") == 0
-    assert (folder / "home/a run/checkpoints/last.ckpt").exists() and (folder / "home/a run/metrics.csv").exists() and not Path("~").exists()
+    assert (
+        (folder / "home/a run/checkpoints/last.ckpt").exists()
+        and (folder / "home/a run/metrics.csv").exists()
+        and not Path("~").exists()
+    )
     Path("in_recipe.yaml").write_text("extends: base.yaml\nrun_dir: ~/other\n")
     assert fit("--trainer.max_steps=2", recipe="in_recipe.yaml") == 0 and (folder / "home/other/checkpoints").is_dir()
     assert main(["generate", "--prompt", "a", "--steps=1", "--out=~/pictures"]) == 0
@@ -493,19 +534,28 @@ def test_a_tilde_is_the_user_s_folder(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGUSR2"])
 def test_a_run_that_is_told_to_make_room_before_it_has_begun_asks_to_be_started_again(folder, number):
-    line = "import os, signal, sys; sys.argv[1:] = ['fit', '--config', 'base.yaml']\nfrom nar_t2i import cli\n" \
-           f"cli.main = lambda: os.kill(os.getpid(), signal.{number})\ncli.program()"
+    line = (
+        "import os, signal, sys; sys.argv[1:] = ['fit', '--config', 'base.yaml']\nfrom nar_t2i import cli\n"
+        f"cli.main = lambda: os.kill(os.getpid(), signal.{number})\ncli.program()"
+    )
     assert subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 85
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/{00000..00009}.tar", "gs://bucket/0.tar", "hf://x/0.tar"])
 @pytest.mark.parametrize("where", ["recipe", "command line"])
 def test_what_cannot_be_streamed_is_said_before_anything_tries(folder, capsys, url, where):
-    Path("s.yaml").write_text("extends: quickstart/tokenizer.yaml\n" + (f"data: {{init_args: {{train: '{url}', validation: null}}}}\n" if where == "recipe" else ""))
+    Path("s.yaml").write_text(
+        "extends: quickstart/tokenizer.yaml\n"
+        + (f"data: {{init_args: {{train: '{url}', validation: null}}}}\n" if where == "recipe" else "")
+    )
     arguments = [] if where == "recipe" else [f"--data.init_args.train={url}", "--data.init_args.validation=null"]
     assert main(["fit", "--config", "s.yaml", *arguments]) == 2
     error = capsys.readouterr().err
-    assert "key data.init_args.train: " in error and "cannot be streamed directly; name the command" in error and "Traceback" not in error
+    assert (
+        "key data.init_args.train: " in error
+        and "cannot be streamed directly; name the command" in error
+        and "Traceback" not in error
+    )
 
 
 def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):

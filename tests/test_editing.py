@@ -132,15 +132,20 @@ def test_a_variation_keeps_a_share_of_the_tokens(codec):
     assert np.abs(near - scene).mean() < np.abs(far - scene).mean()
 
 
-@pytest.mark.parametrize(("arguments", "reason"), [
-    (["--mask", "mask.png"], "need --image"), (["--variation", "0.5"], "need --image"),
-    (["--image", "scene.png"], "nothing in it is transparent"), (["--image", "none.png", "--mask", "mask.png"], "none.png: No such file"),
-    (["--image", "scene.png", "--mask", "broken.png"], "broken.png: does not decode"),
-    (["--image", "scene.png", "--mask", "small.png"], "32 × 32 pixels, but scene.png has 64 × 64"),
-    (["--image", "scene.png", "--mask", "black.png"], "nothing to be drawn anew"),
-    (["--image", "scene.png", "--mask", "mask.png", "--variation", "0.5"], "not both"),
-    (["--image", "scene.png", "--variation", "1.5"], "above 0, to 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--mask", "mask.png"], "need --image"),
+        (["--variation", "0.5"], "need --image"),
+        (["--image", "scene.png"], "nothing in it is transparent"),
+        (["--image", "none.png", "--mask", "mask.png"], "none.png: No such file"),
+        (["--image", "scene.png", "--mask", "broken.png"], "broken.png: does not decode"),
+        (["--image", "scene.png", "--mask", "small.png"], "32 × 32 pixels, but scene.png has 64 × 64"),
+        (["--image", "scene.png", "--mask", "black.png"], "nothing to be drawn anew"),
+        (["--image", "scene.png", "--mask", "mask.png", "--variation", "0.5"], "not both"),
+        (["--image", "scene.png", "--variation", "1.5"], "above 0, to 1"),
+    ],
+)
 def test_mistakes_are_told_in_one_line(capsys, arguments, reason):
     Path("broken.png").write_bytes(b"no picture")
     Image.new("L", (32, 32), 255).save("small.png")

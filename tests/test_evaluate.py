@@ -1,4 +1,6 @@
-"""`nar-t2i evaluate`: what it draws and tells, that it goes on, and what it refuses. Several ranks: tests/cluster/test_evaluate.py."""
+"""`nar-t2i evaluate`: what it draws and tells, that it goes on, and what it refuses. Several ranks:
+tests/cluster/test_evaluate.py.
+"""
 
 import json
 import math
@@ -65,7 +67,9 @@ def test_the_numbers_are_those_of_the_pictures_and_their_protocol_is_told(place,
     assert result["fid"]["samples"] == result["fid"]["real_samples"] == 23
     assert result["decoding"] == {**result["decoding"], "steps": 2, "seed": 7, "decoder_passes": 2, "guidance_scale": 3.0}
     assert told["features"]["inception"]["file"] == "inception.pt" and len(told["features"]["inception"]["sha256"]) == 64
-    assert told["data"]["samples"] == 23 and "Lanczos" in told["real"]["resize"] and told["seed"] == 7 and told["real"]["pixels"] == 16
+    assert (
+        told["data"]["samples"] == 23 and "Lanczos" in told["real"]["resize"] and told["seed"] == 7 and told["real"]["pixels"] == 16
+    )
     assert "NOT FID" in result["scene_frechet"]["protocol"]["about"]
     assert (tmp_path / "out.work/sheet-model-captions.png").is_file() and found["kind"] == "evaluation"
 
@@ -144,8 +148,11 @@ def run(place):
     recipe["run_dir"] = str(place / "run")
     recipe["model"]["init_args"].update(
         tokenizer=str(place / "model/tokenizer"),
-        text={"class_path": "nar_t2i.text.scratch.ScratchTextEncoder", "init_args": {"vocabulary": str(place / "tiny.model"), "width": 16, "depth": 1, "heads": 2}},
-    )  # fmt: skip
+        text={
+            "class_path": "nar_t2i.text.scratch.ScratchTextEncoder",
+            "init_args": {"vocabulary": str(place / "tiny.model"), "width": 16, "depth": 1, "heads": 2},
+        },
+    )
     recipe["model"]["init_args"]["optimizer"]["learning_rate"] = 0.1  # so that averaged weights draw otherwise than raw ones
     recipe["trainer"].update(max_steps=4, num_sanity_val_steps=0)
     recipe["checkpoint"] = {"every_steps": 2, "keep": 2}
@@ -206,7 +213,23 @@ def test_a_checkpoint_that_is_cut_off_is_named(place, run, tmp_path, capsys):
     with open(checkpoint / "run.pt", "r+b") as file:
         file.truncate(100)
     capsys.readouterr()
-    assert main(["evaluate", str(checkpoint), "--metrics", "scene_frechet", "--data", "scenes", "--count", "4", "--out", str(tmp_path / "no.json")]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                str(checkpoint),
+                "--metrics",
+                "scene_frechet",
+                "--data",
+                "scenes",
+                "--count",
+                "4",
+                "--out",
+                str(tmp_path / "no.json"),
+            ]
+        )
+        == 2
+    )
     assert f"{checkpoint}: is no whole checkpoint: " in capsys.readouterr().err
 
 
@@ -215,7 +238,18 @@ def test_a_run_without_averaged_weights_says_so(place, run, tmp_path, capsys):
     recipe["run_dir"], recipe["model"]["init_args"]["ema_decay"] = str(tmp_path / "plain"), None
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["fit", "--config", str(tmp_path / "plain.yaml")]) == 0
-    line = ["evaluate", str(tmp_path / "plain"), "--metrics", "scene_frechet", "--data", "scenes", "--count", "4", "--out", str(tmp_path / "out.json")]
+    line = [
+        "evaluate",
+        str(tmp_path / "plain"),
+        "--metrics",
+        "scene_frechet",
+        "--data",
+        "scenes",
+        "--count",
+        "4",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
     capsys.readouterr()
     assert main(line) == 2
     assert "holds no averaged weights" in capsys.readouterr().err
@@ -224,7 +258,11 @@ def test_a_run_without_averaged_weights_says_so(place, run, tmp_path, capsys):
 
 def test_more_metrics_of_the_same_features_need_no_drawing(place, clip, tmp_path, monkeypatch):  # noqa: F811
     line = ("--data", "@shards", "--clip", str(clip))
-    for before, after in (("clip_score", "clip_score,cmmd"), ("cmmd", "cmmd,clip_score"), ("clip_score,scene_frechet", "cmmd,scene_frechet")):
+    for before, after in (
+        ("clip_score", "clip_score,cmmd"),
+        ("cmmd", "cmmd,clip_score"),
+        ("clip_score,scene_frechet", "cmmd,scene_frechet"),
+    ):
         out = tmp_path / before / "out.json"
         out.parent.mkdir()
         evaluate(place, out, "--metrics", before, *line)
@@ -234,27 +272,40 @@ def test_more_metrics_of_the_same_features_need_no_drawing(place, clip, tmp_path
             assert numbers(evaluate(place, out, "--metrics", after, *line)) == numbers(fresh)
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--metrics", "fid", "--data", "@shards"], "fid needs --inception FILE; nothing stands in for its weights"),
-    (["--metrics", "cmmd", "--data", "@shards"], "cmmd needs --clip FOLDER"),
-    (["--metrics", "scene_frechet"], "scene_frechet needs --data"),
-    (["--metrics", "fiddle"], "'fiddle' is no metric; there are scene_accuracy, fid, kid"),
-    (["--data", "@shards"], "--data: none of the metrics uses it"),
-    (["--count", "3"], "--count: none of the metrics uses it"), (["--clip", "nowhere"], "--clip: none of the metrics uses it"),
-    (["--metrics", "scene_frechet", "--data", "@shards", "--inception", "@inception.pt"], "--inception: none of the metrics uses it"),
-    (["--metrics", "scene_frechet", "--data", "@shards", "--per-category", "2"], "are for scene_accuracy"),
-    (["--metrics", "scene_frechet", "--data", "@shards", "--count", "24"], "holds 23 samples, and 24 are asked for"),
-    (["--metrics", "scene_frechet", "--data", "@nowhere"], "shards do not exist"),
-    (["--metrics", "scene_frechet", "--data", "scenes"], "say with --count how many"),
-    (["--metrics", "scene_frechet", "--data", "quickstart/tokenizer.yaml", "--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--metrics", "precision_recall", "--data", "@shards", "--inception", "@inception.pt", "--count", "3"], "3 neighbours need more"),
-    (["--metrics", "scene_frechet", "--data", "scenes", "--count", "-3"], "--count must be at least 1, not -3"),
-    (["--protocol", "coco-30k", "--count", "9"], "--count: is fixed by the protocol coco-30k"),
-    (["--protocol", "coco-30k", "--data", "@shards", "--clip", "@model"], "fid needs --inception FILE"),
-    (["--prompts", "@shuffled.jsonl"], "shuffled is what the control is called"),
-    (["--protocol", "coco"], "--protocol coco: no such file, and none of the shipped ones: coco-30k"),
-    ([], "scene_accuracy: the detector needs 48 px a side, and the model draws 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--metrics", "fid", "--data", "@shards"], "fid needs --inception FILE; nothing stands in for its weights"),
+        (["--metrics", "cmmd", "--data", "@shards"], "cmmd needs --clip FOLDER"),
+        (["--metrics", "scene_frechet"], "scene_frechet needs --data"),
+        (["--metrics", "fiddle"], "'fiddle' is no metric; there are scene_accuracy, fid, kid"),
+        (["--data", "@shards"], "--data: none of the metrics uses it"),
+        (["--count", "3"], "--count: none of the metrics uses it"),
+        (["--clip", "nowhere"], "--clip: none of the metrics uses it"),
+        (
+            ["--metrics", "scene_frechet", "--data", "@shards", "--inception", "@inception.pt"],
+            "--inception: none of the metrics uses it",
+        ),
+        (["--metrics", "scene_frechet", "--data", "@shards", "--per-category", "2"], "are for scene_accuracy"),
+        (["--metrics", "scene_frechet", "--data", "@shards", "--count", "24"], "holds 23 samples, and 24 are asked for"),
+        (["--metrics", "scene_frechet", "--data", "@nowhere"], "shards do not exist"),
+        (["--metrics", "scene_frechet", "--data", "scenes"], "say with --count how many"),
+        (
+            ["--metrics", "scene_frechet", "--data", "quickstart/tokenizer.yaml", "--batch-size", "0"],
+            "--batch-size must be at least 1",
+        ),
+        (
+            ["--metrics", "precision_recall", "--data", "@shards", "--inception", "@inception.pt", "--count", "3"],
+            "3 neighbours need more",
+        ),
+        (["--metrics", "scene_frechet", "--data", "scenes", "--count", "-3"], "--count must be at least 1, not -3"),
+        (["--protocol", "coco-30k", "--count", "9"], "--count: is fixed by the protocol coco-30k"),
+        (["--protocol", "coco-30k", "--data", "@shards", "--clip", "@model"], "fid needs --inception FILE"),
+        (["--prompts", "@shuffled.jsonl"], "shuffled is what the control is called"),
+        (["--protocol", "coco"], "--protocol coco: no such file, and none of the shipped ones: coco-30k"),
+        ([], "scene_accuracy: the detector needs 48 px a side, and the model draws 16"),
+    ],
+)
 def test_what_is_refused_is_said_in_a_line(place, tmp_path, capsys, options, said):
     evaluate(place, tmp_path / "out.json", *options, status=2)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -274,7 +325,9 @@ def test_what_is_refused_is_said_in_a_line(place, tmp_path, capsys, options, sai
 def test_a_protocol_that_cannot_be_is_refused_before_anything_is_drawn(place, tmp_path, capsys, monkeypatch, protocol, said):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(protocol))
     monkeypatch.setattr(TextToImage, "sample", None)
-    options = ["--data", "@shards"] * ("scene_accuracy" not in protocol["metrics"]) + ["--inception", "@inception.pt"] * bool({"fid", "kid", "precision_recall"} & set(protocol["metrics"]))
+    options = ["--data", "@shards"] * ("scene_accuracy" not in protocol["metrics"]) + ["--inception", "@inception.pt"] * bool(
+        {"fid", "kid", "precision_recall"} & set(protocol["metrics"])
+    )
     evaluate(place, tmp_path / "out.json", "--protocol", str(tmp_path / "own.yaml"), *options, status=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error and error.startswith("nar-t2i: error: ")
@@ -328,7 +381,9 @@ def test_what_a_source_lost_is_not_left_out_either(place, tmp_path, capsys):
     shard.with_name("00000.index.safetensors").unlink()  # as another program's shards come
     evaluate(place, tmp_path / "out.json", "--metrics", "scene_frechet", "--data", str(tmp_path / "shards"), status=2)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "samples cannot be used, such as " in error and "cut off by the end of the tar" in error and "leaves no sample out" in error
+    assert (
+        "samples cannot be used, such as " in error and "cut off by the end of the tar" in error and "leaves no sample out" in error
+    )
 
 
 def test_what_was_chosen_in_another_order_or_of_other_data_is_told_apart(place, tmp_path):
@@ -362,7 +417,9 @@ def test_what_is_no_model_is_named(place, tmp_path, capsys):
 
 def test_a_protocol_fixes_what_is_drawn(place, tmp_path):
     shutil.copyfile(ROOT / "recipes/evaluation/coco-30k.yaml", tmp_path / "coco.yaml")
-    (tmp_path / "small.yaml").write_text("extends: coco.yaml\ncount: 9\nmetrics: [fid, kid]\ninception: {input: unit, resize: 12}\n")
+    (tmp_path / "small.yaml").write_text(
+        "extends: coco.yaml\ncount: 9\nmetrics: [fid, kid]\ninception: {input: unit, resize: 12}\n"
+    )
     line = ("--protocol", str(tmp_path / "small.yaml"), "--data", "@shards", "--inception", "@inception.pt")
     found = evaluate(place, tmp_path / "out.json", *line)
     told, result = found["protocol"], found["results"]["model"]

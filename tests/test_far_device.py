@@ -14,7 +14,9 @@ from tests.cluster.forks import ROOT
 
 # The one that is installed here does, so that nothing is left out unseen.
 OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-pytestmark = pytest.mark.skipif(OLDER and not far_device.POSSIBLE, reason="this older torch knows no devices that are written in Python")
+pytestmark = pytest.mark.skipif(
+    OLDER and not far_device.POSSIBLE, reason="this older torch knows no devices that are written in Python"
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,11 @@ def ended(tmp_path_factory):
     """What went wrong in each case, and what was said of those that did not come to an end."""
     folder = tmp_path_factory.mktemp("far")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err, suppress(subprocess.TimeoutExpired):  # which leaves the rest out
+    with (
+        open(folder / "out", "w") as out,
+        open(folder / "err", "w") as err,
+        suppress(subprocess.TimeoutExpired),
+    ):  # which leaves the rest out
         subprocess.run([sys.executable, "-m", "tests.far_cases"], cwd=folder, env=environment, stdout=out, stderr=err, timeout=900)
     lines = (folder / "out").read_text().splitlines()
     found = [json.loads(line.removeprefix(far_cases.ENDED)) for line in lines if line.startswith(far_cases.ENDED)]

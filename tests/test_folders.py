@@ -67,7 +67,6 @@ def test_weights_that_cannot_be_written_leave_those_that_are_there(saved):
 
 
 def test_saving_does_not_change_the_part(saved, tmp_path):
-    original, _ = saved
     loaded = load_part(tmp_path / "part", TRUSTED)
     before = dict(loaded._described_args)
     save_part(loaded, tmp_path / "other")

@@ -55,16 +55,16 @@ def test_a_runs_folder_is_told_from_a_model(model: Path, capsys: pytest.CaptureF
 
 
 def test_a_recipe_that_is_not_there_is_named_with_its_option(model: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "--recipe: recipe 'nope' does not exist" in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", "nope")
+    assert "--recipe: recipe 'nope' does not exist" in failure(
+        capsys, "--model", str(model), "--prompt", "a star", "--recipe", "nope"
+    )
 
 
 def test_pictures_and_a_contact_sheet(model: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(model, "--prompt", "a red star", "--prompt", "two blue squares", "--seed", "7") == 0
     files = sorted(path.name for path in Path("out").iterdir())
     assert files == ["0007-a-red-star.png", "0008-two-blue-squares.png", "sheet.png"]  # a picture's number is its seed
-    expected = TextToImage.from_pretrained(model)(
-        ["a red star", "two blue squares"], steps=STEPS, guidance_scale=3.0, seed=7
-    )
+    expected = TextToImage.from_pretrained(model)(["a red star", "two blue squares"], steps=STEPS, guidance_scale=3.0, seed=7)
     for name, image in zip(files, expected, strict=False):
         assert np.array_equal(np.asarray(Image.open(f"out/{name}")), np.asarray(image))
     sheet = Image.open("out/sheet.png")
@@ -82,7 +82,9 @@ def test_prompts_from_a_file_follow_those_of_the_command_line(model: Path) -> No
     assert names == ["0000-first", "0001-a-star", "0002-two-red-circles", "0003-ein-gr-nes-quadrat"]
 
 
-def test_many_prompts_are_written_as_they_are_drawn(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_many_prompts_are_written_as_they_are_drawn(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     prompts = [part for number in range(5) for part in ("--prompt", f"a red star {number}")]
     Image.new("RGB", (16, 16), "red").save("red.png")
     edited = [*prompts, "--image", "red.png", "--variation", "0.5", "--seed", "3", "--film", "strip"]
@@ -104,7 +106,10 @@ def test_many_prompts_are_written_as_they_are_drawn(model: Path, monkeypatch: py
     monkeypatch.setattr(TextToImage, "sample", interrupted)
     assert run(model, *edited) == 130 and "the same command goes on" in capsys.readouterr().err
     left = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert sorted(left) == [f"000{3 + number}-a-red-star-{number}{film}.png" for number in range(4) for film in (".film", "")] and left.items() <= whole.items()
+    assert (
+        sorted(left) == [f"000{3 + number}-a-red-star-{number}{film}.png" for number in range(4) for film in (".film", "")]
+        and left.items() <= whole.items()
+    )
     calls.clear()
     assert run(model, *edited) == 0 and len(calls) == 1 and "5 pictures in out (4 of them drawn before)" in capsys.readouterr().out
     assert whole == {path.name: path.read_bytes() for path in Path("out").iterdir()}
@@ -126,7 +131,9 @@ def test_no_picture_is_overwritten(model: Path, capsys: pytest.CaptureFixture) -
     Image.new("RGB", (4, 4)).save(path)
     assert "was not drawn by this command" in failure(capsys, "--model", str(model), "--out", "out", *others)
     path.write_bytes(before[:-200])
-    assert "0000-a-red-star.png is there, and was not drawn by this command, or is not whole" in failure(capsys, "--model", str(model), "--out", "out", *others)
+    assert "0000-a-red-star.png is there, and was not drawn by this command, or is not whole" in failure(
+        capsys, "--model", str(model), "--out", "out", *others
+    )
     path.write_bytes(before)
     assert run(model, *others, "--seed", "1") == 0 and path.read_bytes() == before  # beside it
     capsys.readouterr()
@@ -141,7 +148,11 @@ def test_prompts_of_json_lines(model: Path, capsys: pytest.CaptureFixture) -> No
     Path("scenes.jsonl").write_text('\ufeff{"prompt": "a red \u2028circle", "category": "colors"}\n', encoding="utf-8")
     assert run(model, "--prompts", "scenes.jsonl") == 0 and Path("out/0000-a-red-circle.png").is_file()
     capsys.readouterr()
-    for line, words in (('{"caption": "a"}', "is no object with a prompt"), ('{"prompt": null}', "is no object with a prompt"), ("a star", "is not JSON")):
+    for line, words in (
+        ('{"caption": "a"}', "is no object with a prompt"),
+        ('{"prompt": null}', "is no object with a prompt"),
+        ("a star", "is not JSON"),
+    ):
         Path("other.jsonl").write_text(line)
         assert words in failure(capsys, "--model", str(model), "--prompts", "other.jsonl")
 
@@ -228,8 +239,12 @@ def test_a_recipe_says_how_to_decode(model: Path, capsys: pytest.CaptureFixture)
     assert picture("--recipe", "own.yaml") == expected
     assert picture("--recipe", "inference/halton", "--steps", "4") != expected
     capsys.readouterr()
-    for recipe, words in (("scale/small", "says no way to decode"), ("inference/none", "does not exist"),
-                          ("inference/critic_guided", "critic/model"), ("learning/autoregressive", "not Autoregressive")):  # fmt: skip
+    for recipe, words in (
+        ("scale/small", "says no way to decode"),
+        ("inference/none", "does not exist"),
+        ("inference/critic_guided", "critic/model"),
+        ("learning/autoregressive", "not Autoregressive"),
+    ):
         assert words in failure(capsys, "--model", str(model), "--prompt", "a star", "--recipe", recipe)
 
 

@@ -79,7 +79,7 @@ def circle(graph):
 
     def walk(module):
         if module in path:
-            return [*path[path.index(module):], module]
+            return [*path[path.index(module) :], module]
         if module in done:
             return None
         path.append(module)
@@ -156,14 +156,14 @@ def test_control_a_circle_is_found(package):
     "files, wrong",
     [
         ({"data__a": "import nar_t2i.networks.b", "networks__b": ""}, "nar_t2i.data.a → nar_t2i.networks.b"),
-        ({"learning__a": "def f():\n    from nar_t2i.inference.b import x", "inference__b": ""},
-         "nar_t2i.learning.a → nar_t2i.inference.b"),
+        (
+            {"learning__a": "def f():\n    from nar_t2i.inference.b import x", "inference__b": ""},
+            "nar_t2i.learning.a → nar_t2i.inference.b",
+        ),
         ({"inference__a": "from ..learning import b", "learning__b": ""}, "nar_t2i.inference.a → nar_t2i.learning.b"),
         ({"types": "from nar_t2i.data import b", "data__b": ""}, "nar_t2i.types → nar_t2i.data.b"),
-        ({"evaluation__a": "from nar_t2i.training.b import x", "training__b": ""},
-         "nar_t2i.evaluation.a → nar_t2i.training.b"),
-        ({"attic__a": "from nar_t2i import errors", "errors": ""},
-         "nar_t2i.attic.a → nar_t2i.errors: a room without a layer"),
+        ({"evaluation__a": "from nar_t2i.training.b import x", "training__b": ""}, "nar_t2i.evaluation.a → nar_t2i.training.b"),
+        ({"attic__a": "from nar_t2i import errors", "errors": ""}, "nar_t2i.attic.a → nar_t2i.errors: a room without a layer"),
     ],
 )
 def test_control_a_wrong_arrow_is_found(package, files, wrong):
@@ -173,8 +173,9 @@ def test_control_a_wrong_arrow_is_found(package, files, wrong):
 def test_control_right_arrows_and_type_checking_pass(package):
     graph = package(
         networks__a="from nar_t2i.types import x\nfrom typing import TYPE_CHECKING\n"
-                    "if TYPE_CHECKING:\n    from nar_t2i.learning import b",
-        learning__b="from nar_t2i.networks.a import y", types="",
+        "if TYPE_CHECKING:\n    from nar_t2i.learning import b",
+        learning__b="from nar_t2i.networks.a import y",
+        types="",
     )
     assert wrong_arrows(graph) == [] and circle(graph) is None
     assert graph["nar_t2i.learning.b"] == {"nar_t2i.networks.a"}

@@ -75,7 +75,9 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT, check=True, capture_output=True,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -85,7 +87,10 @@ def installed(tmp_path_factory):
 
 def run(installed, tmp_path, *arguments):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(installed)},
     )
 

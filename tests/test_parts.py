@@ -114,7 +114,9 @@ def test_what_is_no_part_is_refused(path):
         resolve(path)
 
 
-@pytest.mark.parametrize("path", ["nar_t2i.inference.Nothing", "nar_t2i.nowhere.X", "nar_t2i.parts.os.system", "nar_t2i", "nar_t2i.__main__.main"])
+@pytest.mark.parametrize(
+    "path", ["nar_t2i.inference.Nothing", "nar_t2i.nowhere.X", "nar_t2i.parts.os.system", "nar_t2i", "nar_t2i.__main__.main"]
+)
 def test_what_does_not_exist_is_named(path):
     with pytest.raises(UserError, match="does not exist in this version"):
         resolve(path)

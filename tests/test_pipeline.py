@@ -95,7 +95,9 @@ def test_a_foreign_class_is_refused(saved: Path, where: str, class_path: str) ->
         TextToImage.from_pretrained(saved)
 
 
-def test_an_interrupted_save_leaves_no_mixture_of_two_models(t2i: TextToImage, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_no_mixture_of_two_models(
+    t2i: TextToImage, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import nar_t2i.pipeline as module
 
     save_part = module.save_part

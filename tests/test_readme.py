@@ -64,9 +64,7 @@ def execute(checkout: Path, script: str, *command: str) -> str:
         **os.environ, "PATH": f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout),
         "NAR_T2I_QUICKSTART_SCALE": "tiny",
     }  # fmt: skip
-    done = subprocess.run(
-        [*command, script], cwd=checkout, env=environment, capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run([*command, script], cwd=checkout, env=environment, capture_output=True, text=True, timeout=400)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{script}\n{output[-3000:]}"
     assert "Traceback" not in output

@@ -92,8 +92,17 @@ def test_interpolation_runs_over_the_merged_whole(write, monkeypatch):
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("1", 1), ("1e-3", 1e-3), ("true", True), ("null", None), ("None", None), ("[1, None, 'a']", [1, None, "a"]),
-        ("{'a': 0.5}", {"a": 0.5}), ("two words", "two words"), ("x=y", "x=y"), ("-1", -1), ("", None),
+        ("1", 1),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("null", None),
+        ("None", None),
+        ("[1, None, 'a']", [1, None, "a"]),
+        ("{'a': 0.5}", {"a": 0.5}),
+        ("two words", "two words"),
+        ("x=y", "x=y"),
+        ("-1", -1),
+        ("", None),
     ],
 )
 def test_override_values_are_yaml(write, text, value):
@@ -127,7 +136,9 @@ ERRORS = {
     "missing file": ({}, "a.yaml", [], "key --config: recipe .*a.yaml' does not exist"),
     "missing base": ({"a.yaml": "extends: nope.yaml"}, "a.yaml", [], "a.yaml: key extends: recipe 'nope.yaml' "),
     "circle": (
-        {"a.yaml": "extends: b.yaml", "b.yaml": "extends: a.yaml"}, "a.yaml", [],
+        {"a.yaml": "extends: b.yaml", "b.yaml": "extends: a.yaml"},
+        "a.yaml",
+        [],
         "key extends: circular: a.yaml → b.yaml → a.yaml",
     ),
     "self": ({"a.yaml": "extends: a.yaml"}, "a.yaml", [], "circular: a.yaml → a.yaml"),
@@ -136,13 +147,21 @@ ERRORS = {
     "duplicate key": ({"a.yaml": "a: 1\na: 2\n"}, "a.yaml", [], "a.yaml: line 2: not valid YAML: .*duplicate"),
     "a list": ({"a.yaml": "- 1\n"}, "a.yaml", [], "a.yaml: a recipe is a mapping"),
     "interpolation": (
-        {"a.yaml": "extends: b.yaml\n", "b.yaml": "m: {x: '${nothing}'}"}, "a.yaml", [], "b.yaml: key m.x: .*nothing"
+        {"a.yaml": "extends: b.yaml\n", "b.yaml": "m: {x: '${nothing}'}"},
+        "a.yaml",
+        [],
+        "b.yaml: key m.x: .*nothing",
     ),
     "interpolation in a list": ({"a.yaml": "m: [1, '${nothing}']"}, "a.yaml", [], "a.yaml: key m.1: .*nothing"),
     "environment": ({"a.yaml": "x: '${oc.env:NAR_T2I_UNSET}'"}, "a.yaml", [], "a.yaml: key x: .*NAR_T2I_UNSET"),
     "no such resolver": ({"a.yaml": "x: '${shell:ls}'"}, "a.yaml", [], "a.yaml: key x: .*shell"),
     "no value": ({"a.yaml": "m: {x: '???'}"}, "a.yaml", [], r"a.yaml: key m.x: has no value yet \(\?\?\?\)"),
-    "a sweep": ({"a.yaml": "method: grid\nparameters: {x: {values: [1]}}\ncommand: ['${env}']"}, "a.yaml", [], "a.yaml: a sweep, for wandb sweep"),
+    "a sweep": (
+        {"a.yaml": "method: grid\nparameters: {x: {values: [1]}}\ncommand: ['${env}']"},
+        "a.yaml",
+        [],
+        "a.yaml: a sweep, for wandb sweep",
+    ),
     "override without value": ({"a.yaml": "x: 1"}, "a.yaml", ["x"], "command line: 'x' is not of the form"),
     "override without key": ({"a.yaml": "x: 1"}, "a.yaml", ["x..y=1"], "command line: 'x..y=1' is not of the form"),
     "override no YAML": ({"a.yaml": "x: 1"}, "a.yaml", ["x=[1"], "command line: key x: .* is not a YAML value"),

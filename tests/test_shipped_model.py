@@ -33,7 +33,9 @@ def test_scores_on_a_few_prompts_agree_with_the_committed_ones(which: str) -> No
 def test_the_likeliest_of_several_candidates_is_right_more_often() -> None:
     """By default four are drawn; what that is worth is measured by benchmarks/rerank.py, and a few prompts agree."""
     t2i = TextToImage.from_pretrained(shipped_model())
-    prompts = [prompt for prompt in take(committed("held_out"), 8) if prompt.category in ("two_objects", "color_attribution", "counting")]
+    prompts = [
+        prompt for prompt in take(committed("held_out"), 8) if prompt.category in ("two_objects", "color_attribution", "counting")
+    ]
     best, first = (evaluate_prompts(t2i, prompts, batch_size=64, candidates=count)[0] for count in (None, 1))
     assert (best["candidates"], best["steps"], best["decoder_passes"]) == (4, 16, 17)
     assert best["accuracy"]["overall"] >= first["accuracy"]["overall"] + 2 / len(prompts)

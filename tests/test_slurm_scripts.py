@@ -22,7 +22,12 @@ def script(tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
 
     def script(name, *arguments, cwd=ROOT, **environment):
-        environment = {**os.environ, "NAR_T2I_PYTHON": sys.executable, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
+        environment = {
+            **os.environ,
+            "NAR_T2I_PYTHON": sys.executable,
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            **environment,
+        }
         line = ["bash", str(ROOT / "slurm" / name), *map(str, arguments)]
         return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -40,7 +45,10 @@ def test_a_recipe_with_a_mistake_keeps_all_from_being_queued(script, tmp_path, o
     recipes = [recipe(tmp_path, name, "model: {init_args: {learnin: 1}}" if name == "bad" else "") for name in order.split()]
     done = script("ablate.sh", "--nodes", 1, *recipes)
     assert done.returncode == 2 and "queued" not in done.stdout
-    assert "bad.yaml: key model.init_args.learnin: unknown key; did you mean 'learning'?" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "bad.yaml: key model.init_args.learnin: unknown key; did you mean 'learning'?" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_recipes_are_resolved_in_the_container_that_is_named(script, tmp_path):
@@ -63,7 +71,9 @@ def test_recipes_are_files_from_where_one_stands_or_names(script, tmp_path, monk
     logged = script("ablate.sh", "--output", "before.log", "one.yaml", cwd=tmp_path)
     assert logged.stdout.strip().endswith(f"--output before.log slurm/train.sh --one-of {tmp_path}/one.yaml"), logged.stderr
     named = script("ablate.sh", "--nodes", 1, "learning/masked")
-    assert named.returncode == 0 and named.stdout.strip().endswith("--nodes 1 slurm/train.sh --one-of learning/masked"), named.stderr
+    assert named.returncode == 0 and named.stdout.strip().endswith("--nodes 1 slurm/train.sh --one-of learning/masked"), (
+        named.stderr
+    )
     unknown = script("ablate.sh", "none.yaml")
     assert unknown.returncode == 2 and "recipe 'none.yaml' does not exist" in unknown.stderr
     assert "RECIPE…" in script("ablate.sh", cwd=tmp_path).stderr
@@ -76,7 +86,10 @@ def test_what_the_job_says_is_not_said_again(script, tmp_path, option):
     assert done.returncode == 2 and f"train.sh: {option.partition('=')[0]}: the job says it" in done.stderr
 
 
-@pytest.mark.parametrize(("written", "seconds"), [("5:00", 300), ("1:00:00", 3600), ("2-03:04:05", 183845), ("30", 30), ("UNLIMITED", 10**9), ("", 10**9)])
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("5:00", 300), ("1:00:00", 3600), ("2-03:04:05", 183845), ("30", 30), ("UNLIMITED", 10**9), ("", 10**9)],
+)
 def test_times_as_slurm_writes_them(written, seconds):
     done = subprocess.run(["bash", "-c", ". slurm/python.sh; seconds_of"], cwd=ROOT, input=written, capture_output=True, text=True)
     assert int(done.stdout) == seconds

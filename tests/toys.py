@@ -101,9 +101,7 @@ class ToyTrunk(TokenNetwork):
     def prepare(self, condition: Condition) -> Tensor:
         return self.text(condition.pooled).unsqueeze(1)
 
-    def forward(
-        self, state: TokenState, prepared: Tensor, read: Tensor | None = None, cache: KVCache | None = None
-    ) -> Prediction:
+    def forward(self, state: TokenState, prepared: Tensor, read: Tensor | None = None, cache: KVCache | None = None) -> Prediction:
         x = self.embedding(state) + prepared
         return self.head(select(x + self.attention(x), read))
 
@@ -202,9 +200,7 @@ class ToyCausal(TokenNetwork):
     def prepare(self, condition: Condition) -> Tensor:
         return self.text(condition.pooled).unsqueeze(1)
 
-    def forward(
-        self, state: TokenState, prepared: Tensor, read: Tensor | None = None, cache: KVCache | None = None
-    ) -> Prediction:
+    def forward(self, state: TokenState, prepared: Tensor, read: Tensor | None = None, cache: KVCache | None = None) -> Prediction:
         before, slots = state.values, state.positions
         if cache is None:
             slots = torch.arange(self.spec.length).expand(len(before), -1)

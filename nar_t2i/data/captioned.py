@@ -132,12 +132,16 @@ class CaptionedImages(lightning.LightningDataModule):
         return None if self.streams else self.source("train").token_spec
 
     def check_size(self, codec: TokenCodec) -> None:
-        """Raise a UserError where images are of another size than the codec's, with a cache, too: sizes and crops are told in its pixels."""
+        """Raise a UserError where images are of another size than the codec's, with a cache, too: sizes and crops are told in
+        its pixels.
+        """
         if codec.image_size != self.image_size:
             raise UserError(f"data.init_args.image_size {self.image_size}: the tokenizer is one of {codec.image_size} px")
 
     def check_codec(self, codec: TokenCodec) -> None:
-        """Raise a UserError that says what differs where this codec is of another size, or cached tokens were made by another one."""
+        """Raise a UserError that says what differs where this codec is of another size, or cached tokens were made by another
+        one.
+        """
         self.check_size(codec)
         for split in self._splits():
             self.source(split).check_tokens(codec.spec, weights_hash(codec))
@@ -195,8 +199,12 @@ class CaptionedImages(lightning.LightningDataModule):
         now, before = self._order_told(), self._began_with
         changed = [] if before is None else [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed and self.rank == 0:
-            log.warning("data.init_args: %s changed since this run was saved after %d images; where that gives another order, some images come twice "
-                        "until its next epoch, and others not at all", ", ".join(changed), self.samples)  # fmt: skip
+            log.warning(
+                "data.init_args: %s changed since this run was saved after %d images; where that gives another order, some "
+                "images come twice until its next epoch, and others not at all",
+                ", ".join(changed),
+                self.samples,
+            )
         self._began_with = None
 
     def resume_at(self, samples: int) -> None:
@@ -224,8 +232,13 @@ class CaptionedImages(lightning.LightningDataModule):
         known = source.scalar_names
         absent = [] if known is None else [name for name in self._view.scalars if name not in known and name not in CONDITIONS]
         if absent:
-            log.warning("data.init_args.scalars: no sample of %s has %s (they have %s), so that what a network takes for absent ones is all it is "
-                        "told", source.name, ", ".join(absent), ", ".join(sorted(known)) or "none")  # fmt: skip
+            log.warning(
+                "data.init_args.scalars: no sample of %s has %s (they have %s), so that what a network takes for absent ones "
+                "is all it is told",
+                source.name,
+                ", ".join(absent),
+                ", ".join(sorted(known)) or "none",
+            )
 
     def train_dataloader(self) -> CountedLoader:
         self.accumulation()  # sizes that do not divide are told before anything is read
@@ -259,8 +272,12 @@ class CaptionedImages(lightning.LightningDataModule):
             share = StreamShare(rank, world, max(1, self._workers), start)
             reader = StreamReader(self._train, self._view, micro, share)
             return DataLoader(
-                reader, batch_size=None, num_workers=self._workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals
-            )  # fmt: skip
+                reader,
+                batch_size=None,
+                num_workers=self._workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_signals,
+            )
         source = self.source("train")
         sampler = GlobalBatchSampler(self.global_batch_size, micro, rank, world, start)
         return self._data_loader(BatchReader(source, self._view, source.order(self._seed, self._window)), sampler)
@@ -292,8 +309,9 @@ class CaptionedImages(lightning.LightningDataModule):
 
 
 def _leave_signals(worker: int) -> None:
-    """Slurm signals a job's workers, too. What follows from it is for their rank to say, which still has a batch to finish; they end
-    with it."""
+    """Slurm signals a job's workers, too. What follows from it is for their rank to say, which still has a batch to finish;
+    they end with it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

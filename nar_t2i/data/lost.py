@@ -26,8 +26,9 @@ class LostLedger:
         self.records: dict[tuple[str, str], LostSample] = {}
 
     def note_unindexed(self, lost_samples: list[LostSample], count: int, total: int) -> None:
-        """`count` samples of `total` were known to be unusable before reading. lost_samples: what is known of them, one entry for the
-        rest of a damaged shard. Raises UserError when too many."""
+        """`count` samples of `total` were known to be unusable before reading. lost_samples: what is known of them, one entry
+        for the rest of a damaged shard. Raises UserError when too many.
+        """
         self._record(lost_samples)
         if count > self._max_share * total:
             self._refuse(count, total)

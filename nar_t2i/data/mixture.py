@@ -101,7 +101,9 @@ class Mixture(Source):
 
     def fingerprint(self) -> str:
         total = sum(self._weights)
-        parts = [f"{weight / total:.6g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)]
+        parts = [
+            f"{weight / total:.6g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property

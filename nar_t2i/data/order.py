@@ -158,8 +158,10 @@ class GlobalBatchSampler:
     def __init__(self, global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1, start: int = 0):
         accumulation_steps(global_batch_size, micro_batch_size, world)
         if start % global_batch_size:
-            raise UserError(f"data.init_args.global_batch_size {global_batch_size}: the run goes on behind {start} samples, which are no whole "
-                            "number of such batches; keep the size that it had, or one that divides them")  # fmt: skip
+            raise UserError(
+                f"data.init_args.global_batch_size {global_batch_size}: the run goes on behind {start} samples, which are no whole "
+                "number of such batches; keep the size that it had, or one that divides them"
+            )
         self._micro, self._rank, self._world, self.start = micro_batch_size, rank, world, start
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -183,7 +185,8 @@ def validation_batches(count: int, micro_batch_size: int, rank: int = 0, world: 
     """A rank's batches of indices: every sample once over the ranks, and every rank the same number of batches.
 
     Rows are spread evenly (batches differ by at most one), since ranks that ran fewer batches would leave the others
-    waiting in a collective; for that, where there are few samples, a batch may have one row more than `micro_batch_size`. Raises UserError when there are fewer samples than ranks.
+    waiting in a collective; for that, where there are few samples, a batch may have one row more than `micro_batch_size`.
+    Raises UserError when there are fewer samples than ranks.
     """
     if count < world:
         raise UserError(f"validation has {count} samples for {world} ranks; give it at least one a rank")

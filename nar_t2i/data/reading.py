@@ -209,7 +209,9 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View, choice: Cho
         place = (float(choice.top[row]), float(choice.left[row]))
         fitted = fit(sample.image, view.size, place, bool(choice.flip[row]))
         pixels.append(fitted.pixels)
-        height, width = (_or(sample.scalars.get(f"original_{side}"), pixels) for side, pixels in zip(("height", "width"), sample.image.shape))
+        height, width = (
+            _or(sample.scalars.get(f"original_{side}"), pixels) for side, pixels in zip(("height", "width"), sample.image.shape)
+        )
         rows.append(
             {
                 **{name: sample.scalars.get(name, float("nan")) for name in view.scalars},

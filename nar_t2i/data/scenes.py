@@ -199,9 +199,7 @@ LAYOUTS = ((1,), (2,), (3,), (1, 1), (2, 1), (1, 2), (1, 1, 1))  # members of ea
 LAYOUT_SHARES = (0.24, 0.08, 0.10, 0.32, 0.09, 0.09, 0.08)
 
 
-def compose(
-    rng: np.random.Generator, split: Split = "train", most_objects: int = 3, lattice: int = LATTICE
-) -> Scene:
+def compose(rng: np.random.Generator, split: Split = "train", most_objects: int = 3, lattice: int = LATTICE) -> Scene:
     """Draw a scene of at most `most_objects` on a lattice of so many cells a side. "train" and "validation" hold no
     held-out pair or triple; "all" may."""
     allowed = PAIRS if split == "all" else tuple(p for p in PAIRS if p not in HELD_OUT_PAIRS)
@@ -215,14 +213,10 @@ def compose(
             return Scene(groups, relation, tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], objects)
 
 
-def _draw_groups(
-    rng: np.random.Generator, layout: tuple[int, ...], allowed: tuple[tuple[str, str], ...]
-) -> tuple[Group, ...]:
+def _draw_groups(rng: np.random.Generator, layout: tuple[int, ...], allowed: tuple[tuple[str, str], ...]) -> tuple[Group, ...]:
     kinds = [allowed[i] for i in rng.choice(len(allowed), size=len(layout), replace=False)]
     sizes = tuple(SIZES)
-    return tuple(
-        Group(count, *kind, sizes[rng.integers(len(sizes))]) for count, kind in zip(layout, kinds, strict=True)
-    )
+    return tuple(Group(count, *kind, sizes[rng.integers(len(sizes))]) for count, kind in zip(layout, kinds, strict=True))
 
 
 def place(

@@ -156,7 +156,10 @@ def _sort_out(samples: dict[str, _Members], shard: str) -> tuple[list[Row], list
     for key, found in samples.items():
         problem = found.problem
         if found.image is None and found.dotted:
-            lost_samples += [LostSample(name, shard, "a key ends at the first dot, and this name has others before its suffix") for name in found.dotted]
+            lost_samples += [
+                LostSample(name, shard, "a key ends at the first dot, and this name has others before its suffix")
+                for name in found.dotted
+            ]
             continue
         if not problem and found.image is None:
             problem = "no image (.jpg, .png or .webp)"
@@ -296,10 +299,14 @@ def open_index(tar: Path, path: Path | None = None, compared: bool = False) -> S
             f"{tar} has {size} bytes, its index was made for {index.tar_size}: the tar is truncated or was replaced. "
             f"Restore it, or delete {path.name} to index what is there"
         )
-    if not compared and tar.stat().st_mtime_ns > path.stat().st_mtime_ns:  # copied in this order, or written again: tars are padded to few sizes
+    if (
+        not compared and tar.stat().st_mtime_ns > path.stat().st_mtime_ns
+    ):  # copied in this order, or written again: tars are padded to few sizes
         log.info("%s is newer than its index; comparing them", tar)
         if ShardIndex(encode_index(*scan_tar(tar), size)).identity != index.identity:
-            raise UserError(f"{tar} holds other samples than {path.name} says: it was replaced. Delete {path.name} to index what is there")
+            raise UserError(
+                f"{tar} holds other samples than {path.name} says: it was replaced. Delete {path.name} to index what is there"
+            )
         with suppress(OSError):
             os.utime(path)
     return index

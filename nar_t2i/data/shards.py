@@ -58,16 +58,25 @@ class ShardSource(Source):
         missing = [shard for shard, path in enumerate(self._index_paths) if not path.exists()]
         if not missing:
             return
-        log.warning("%d of %d shards of %s have no index yet and are read through once; data_prep/index_shards.py does that ahead, by many "
-                    "processes", len(missing), len(self._tars), self.name)  # fmt: skip
+        log.warning(
+            "%d of %d shards of %s have no index yet and are read through once; data_prep/index_shards.py does that ahead, by many "
+            "processes",
+            len(missing),
+            len(self._tars),
+            self.name,
+        )
         together = dist.is_available() and dist.is_initialized()
         first = len(missing) * dist.get_rank() // dist.get_world_size() if together else 0
         for shard in missing[first:] + missing[:first]:
             if not self._index_paths[shard].exists():
                 self._index(shard)
         if self._in_memory:
-            log.warning("%s is read-only, so that every start, and every rank, reads its shards through and keeps their indices in memory; make them "
-                        "elsewhere with data_prep/index_shards.py --index-folder, and name it as ShardSource's index_folder", self.name)  # fmt: skip
+            log.warning(
+                "%s is read-only, so that every start, and every rank, reads its shards through and keeps their indices in "
+                "memory; make them "
+                "elsewhere with data_prep/index_shards.py --index-folder, and name it as ShardSource's index_folder",
+                self.name,
+            )
 
     def __len__(self) -> int:
         return sum(self._lengths)

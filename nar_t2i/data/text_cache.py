@@ -38,8 +38,9 @@ class Packed(NamedTuple):
 
 
 def pack_states(states: Tensor, stored: Stored) -> Packed:
-    """(T, D) float32 → what is stored: halves, bfloat16's bits as uint16, or int8 with one scale a row. UserError where states are too
-    large for halves, or are no numbers."""
+    """(T, D) float32 → what is stored: halves, bfloat16's bits as uint16, or int8 with one scale a row. UserError where states
+    are too large for halves, or are no numbers.
+    """
     if not states.isfinite().all():
         raise UserError("the text encoder gives states that are not finite")
     if stored == "int8":

@@ -31,8 +31,9 @@ IN_MEMORY = 32 * 2**20  # bytes of a kind of arrays that are read at once
 
 
 def pack(tokens: np.ndarray, spec: TokenSpec, float_dtype: str = "float16") -> np.ndarray:
-    """(B, N, *value_shape) tokens → what is stored: (B, N) codes, (B, bytes) packed bits, or (B, N, C) floats. UserError where floats are
-    too large for `float_dtype`."""
+    """(B, N, *value_shape) tokens → what is stored: (B, N) codes, (B, bytes) packed bits, or (B, N, C) floats. UserError where
+    floats are too large for `float_dtype`.
+    """
     if spec.kind == "categorical":
         return tokens.astype(np.min_scalar_type(spec.size - 1))
     if spec.kind == "binary":

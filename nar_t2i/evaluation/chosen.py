@@ -51,7 +51,10 @@ class Chosen:
         if count is not None and not 1 <= count <= len(source):
             raise UserError(f"{source.name}: holds {len(source)} samples, and {count} are asked for")
         if source.lost:
-            raise UserError(f"{source.name}: {len(source.lost)} samples cannot be used, such as {source.lost[0]}; an evaluation leaves no sample out")
+            raise UserError(
+                f"{source.name}: {len(source.lost)} samples cannot be used, such as {source.lost[0]}; an evaluation leaves no "
+                "sample out"
+            )
         order = np.random.Generator(np.random.Philox(key=[seed, len(source)])).permutation(len(source))
         self.indices = np.arange(len(source)) if count is None else order[:count]
         self._source, self._seed, self._caption = source, seed, caption

@@ -29,8 +29,25 @@ from nar_t2i.files import read_json, write_json
 from nar_t2i.folders import flat
 
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t at 97.5%, by degrees of freedom
-COLUMNS = ("name", "seen", "seen_low", "seen_high", "held_out", "difference", "difference_low", "difference_high", "passes",
-           "seconds_an_image", "seeds", "spread", "over_seeds_low", "over_seeds_high", "steps", "forward_passes", "changes")  # fmt: skip
+COLUMNS = (
+    "name",
+    "seen",
+    "seen_low",
+    "seen_high",
+    "held_out",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "passes",
+    "seconds_an_image",
+    "seeds",
+    "spread",
+    "over_seeds_low",
+    "over_seeds_high",
+    "steps",
+    "forward_passes",
+    "changes",
+)
 
 
 class Interval(NamedTuple):
@@ -70,8 +87,9 @@ def share_interval(passed: np.ndarray) -> Interval:
 
 
 def paired_interval(differences: np.ndarray) -> Interval:
-    """differences: (seeds, prompts), of 0 or 1. The interval of their mean over the sampling of prompts, with half a pair more of each
-    of the four kinds, so that few pairs that differ do not seem certain (Agresti and Min 2005)."""
+    """differences: (seeds, prompts), of 0 or 1. The interval of their mean over the sampling of prompts, with half a pair more
+    of each of the four kinds, so that few pairs that differ do not seem certain (Agresti and Min 2005).
+    """
     values = differences.mean(0)
     count, total = len(values) + 2, float(values.sum())
     middle = total / count
@@ -83,7 +101,11 @@ def seeds_interval(values: np.ndarray) -> Interval:
     """values: (seeds,), one a training, at least two. Student's interval of their mean."""
     freedom, mean = len(values) - 1, float(values.mean())
     # The expansion of Abramowitz and Stegun 26.7.5, right to 0.003 from ten degrees on.
-    t = T95[freedom - 1] if freedom <= len(T95) else Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * freedom**2)
+    t = (
+        T95[freedom - 1]
+        if freedom <= len(T95)
+        else Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * freedom**2)
+    )
     half = t * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
@@ -122,11 +144,17 @@ def write_comparison(out: Path, judged: dict[str, list[Path]]) -> Path:
     machines = {_machine(found["machine"]) for seeds in verdicts.values() for found in seeds}
     machine = "; and ".join(sorted(machines))
     first = next(iter(verdicts.values()))[0]
-    write_json(out / "comparison.json", {
-        "prompts": {which: Counter(first[which]["category"]) for which in ("seen", "held_out")},
-        "machine": machine, "judged": {name: [os.path.relpath(folder.resolve(), out.resolve()) for folder in folders] for name, folders in judged.items()},
-        "rows": [row._asdict() for row in rows],
-    })  # fmt: skip
+    write_json(
+        out / "comparison.json",
+        {
+            "prompts": {which: Counter(first[which]["category"]) for which in ("seen", "held_out")},
+            "machine": machine,
+            "judged": {
+                name: [os.path.relpath(folder.resolve(), out.resolve()) for folder in folders] for name, folders in judged.items()
+            },
+            "rows": [row._asdict() for row in rows],
+        },
+    )
     (out / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
     (out / "comparison.md").write_text(as_markdown(rows, machine), encoding="utf-8")
     html = out / "comparison.html"
@@ -160,7 +188,10 @@ def changes(strategy: dict[str, Any], reference: dict[str, Any]) -> str:
         same_kind = "init_args" not in key or now.get(kind) == before.get(kind)
         if now.get(key) != before.get(key) and (key in now or same_kind):
             short = key.replace(".init_args", "").removesuffix(".class_path")
-            told.append(f"{short} {str(now.get(key, 'default')).rpartition('.')[2] if key.endswith('class_path') else now.get(key, 'default')}")
+            told.append(
+                f"{short} "
+                f"{str(now.get(key, 'default')).rpartition('.')[2] if key.endswith('class_path') else now.get(key, 'default')}"
+            )
     return ", ".join(told)
 
 
@@ -173,8 +204,20 @@ def cells(row: Row) -> list[str]:
     spread = "–" if row.spread is None else f"{row.spread:.3f}"
     difference = "reference" if row.difference is None else _told(row.difference, "+.3f")
     over_seeds = "–" if row.over_seeds is None else f"[{row.over_seeds.low:+.3f}, {row.over_seeds.high:+.3f}]"
-    return [row.name, _told(row.seen), f"{row.held_out.mean:.3f}", difference, str(row.passes), f"{1000 * row.seconds_an_image:.0f}",
-            f"{row.steps:,}", f"{row.forward_passes:,}", f"{row.seeds}", spread, over_seeds, row.changes]  # fmt: skip
+    return [
+        row.name,
+        _told(row.seen),
+        f"{row.held_out.mean:.3f}",
+        difference,
+        str(row.passes),
+        f"{1000 * row.seconds_an_image:.0f}",
+        f"{row.steps:,}",
+        f"{row.forward_passes:,}",
+        f"{row.seeds}",
+        spread,
+        over_seeds,
+        row.changes,
+    ]
 
 
 HEAD = ("strategy", "seen [95%]", "held out", "difference in seen [95%]", "passes", "ms an image", "training steps",
@@ -192,8 +235,22 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writerow(COLUMNS)
     for row in rows:
         difference, over_seeds = row.difference or ("", "", ""), row.over_seeds or ("", "", "")
-        writer.writerow([row.name, *row.seen, row.held_out.mean, *difference, row.passes, row.seconds_an_image, row.seeds,
-                         "" if row.spread is None else row.spread, *over_seeds[1:], row.steps, row.forward_passes, row.changes])  # fmt: skip
+        writer.writerow(
+            [
+                row.name,
+                *row.seen,
+                row.held_out.mean,
+                *difference,
+                row.passes,
+                row.seconds_an_image,
+                row.seeds,
+                "" if row.spread is None else row.spread,
+                *over_seeds[1:],
+                row.steps,
+                row.forward_passes,
+                row.changes,
+            ]
+        )
     return file.getvalue()
 
 
@@ -223,7 +280,9 @@ def plot(rows: Sequence[Row]) -> bytes:
             while any(abs(math.log(x / other)) < 0.5 and abs(place - height) < line for other, height in labels):
                 place += line / 4
             labels.append((x, place))
-            axes.annotate(row.name, (x, y), xytext=(1.06 * x, place), fontsize=6.5, va="center", arrowprops={"arrowstyle": "-", "lw": 0.3})
+            axes.annotate(
+                row.name, (x, y), xytext=(1.06 * x, place), fontsize=6.5, va="center", arrowprops={"arrowstyle": "-", "lw": 0.3}
+            )
         axes.set_xscale("log")
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks(matplotlib.ticker.LogFormatter(minor_thresholds=(2.5, 1)))

@@ -101,7 +101,9 @@ class InceptionFeatures(Features):
             features = self._module(pixels.to(self._device), **self._arguments)
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"--inception {self._file}: does not take {self._input} images {tuple(pixels.shape)}: {reason}") from error
+            raise UserError(
+                f"--inception {self._file}: does not take {self._input} images {tuple(pixels.shape)}: {reason}"
+            ) from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise UserError(f"--inception {self._file}: must give (B, D) features, and gives {shape} for {len(images)} images")
@@ -111,7 +113,8 @@ class InceptionFeatures(Features):
 class ClipFeatures(Features):
     """Embeddings of unit length of a local folder of transformers' CLIPModel: both towers, its tokenizer, its preprocessing.
 
-    Raises UserError where the folder is missing or not whole. Only safetensors are read. Of captions that are too long the first words count.
+    Raises UserError where the folder is missing or not whole. Only safetensors are read. Of captions that are too long the
+    first words count.
     """
 
     name = "clip"
@@ -145,7 +148,9 @@ class ClipFeatures(Features):
         # What is missing would be drawn at random, on each rank anew; the scale of logits is not asked.
         absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         if wrong := sorted(name for name in map(str, absent) if name != "logit_scale" and "position_ids" not in name):
-            raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: has no {wrong[0]} as its config.json describes it")
+            raise UserError(
+                f"--clip {folder}: not a whole folder of a CLIPModel: has no {wrong[0]} as its config.json describes it"
+            )
         self._model = model.to(device).eval()
         self._length, self._device = self._model.config.text_config.max_position_embeddings, device
         self.protocol = {

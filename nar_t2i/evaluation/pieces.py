@@ -1,7 +1,7 @@
 """Work over many samples, in pieces that are kept: each written whole by one rank, and not made again after an interruption.
 
-    WORK/settings.json            what made all that is here
-    WORK/NAME/00000000.safetensors   tensors of samples 0 to …; its "notes" are plain values
+WORK/settings.json            what made all that is here
+WORK/NAME/00000000.safetensors   tensors of samples 0 to …; its "notes" are plain values
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Pieces:
             try:
                 with safe_open(path, "pt") as file:
                     notes.append(json.loads(file.metadata()["notes"]))
-                    found = {name: file.get_tensor(name) for name in file.keys()}
+                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); delete it, and the same command makes it again") from error
             for name, value in found.items():

@@ -42,9 +42,7 @@ def _held_out_part(which: Kinds, category: str, index: int) -> str | None:
     return "triple" if category == "position" and index % 2 else "pair"
 
 
-def _draw_content(
-    category: str, wanted: str | None, index: int, rng: np.random.Generator
-) -> tuple[tuple[Group, ...], str | None]:
+def _draw_content(category: str, wanted: str | None, index: int, rng: np.random.Generator) -> tuple[tuple[Group, ...], str | None]:
     """Groups and relation whose held-out part is `wanted`. One kind goes round the pool, so that all come equally; where pairs and
     triples take turns, every other kind of the triples' pool does."""
     pool = sorted(HELD_OUT_PAIRS) if wanted == "pair" else ALLOWED_PAIRS

@@ -1,12 +1,12 @@
 """How pictures are evaluated: which metrics, of how many samples, with which seeds. In a recipe, or from the command line.
 
-    metrics: {fid: {}, kid: {subsets: 100}}   or a list of names; options are fields of the metric's class
-    count: 30000          samples of --data; none means all
-    seed: 0               sample i is drawn with seed + i
-    choice_seed: 0        which samples, and which of their captions
-    caption: random       or first
-    reference: same       real pictures: those whose captions are drawn; or all of --data
-    inception: {input: uint8, resize: none, filter: bicubic}    see nar_t2i.evaluation.features
+metrics: {fid: {}, kid: {subsets: 100}}   or a list of names; options are fields of the metric's class
+count: 30000          samples of --data; none means all
+seed: 0               sample i is drawn with seed + i
+choice_seed: 0        which samples, and which of their captions
+caption: random       or first
+reference: same       real pictures: those whose captions are drawn; or all of --data
+inception: {input: uint8, resize: none, filter: bicubic}    see nar_t2i.evaluation.features
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def read_protocol(name: str) -> Protocol:
         if key not in INCEPTION:
             raise recipe.error(f"inception.{key}", f"is unknown; the keys are {', '.join(INCEPTION)}")
         if (value not in INCEPTION[key]) if INCEPTION[key] else not (value is None or (_is_whole(value) and value)):
-            raise recipe.error(f"inception.{key}", f"must be {' or '.join(INCEPTION[key] or ('none', 'pixels a side'))}, not {value!r}")
+            raise recipe.error(
+                f"inception.{key}", f"must be {' or '.join(INCEPTION[key] or ('none', 'pixels a side'))}, not {value!r}"
+            )
     if not recipe.config.get("metrics"):
         raise recipe.error("metrics", f"is missing; there are {', '.join(NAMES)}")
     try:
@@ -78,7 +80,9 @@ def read_protocol(name: str) -> Protocol:
     except UserError as error:
         raise recipe.error("metrics", str(error)) from error
     unused = [key for key in ("count", "choice_seed", "caption", "reference") if not metrics]
-    unused += ["reference"] * (not any(metric.needs_real for metric in metrics)) + ["inception"] * (not any(m.features == "inception" for m in metrics))
+    unused += ["reference"] * (not any(metric.needs_real for metric in metrics)) + ["inception"] * (
+        not any(m.features == "inception" for m in metrics)
+    )
     if found := [key for key in unused if key in recipe.config]:
         raise recipe.error(found[0], "none of the metrics uses it")
     rest = {key: recipe.config[key] for key in keys if key in recipe.config and key not in ("metrics", "inception")}

@@ -139,9 +139,7 @@ def _check(folder: Path) -> list[Run]:
     if (folder / "judged").is_dir():
         raise UserError(f"{folder}: an ablation that is not finished; the same nar-t2i ablate goes on with it")
     if not runs:
-        raise UserError(
-            f"{folder}: neither a run (it has no metrics.csv) nor a quickstart (no {' or '.join(STAGES)} run in it)"
-        )
+        raise UserError(f"{folder}: neither a run (it has no metrics.csv) nor a quickstart (no {' or '.join(STAGES)} run in it)")
     return runs
 
 
@@ -276,7 +274,9 @@ def _sample_card(base: Path, prompt: str, entries: Iterable[dict[str, Any]], sev
 def _run_section(run: Run) -> Markup | None:
     name = run.name.capitalize() or "Training"
     curves = run.folder / "metrics.csv"
-    shown = charts(read_curves(curves)) if curves.exists() else tag("p", "Nothing has been logged yet: see trainer.log_every_n_steps.")
+    shown = (
+        charts(read_curves(curves)) if curves.exists() else tag("p", "Nothing has been logged yet: see trainer.log_every_n_steps.")
+    )
     return section(name, shown, _pictures_of(run))
 
 

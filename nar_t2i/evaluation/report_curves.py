@@ -65,8 +65,7 @@ def _number(text: object) -> float | None:
 def charts(curves: dict[str, Curve]) -> Markup | None:
     """All curves of a run as a grid of charts; None where there are none."""
     cards = [
-        tag("div", tag("b", title, class_="small"), _chart(title, chosen), class_="card")
-        for title, chosen in _grouped(curves)
+        tag("div", tag("b", title, class_="small"), _chart(title, chosen), class_="card") for title, chosen in _grouped(curves)
     ]
     return tag("div", cards, class_="charts") if cards else None
 

@@ -74,9 +74,7 @@ class Markup(str):
 
 def tag(name: str, /, *children: Any, **attributes: str | None) -> Markup:
     """An element. Text is escaped; None is left out; `class_` is the attribute `class`."""
-    written = "".join(
-        f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items() if value is not None
-    )
+    written = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items() if value is not None)
     inner = "" if name in VOID else f"{join(children)}</{name}>"
     return Markup(f"<{name}{written}>{inner}")
 

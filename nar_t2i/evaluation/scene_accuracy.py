@@ -44,9 +44,7 @@ def score(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePromp
     return _summary(verdicts(images, prompts, workers), prompts)
 
 
-def shuffled(
-    images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int = 1
-) -> dict[str, Any]:
+def shuffled(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int = 1) -> dict[str, Any]:
     """As `score`, with each picture against another prompt of the same category (`derangement`)."""
     partners = derangement(prompts)
     found = [(d, j) for (d, _), j in zip(_pairs(images, prompts, workers), partners, strict=True) if j is not None]

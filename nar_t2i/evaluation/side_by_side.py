@@ -119,7 +119,9 @@ def as_html(entries: Sequence[Entry]) -> str:
         section("Scores", warning, table(["", *(entry.name for entry in entries)], rows)),
         section("Where protocols differ", table(["score", "entry", "keys"], notes)) if notes else None,
         section("The first pictures", [tag("div", sheet, class_="card") for sheet in sheets if sheet is not None]),
-        section("Sources", table(["entry", "read from"], [[entry.name, entry.source] for entry in entries], class_="plain"), behind),
+        section(
+            "Sources", table(["entry", "read from"], [[entry.name, entry.source] for entry in entries], class_="plain"), behind
+        ),
     )
 
 
@@ -178,14 +180,20 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
             compared = ("real",) if values.get("real_samples") is not None else ()  # with real pictures
             protocol = {key: told.get(key) for key in ("data", *compared, "features", "seed")}
             protocol["features"] = _mapping(protocol["features"]).get(str(values.get("features")))
-            protocol |= {"metric": values.get("protocol"), "samples": values.get("samples"), "real_samples": values.get("real_samples")}
+            protocol |= {
+                "metric": values.get("protocol"),
+                "samples": values.get("samples"),
+                "real_samples": values.get("real_samples"),
+            }
             for key, value in _numbers(values):
                 if key not in ("samples", "real_samples"):
                     numbers[metric if key == "value" else f"{metric}: {key}"] = Number(value, protocol=protocol)
         numbers |= {key.replace("_", " "): Number(value) for key, value in _numbers(result.get("decoding")) if key in DECODING}
         label = path.stem if len(content["results"]) == 1 else f"{path.stem} ({name})"
         sheets = sorted(work_folder(path).glob(f"sheet-{name}-*.png"))
-        about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")} | {"decoding": result.get("decoding")}
+        about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")} | {
+            "decoding": result.get("decoding")
+        }
         entries.append(Entry(label, str(path), numbers, about, sheets))
     if not entries:
         raise UserError(f"{path}: key results: holds nothing")
@@ -202,7 +210,9 @@ def _suite(path: Path, content: Mapping[str, Any]) -> Entry:
 def _ablation(path: Path) -> list[Entry]:
     content, entries = read_json(path / "comparison.json"), []
     prompts = _mapping(content.get("prompts"))
-    told = {which: {"prompts": prompts[which], "seed": 0, "hash": None} if which in prompts else None for which in ("seen", "held_out")}
+    told = {
+        which: {"prompts": prompts[which], "seed": 0, "hash": None} if which in prompts else None for which in ("seen", "held_out")
+    }
     for row in content["rows"]:
         numbers = {f"scene accuracy, {which.replace('_', ' ')}: overall": Number(*row[which], told[which]) for which in told}
         numbers |= {"decoder passes": Number(row["passes"]), "training steps": Number(row["steps"])}

@@ -37,8 +37,7 @@ def evaluate_tokenizer(codec: TokenCodec, count: int = 1000, batch_size: int = 5
         decoded.append(to_uint8(output))
     pictures = [torch.cat(decoded).permute(0, 2, 3, 1).numpy(), originals.permute(0, 2, 3, 1).numpy()]
     kept, found = (
-        sum(matches(d, s.groups, s.relation) for d, s in zip(detect_all(p, workers), scenes, strict=True))
-        for p in pictures
+        sum(matches(d, s.groups, s.relation) for d, s in zip(detect_all(p, workers), scenes, strict=True)) for p in pictures
     )
     share = counts / counts.sum()
     return {

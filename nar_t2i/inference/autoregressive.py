@@ -48,7 +48,11 @@ class Autoregressive(InferenceStrategy):
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
         # cuDNN's attention would be planned anew for each length of the cache.
-        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if tokens.is_cuda else nullcontext()
+        kernels = (
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+            if tokens.is_cuda
+            else nullcontext()
+        )
         with kernels:
             tokens = self._drawn(guided, tokens, masked, noise, on_step)
         return Decoded(tokens, guided.passes, guided.rows)

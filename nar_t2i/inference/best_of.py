@@ -38,8 +38,8 @@ class Likelihood(Scorer):
     The drawn slots fall into `groups` at random, each of which is hidden once and predicted from the others: a
     pseudo-likelihood (Besag, 1975). What decoding drew apart is so seen together. splits: how many times the groups are drawn
     anew, for a mean that depends less on how they fell. All groups of all splits are rows of one pass. A causal network gives
-    the likelihood itself, in one row whatever these are. (How much likelier the text makes the tokens than the null caption does was
-    tried as well and chose no better than chance: docs/results/shipped.)
+    the likelihood itself, in one row whatever these are. (How much likelier the text makes the tokens than the null caption
+    does was tried as well and chose no better than chance: docs/results/shipped.)
     """
 
     static = True
@@ -121,7 +121,9 @@ class BestOf(InferenceStrategy):
         condition, null = condition.map(each), null.map(each)
         given = known and Known(*map(each, known))
         steps: list[Step] = []
-        drawn = self.first.decode(network, condition, null, noise.copies(self.candidates), guidance, given, on_step and steps.append)
+        drawn = self.first.decode(
+            network, condition, null, noise.copies(self.candidates), guidance, given, on_step and steps.append
+        )
         passes, rows = drawn.passes, drawn.rows * self.candidates
         free = ~given.mask if given else torch.ones(drawn.tokens.shape[:2], dtype=torch.bool, device=drawn.tokens.device)
         best = torch.arange(0, len(free), self.candidates, device=free.device)

@@ -47,7 +47,9 @@ class CriticGuided(Scheduled):
     ):
         super().__init__(steps, schedule, temperature, final_temperature, top_k, top_p)
         if not (0 <= persistent <= 1 and choice_temperature >= 0):
-            raise UserError(f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0")
+            raise UserError(
+                f"CriticGuided: persistent {persistent} must be 0 to 1, choice_temperature {choice_temperature} at least 0"
+            )
         self.choice_temperature, self.persistent = choice_temperature, persistent
         self.critic = frozen_network(critic)
         self.static = self.critic.static

@@ -24,12 +24,15 @@ class EntropyBounded(InferenceStrategy):
     bound: γ, in nats, on the sum of the entropies of the slots of a pass without the largest of them, which bounds their
     mutual information; at least one slot is filled. temperature: of the draws, 0 = the mode. most_steps: passes; the last
     of them fills all that is left. How many it will take is not known ahead, so that guidance ramps and intervals run over
-    `most_steps`: with few passes they hardly leave their beginning. One number a pass is read from the device: whether any slot is left.
+    `most_steps`: with few passes they hardly leave their beginning. One number a pass is read from the device: whether any slot
+    is left.
     """
 
     def __init__(self, bound: float = 2.0, temperature: float = 1.0, most_steps: int = 64):
         if not (bound >= 0 and temperature >= 0 and most_steps >= 1):
-            raise UserError(f"EntropyBounded: bound {bound}, temperature {temperature} must be at least 0, most_steps {most_steps} 1")
+            raise UserError(
+                f"EntropyBounded: bound {bound}, temperature {temperature} must be at least 0, most_steps {most_steps} 1"
+            )
         self.bound, self.temperature, self.most_steps = bound, temperature, most_steps
 
     @torch.no_grad()

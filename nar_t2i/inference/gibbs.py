@@ -25,9 +25,7 @@ class GibbsSweeps(InferenceStrategy):
     block: its equilibrium is another one than the model's, and further off the larger the blocks are.
     """
 
-    def __init__(
-        self, first: InferenceStrategy = Confidence(), sweeps: int = 1, block: int = 16, temperature: float = 1.0
-    ):
+    def __init__(self, first: InferenceStrategy = Confidence(), sweeps: int = 1, block: int = 16, temperature: float = 1.0):
         if not (sweeps >= 1 and block >= 1 and temperature >= 0):
             raise UserError(f"GibbsSweeps: sweeps {sweeps} and block {block} must be at least 1, temperature {temperature} 0")
         self.static = first.static

@@ -52,7 +52,13 @@ class Graphs:
         return sum(isinstance(recorded, Recorded) for recorded in self._recorded.values())
 
     def decode(
-        self, strategy: InferenceStrategy, network: TokenNetwork, condition: Condition, null: Condition, noise: Noise, guidance: Guidance
+        self,
+        strategy: InferenceStrategy,
+        network: TokenNetwork,
+        condition: Condition,
+        null: Condition,
+        noise: Noise,
+        guidance: Guidance,
     ) -> Decoded:
         """What `strategy.decode` gives, with nothing known and nobody told of steps."""
         if not (strategy.static and network.static):
@@ -62,7 +68,16 @@ class Graphs:
         device = noise.ids.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
-        key = (_settings(strategy), id(network), guidance, noise.seed, noise.dtype, autocast, torch.is_inference_mode_enabled(), shapes)
+        key = (
+            _settings(strategy),
+            id(network),
+            guidance,
+            noise.seed,
+            noise.dtype,
+            autocast,
+            torch.is_inference_mode_enabled(),
+            shapes,
+        )
         if key not in self._recorded:
             while len(self._recorded) >= self.keep:
                 self._recorded.popitem(last=False)
@@ -84,7 +99,9 @@ class Graphs:
             try:
                 self._recorded[key] = Recorded((strategy, network), own, *self.record(run, noise.ids.device))
             except RuntimeError as error:  # something that cannot be recorded, or too little memory
-                warnings.warn(f"{type(strategy).__name__} is launched pass by pass, since it could not be recorded: {error}", stacklevel=2)
+                warnings.warn(
+                    f"{type(strategy).__name__} is launched pass by pass, since it could not be recorded: {error}", stacklevel=2
+                )
                 self._recorded[key] = PLAIN
                 return strategy.decode(network, condition, null, noise, guidance)
         recorded = self._recorded[key]

@@ -43,8 +43,8 @@ def paired(condition: Condition, null: Condition) -> Condition:
 class GuidedNetwork:
     """Calls a network on conditional and unconditional rows at once and combines them: `u + s·(c − u)`.
 
-    Each text is prepared once, for all steps, when it is first needed. `passes` counts network calls, `rows` row evaluations an image. With a
-    cache, the unconditional rows are evaluated throughout, since the cache must hold them when guidance begins.
+    Each text is prepared once, for all steps, when it is first needed. `passes` counts network calls, `rows` row evaluations an
+    image. With a cache, the unconditional rows are evaluated throughout, since the cache must hold them when guidance begins.
     """
 
     def __init__(self, network: TokenNetwork, condition: Condition, null: Condition, guidance: Guidance):
@@ -66,7 +66,11 @@ class GuidedNetwork:
     ) -> Prediction:
         """The guided prediction at `read`; progress says where guidance stands, see `pass_progress`."""
         if self.network.causal != (cache is not None):
-            sees = "only what stands before: Autoregressive decodes it, or Particles" if self.network.causal else "all slots at once: not Autoregressive"
+            sees = (
+                "only what stands before: Autoregressive decodes it, or Particles"
+                if self.network.causal
+                else "all slots at once: not Autoregressive"
+            )
             raise UserError(f"{type(self.network).__name__} sees {sees}")
         scale = self.guidance.at(progress)
         self.passes += 1

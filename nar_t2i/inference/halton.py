@@ -17,8 +17,10 @@ BASES = (2, 3, 5)
 
 
 def mirrored(number: int, base: int, size: int) -> int:
-    """Which of `size` equal parts of 0 to 1 the radical inverse of `number` falls into, whose digits are those of `number` behind the
-    point, mirrored: 6 = 110 in base 2 is 0.011, in the second of four. In whole numbers, since it often falls on an edge."""
+    """Which of `size` equal parts of 0 to 1 the radical inverse of `number` falls into, whose digits are those of `number`
+    behind the point, mirrored: 6 = 110 in base 2 is 0.011, in the second of four. In whole numbers, since it often falls on an
+    edge.
+    """
     inverse, scale = 0, 1
     while number:
         number, digit = divmod(number, base)

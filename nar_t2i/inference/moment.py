@@ -19,9 +19,9 @@ class Moment(Scheduled):
     """What Confidence does in the limit of many tokens, at temperature 1, without its draws that are thrown away.
 
     Slots are drawn without replacement in proportion to Σ p^β, and their tokens in proportion to p^β, with
-    β = 1 + 1 / choice_temperature, which falls as Confidence's does: both are sharp at the end. In the last pass, where Confidence has
-    nothing to choose and draws from p, tokens stay as sharp as in the one before; another temperature sharpens tokens, not slots (both
-    our choice).
+    β = 1 + 1 / choice_temperature, which falls as Confidence's does: both are sharp at the end. In the last pass, where
+    Confidence has nothing to choose and draws from p, tokens stay as sharp as in the one before; another temperature sharpens
+    tokens, not slots (both our choice).
     """
 
     def __init__(

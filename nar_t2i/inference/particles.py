@@ -47,7 +47,9 @@ class Particles(InferenceStrategy):
         if candidates < 1:
             raise UserError(f"Particles: candidates must be at least 1, not {candidates}")
         if not (temperature > 0 and (final_temperature is None or final_temperature >= 0)):
-            raise UserError(f"Particles: temperature {temperature} must be above 0, final_temperature {final_temperature} at least 0")
+            raise UserError(
+                f"Particles: temperature {temperature} must be above 0, final_temperature {final_temperature} at least 0"
+            )
         self.candidates, self.likeliest = candidates, likeliest
         self.temperature, self.final_temperature = temperature, temperature if final_temperature is None else final_temperature
         self.truncation = truncation(top_k, top_p)
@@ -95,7 +97,11 @@ class Particles(InferenceStrategy):
                 cache.reorder(guided.both(rows))
             said = said[:, -size:]
             last = step == len(stages) - 1
-            sampled = said.sample(draws.at(step, here.expand(len(tokens), -1)), self.final_temperature if last else self.temperature, **self.truncation)
+            sampled = said.sample(
+                draws.at(step, here.expand(len(tokens), -1)),
+                self.final_temperature if last else self.temperature,
+                **self.truncation,
+            )
             free = unknown[:, here].view(len(tokens), size, *[1] * (tokens.ndim - 2))
             if last:  # which no later pass weighs: given tokens there are told by what stands before
                 told = (self._log_prob(said, tokens[:, here]) * ~unknown[:, here]).sum(1)

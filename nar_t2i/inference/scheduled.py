@@ -30,9 +30,9 @@ from nar_t2i.types import (
 class Scheduled(InferenceStrategy):
     """Each pass predicts the unknown tokens and keeps those of the highest score, as many as the schedule says.
 
-    steps: passes; where fewer tokens are unknown, as many as these are, with the guidance and the temperatures of a decoding of that
-    many (ProgressiveStages revises to its end). schedule: of the share that stays masked. temperature: of the token draws, 0 = the mode;
-    final_temperature: what it changes to, linearly, until the last pass; None = it stays. top_k, top_p: see
+    steps: passes; where fewer tokens are unknown, as many as these are, with the guidance and the temperatures of a decoding of
+    that many (ProgressiveStages revises to its end). schedule: of the share that stays masked. temperature: of the token draws,
+    0 = the mode; final_temperature: what it changes to, linearly, until the last pass; None = it stays. top_k, top_p: see
     `Categorical.sample`. A subclass says what the score is.
     """
 

@@ -43,7 +43,10 @@ class CriticOf(LearningStrategy):
         super().__init__()
         self._generator = [frozen_network(generator)]  # in a list: no part of this module
         if self._generator[0].causal:
-            raise UserError("CriticOf: the generator draws hidden tokens from all visible ones at once, and this one sees only what stands before")
+            raise UserError(
+                "CriticOf: the generator draws hidden tokens from all visible ones at once, and this one sees only what stands "
+                "before"
+            )
         self.schedule, self.temperature, self.label, self.redraw = schedule, temperature, label, redraw
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork
 
 @part
 class Prefixes(LearningStrategy):
-    """The mean negative log-likelihood of a PrefixDecoder's lesson, in one pass: of each token given all that come before it, as far
-    as tokens are read, and given what stood before its stage.
+    """The mean negative log-likelihood of a PrefixDecoder's lesson, in one pass: of each token given all that come before it,
+    as far as tokens are read, and given what stood before its stage.
 
     most: so many slots of a stage are asked about from what stood before it, others at each step and the same for all images,
     which stand for all of the stage: later stages are large, and easy. Validation asks about all.
@@ -50,6 +50,9 @@ class Prefixes(LearningStrategy):
             count = min(self.most, len(questions)) if self.training else len(questions)
             chosen = by_step.uniform("asked", stage, (len(questions),))[0].argsort()[:count] + questions.start
             entries += [torch.arange(done, questions.start, device=device), chosen]
-            weights += [torch.ones(questions.start - done, device=device), torch.full((count,), len(questions) / max(1, count), device=device)]
+            weights += [
+                torch.ones(questions.start - done, device=device),
+                torch.full((count,), len(questions) / max(1, count), device=device),
+            ]
             done = questions.stop
         return torch.cat(entries), torch.cat(weights)

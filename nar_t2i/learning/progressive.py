@@ -35,9 +35,7 @@ class Progressive(LearningStrategy):
 
     reads_errors = True
 
-    def __init__(
-        self, stages: int = 4, first: Literal["low", "high"] = "low", revise: float = 0.1, label_smoothing: float = 0.0
-    ):
+    def __init__(self, stages: int = 4, first: Literal["low", "high"] = "low", revise: float = 0.1, label_smoothing: float = 0.0):
         super().__init__()
         if stages < 2 or not (0 <= revise <= 1 and 0 <= label_smoothing < 1):
             raise UserError(f"Progressive: stages {stages} must be at least 2, revise {revise} and label_smoothing "

@@ -67,4 +67,6 @@ def slot_nll(prediction: Prediction, target: Tensor, noise: SlotNoise, label_smo
 
 def term(per_image: Tensor) -> Term:
     """(B,) losses, one an image."""
-    return Term(per_image.sum(), torch.full((), len(per_image), device=per_image.device))  # filled there: a copy would be waited for
+    return Term(
+        per_image.sum(), torch.full((), len(per_image), device=per_image.device)
+    )  # filled there: a copy would be waited for

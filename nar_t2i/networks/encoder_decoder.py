@@ -81,8 +81,10 @@ def states_and_mask(projections: nn.ModuleList, norm: nn.LayerNorm, condition: C
     not the width that it is projected from."""
     reads, given = [projection.in_features for projection in projections], [states.shape[-1] for states in condition.states]
     if reads != given:
-        raise UserError(f"the network reads text states of the widths {reads}, and is given such of {given}: it was trained beside another "
-                        "text encoder")  # fmt: skip
+        raise UserError(
+            f"the network reads text states of the widths {reads}, and is given such of {given}: it was trained beside another "
+            "text encoder"
+        )
     text = torch.cat([project(s) for project, s in zip(projections, condition.states, strict=True)], dim=1)
     return norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
 

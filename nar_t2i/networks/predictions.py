@@ -16,6 +16,7 @@ from nar_t2i.types import Sampled
 
 COLDEST = 1e-30  # a lower temperature takes the likeliest, as 0 does: divided by it, logits would overflow
 
+
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -31,8 +32,10 @@ _compiled: list[Callable[[Tensor, Tensor], Tensor]] = []  # made when it is firs
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Inside, the cross-entropy is compiled: it reads logits in the network's own precision and its gradient is written in that, where
-    otherwise both, and the log-probabilities between them, are written out in fp32. One compilation serves any number of slots."""
+    """Inside, the cross-entropy is compiled: it reads logits in the network's own precision and its gradient is written in
+    that, where otherwise both, and the log-probabilities between them, are written out in fp32. One compilation serves any
+    number of slots.
+    """
     global _cross_entropy
     if not _compiled:
         _compiled.append(torch.compile(cross_entropy))
@@ -75,8 +78,8 @@ class Categorical:
     def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
         """Inverse distribution function: one uniform number a slot, whatever V.
 
-        temperature: a number, or a tensor that broadcasts to the logits. top_k: only so many likeliest codes are drawn, 0 = all. top_p: only the
-        likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
+        temperature: a number, or a tensor that broadcasts to the logits. top_k: only so many likeliest codes are drawn, 0 =
+        all. top_p: only the likeliest codes whose mass before them is below it. Both are cut from the tempered distribution.
         """
         logits = self.logits
         log_probs = logits.log_softmax(dim=-1)
@@ -96,15 +99,18 @@ class Categorical:
 
 
 def truncation(top_k: int, top_p: float) -> dict[str, Any]:
-    """The arguments of `sample` that cut off unlikely codes, if there are any: see Categorical.sample. UserError where they cannot be."""
+    """The arguments of `sample` that cut off unlikely codes, if there are any: see Categorical.sample. UserError where they
+    cannot be.
+    """
     if top_k < 0 or not 0 < top_p <= 1:
         raise UserError(f"top_k {top_k} must be at least 0, top_p {top_p} above 0, to 1")
     return {"top_k": top_k, "top_p": top_p} if top_k or top_p < 1 else {}
 
 
 def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, bool]:
-    """(…, V) probabilities with zeros at the codes that are not to be drawn, not normalised, and whether any were cut off. Of equals
-    the first stay."""
+    """(…, V) probabilities with zeros at the codes that are not to be drawn, not normalised, and whether any were cut off. Of
+    equals the first stay.
+    """
     if not 0 < top_k < probabilities.shape[-1] and top_p >= 1:
         return probabilities, False
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)

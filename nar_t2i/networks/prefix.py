@@ -47,9 +47,10 @@ def lattice_stages(length: int) -> list[int]:
 
 
 class Layout(NamedTuple):
-    """Entries of a sequence. slots: (M,) where they stand on the grid. asked: (M,), True = a question, which asks about its slot and
-    is seen by no other; False = its token is read, and it asks about the next slot of the order. questions: the entries that
-    are each stage's questions, as ranges, in the order of the stages."""
+    """Entries of a sequence. slots: (M,) where they stand on the grid. asked: (M,), True = a question, which asks about its
+    slot and is seen by no other; False = its token is read, and it asks about the next slot of the order. questions: the
+    entries that are each stage's questions, as ranges, in the order of the stages.
+    """
 
     slots: Tensor
     asked: Tensor

@@ -1,7 +1,7 @@
 """Weights of aMUSEd, as diffusers' UVit2DModel saves them, into a UVit: by name, and nothing may be left over.
 
-    network = uvit_from_amused("amused-256/transformer")     # the folder of the weights and their config.json
-    load_amused(network, state)                              # or into a network of that shape, from a folder or a state dict
+network = uvit_from_amused("amused-256/transformer")     # the folder of the weights and their config.json
+load_amused(network, state)                              # or into a network of that shape, from a folder or a state dict
 """
 
 from __future__ import annotations

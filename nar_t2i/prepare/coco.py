@@ -31,7 +31,10 @@ def find_items(annotations: str | Path, images: str | Path) -> list[Item]:
             name = entry.get("file_name")
             name = None if name is None else str(name)
             if names.setdefault(entry["id"], name) != name:
-                raise UserError(f"{annotations}: image id {entry['id']} is that of {names[entry['id']]} and of {name}, so that captions cannot be told apart")
+                raise UserError(
+                    f"{annotations}: image id {entry['id']} is that of {names[entry['id']]} and of {name}, so that captions "
+                    "cannot be told apart"
+                )
         order = sorted(names)
         if content["annotations"] and not any("caption" in entry for entry in content["annotations"]):
             raise UserError(f"{annotations}: its annotations are no captions (COCO's are in captions_*.json)")

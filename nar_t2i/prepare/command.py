@@ -64,7 +64,9 @@ def add_device(arguments: argparse.ArgumentParser) -> None:
         except (RuntimeError, AssertionError) as error:
             raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
 
-    arguments.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if there is one")
+    arguments.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if there is one"
+    )
 
 
 def add_shard_range(arguments: argparse.ArgumentParser) -> None:
@@ -83,8 +85,10 @@ def shard_range(text: str, count: int) -> range:
         except (KeyError, ValueError):
             raise UserError("--shard-range array: this is no task of a Slurm array (sbatch --array=0-9 …)") from None
         if last - first + 1 != tasks:
-            raise UserError(f"--shard-range array: an array of {tasks} tasks from {first} to {last} has gaps, so that nobody would do their shards; "
-                            "submit the whole array again, which skips what is done")  # fmt: skip
+            raise UserError(
+                f"--shard-range array: an array of {tasks} tasks from {first} to {last} has gaps, so that nobody would do "
+                "their shards; submit the whole array again, which skips what is done"
+            )
         return range((task - first) * count // tasks, (task - first + 1) * count // tasks)
     found = re.fullmatch(r"(\d+):(\d*)", text)
     if not found or (found[2] and int(found[2]) <= int(found[1])):

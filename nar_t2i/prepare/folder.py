@@ -43,7 +43,10 @@ def find_items(images: str | Path) -> list[Item]:
             elif suffix in UNREAD:
                 unread.append(path)
     items = [_item(path, root, texts.get(path.with_suffix(""))) for path in pictures]
-    items += [Item(str(path.relative_to(root)), path, (), f"{path.suffix.lower()} is not read; convert it to JPEG, PNG or WebP") for path in unread]
+    items += [
+        Item(str(path.relative_to(root)), path, (), f"{path.suffix.lower()} is not read; convert it to JPEG, PNG or WebP")
+        for path in unread
+    ]
     alone = sorted(texts.keys() - {path.with_suffix("") for path in (*pictures, *unread)})
     return items + [Item(str(texts[path].relative_to(root)), texts[path], (), "caption without an image") for path in alone]
 

@@ -99,7 +99,8 @@ def text_problem(captions: Sequence[str]) -> str:
 def import_items(items: Sequence[Item], folder: str | Path, options: Options = Options()) -> Summary | None:
     """Write the items as shards into a folder, or go on where an interrupted run stopped.
 
-    Writes `summary.json` beside the shards once all are there, and returns None before. Raises UserError when the folder holds another import, or nothing is kept.
+    Writes `summary.json` beside the shards once all are there, and returns None before. Raises UserError when the folder holds
+    another import, or nothing is kept.
     """
     folder = Path(folder)
     if not items:
@@ -131,8 +132,9 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
 
 
 def claim_folder(folder: Path, wanted: dict, newest: tuple[float, str] = (0.0, "")) -> None:
-    """Note what the shards of a folder are made from, by one of the processes that begin at once. newest: when the last of the files
-    changed that they are made from, and its name. Raises UserError when they were made from something else."""
+    """Note what the shards of a folder are made from, by one of the processes that begin at once. newest: when the last of the
+    files changed that they are made from, and its name. Raises UserError when they were made from something else.
+    """
     path = folder / MANIFEST
     if not path.exists() and any(folder.glob("*.tar")):
         raise UserError(f"{folder} already holds shards of unknown origin; choose an empty folder")
@@ -146,8 +148,10 @@ def claim_folder(folder: Path, wanted: dict, newest: tuple[float, str] = (0.0, "
             "choose another folder, or delete this one"
         )
     if newest[0] > found.get(NEWEST, newest[0]):
-        raise UserError(f"{newest[1]} was changed after {folder} was begun, whose shards may hold what it was; choose another folder, or delete "
-                        f"this one (if it is the same, write {newest[0]} as {NEWEST} into {path})")  # fmt: skip
+        raise UserError(
+            f"{newest[1]} was changed after {folder} was begun, whose shards may hold what it was; choose another folder, or "
+            f"delete this one (if it is the same, write {newest[0]} as {NEWEST} into {path})"
+        )
 
 
 def _fingerprint(items: Sequence[Item]) -> tuple[str, tuple[float, str]]:
@@ -163,9 +167,7 @@ def _fingerprint(items: Sequence[Item]) -> tuple[str, tuple[float, str]]:
     return digest.hexdigest(), newest
 
 
-def _import_chunk(
-    chunk: Sequence[Item], folder: Path, shard: int, options: Options, pool: ThreadPoolExecutor, bar: tqdm
-) -> None:
+def _import_chunk(chunk: Sequence[Item], folder: Path, shard: int, options: Options, pool: ThreadPoolExecutor, bar: tqdm) -> None:
     """One shard; what was dropped is kept beside it, so that a later run can tell it again."""
     if _is_imported(folder, shard):
         bar.update(len(chunk))
@@ -203,9 +205,7 @@ class _Loaded(NamedTuple):
     height: int
 
 
-def _load_all(
-    chunk: Sequence[Item], options: Options, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Item, _Loaded | str]]:
+def _load_all(chunk: Sequence[Item], options: Options, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, _Loaded | str]]:
     """Items in order with their images, or the reason why there is none; few at a time, to bound the memory."""
     ahead = 4 * options.workers
     for start in range(0, len(chunk), ahead):

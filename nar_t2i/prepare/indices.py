@@ -51,7 +51,9 @@ def _count(tar: Path, path: Path) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     add_shards(arguments)
-    arguments.add_argument("--workers", type=at_least(1), default=usable_cores(), help="processes; default: as many as there are cores")
+    arguments.add_argument(
+        "--workers", type=at_least(1), default=usable_cores(), help="processes; default: as many as there are cores"
+    )
     add_shard_range(arguments)
     parsed = arguments.parse_args(argv)
 

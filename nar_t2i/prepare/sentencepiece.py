@@ -2,7 +2,8 @@
 
     train_sentencepiece.py SHARDS OUT.model --vocab-size 8000
 
-Byte-pair encoding of lower-case text, as the encoder reads it, with byte fallback: any Unicode text survives. The same captions always give the same model.
+Byte-pair encoding of lower-case text, as the encoder reads it, with byte fallback: any Unicode text survives. The same captions
+always give the same model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
     model, problems = io.BytesIO(), []
 
     def kept() -> Iterator[str]:
-        """The captions, as ScratchTextEncoder reads them; SentencePiece would tell a problem of theirs, and Ctrl-C, as one of its own."""
+        """The captions, as ScratchTextEncoder reads them; SentencePiece would tell a problem of theirs, and Ctrl-C, as one of
+        its own.
+        """
         try:
             yield from (caption.lower() for caption in captions)
         except BaseException as problem:
@@ -82,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     parsed = arguments.parse_args(argv)
 
     def work() -> str:
-        size = train_sentencepiece(captions_of(open_source(parsed.shards, index_folder=parsed.index_folder)), parsed.out, parsed.vocab_size)
+        size = train_sentencepiece(
+            captions_of(open_source(parsed.shards, index_folder=parsed.index_folder)), parsed.out, parsed.vocab_size
+        )
         return f"{parsed.out}: {size} pieces"
 
     return run(work)

@@ -27,9 +27,7 @@ class ShardFile:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._rows: list[Row] = []
 
-    def add(
-        self, key: str, image: bytes, suffix: str, captions: Sequence[str], scalars: dict[str, float], name: str = ""
-    ) -> None:
+    def add(self, key: str, image: bytes, suffix: str, captions: Sequence[str], scalars: dict[str, float], name: str = "") -> None:
         """Append a sample.
 
         image: encoded bytes; suffix: "jpg", "png" or "webp". scalars: numbers such as original_width.

@@ -1,7 +1,8 @@
 """A CSV, TSV or Parquet table of (path, caption) → shards.
 
 Paths are relative to --root (default: the table's folder). Rows with the same path are several captions of one image. In a CSV a
-caption with a comma or a line break stands in quotes; in a TSV quotes are a part of the caption unless they enclose it. Run the same command again after an interruption.
+caption with a comma or a line break stands in quotes; in a TSV quotes are a part of the caption unless they enclose it. Run the
+same command again after an interruption.
 """
 
 from __future__ import annotations

@@ -122,8 +122,9 @@ def _refuse_others(folder: Path, made_by: dict[str, Any]) -> None:
 
 
 def _numbered(source: Source, folder: Path, names: list[str], blocks_hash: str) -> np.ndarray:
-    """(captions, 2) int64, where each stands first: the sample, and which of its captions. They are numbered once, and which samples
-    have which is written; what runs beside or after that, reads it."""
+    """(captions, 2) int64, where each stands first: the sample, and which of its captions. They are numbered once, and which
+    samples have which is written; what runs beside or after that, reads it.
+    """
     record, path = folder / "captions.json", folder / "captions.npy"
     whole = record.is_file() and read_json(record) == {"blocks_hash": blocks_hash}
     if whole and all(_opens(folder / f"{name}.captions.safetensors") for name in names):
@@ -141,7 +142,9 @@ def _number(source: Source, folder: Path, names: list[str]) -> Iterator[tuple[in
     """Where each caption stands first, in the order of the source; on the way, write which samples have which."""
     numbers: dict[bytes, int] = {}
     ends = np.cumsum(source.blocks)
-    for name, end, length in tqdm(list(zip(names, ends, source.blocks, strict=True)), desc="captions", unit="shard", mininterval=0.5):
+    for name, end, length in tqdm(
+        list(zip(names, ends, source.blocks, strict=True)), desc="captions", unit="shard", mininterval=0.5
+    ):
         rows, of_block = [0], []
         for index in range(end - length, end):
             for which, caption in enumerate(_captions(source, index)):
@@ -227,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     add_shards(arguments)
     arguments.add_argument("model", help="folder of a text encoder, or of a model or run that has one, or a recipe")
     arguments.add_argument("out", help="folder for the states")
-    arguments.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16", help="of stored states")
+    arguments.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16", help="of stored states"
+    )
     arguments.add_argument("--batch-size", type=at_least(1), default=64, help="captions a pass; default: 64")
     add_device(arguments)
     add_shard_range(arguments)
@@ -235,11 +240,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         options = parsed.dtype, parsed.batch_size, parsed.device, parsed.shard_range
-        manifest = encode_text(find_text(parsed.model), open_source(parsed.shards, index_folder=parsed.index_folder), parsed.out, *options)
+        manifest = encode_text(
+            find_text(parsed.model), open_source(parsed.shards, index_folder=parsed.index_folder), parsed.out, *options
+        )
         if manifest is None:
             return f"{parsed.out}: these files are done; others are not yet"
         return (
-            f"{parsed.out}: states of {manifest['captions']:,} captions, {manifest['truncated'] / max(1, manifest['captions']):.1%} "
+            f"{parsed.out}: states of {manifest['captions']:,} captions, "
+            f"{manifest['truncated'] / max(1, manifest['captions']):.1%} "
             f"of which did not fit; stored as {parsed.dtype}, {manifest['error']:.1e} off"
         )
 

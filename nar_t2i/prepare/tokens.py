@@ -57,7 +57,11 @@ def encode_tokens(
     """
     if crops < 1 or crops % 2 == 0:
         raise UserError(f"--crops: must be odd, so that one is the middle, not {crops}")
-    looks = [(place, flip) for place in (np.linspace(0, 1, crops) if crops > 1 else [0.5]) for flip in ((False, True) if flips else (False,))]
+    looks = [
+        (place, flip)
+        for place in (np.linspace(0, 1, crops) if crops > 1 else [0.5])
+        for flip in ((False, True) if flips else (False,))
+    ]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     codec = codec.to(device).eval()
@@ -67,7 +71,9 @@ def encode_tokens(
         "codec": weights_hash(codec),
         "preprocessing": PREPROCESSING.format(size=codec.image_size),
         "float_dtype": float_dtype if codec.spec.kind == "continuous" else None,
-        "crops": crops, "flips": flips, "errors": errors,
+        "crops": crops,
+        "flips": flips,
+        "errors": errors,
     }
     starts = np.concatenate([[0], np.cumsum(source.blocks)])
     chosen = shard_range(shards, len(source.blocks))
@@ -101,8 +107,9 @@ def encode_tokens(
 
 
 def _finished(folder: Path, wanted: dict[str, Any], looks: int) -> dict[str, Any] | None:
-    """The record of a block that an earlier run finished; None where its arrays are not there, or not whole. Raises UserError when it
-    is of something else."""
+    """The record of a block that an earlier run finished; None where its arrays are not there, or not whole. Raises UserError
+    when it is of something else.
+    """
     record = folder / f"{wanted['name']}.tokens.json"
     if not record.exists():
         return None
@@ -144,7 +151,9 @@ def _encode_block(
     device: str | torch.device,
     bar: tqdm,
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
-    """What a block's files hold, a row a look at a sample of the span, and the samples that could not be read, with key and reason."""
+    """What a block's files hold, a row a look at a sample of the span, and the samples that could not be read, with key and
+    reason.
+    """
     spec, rows = codec.spec, len(span) * len(looks)
     arrays = {"tokens": np.zeros((rows, spec.length, *spec.value_shape), dtype=spec.blank(0).numpy().dtype),
               "conditions": np.zeros((rows, len(CONDITIONS)), dtype=np.float32)}  # fmt: skip
@@ -208,9 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--batch-size", type=at_least(1), default=64, help="images a pass; default: 64")
     arguments.add_argument("--workers", type=at_least(0), default=0, help="processes that read; default: 0")
     add_device(arguments)
-    arguments.add_argument(
-        "--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens"
-    )
+    arguments.add_argument("--float-dtype", choices=["float16", "float32"], default="float16", help="of continuous tokens")
     arguments.add_argument("--crops", type=at_least(1), default=1, help="an image, odd, spread along its longer side; default: 1")
     arguments.add_argument("--flip-safe", action="store_true", help="mirrored images too: no caption says left or right")
     arguments.add_argument("--errors", action="store_true", help="squared quantisation errors too")

@@ -59,7 +59,11 @@ class JointTextEncoder(TextEncoder):
     def fingerprint(self) -> dict[str, str]:
         own = {"kind": type(self).__name__, "sequence": str(self._sequence), "pooled": str(self._pooled),
                "pooled_token": str(self._pooled_token)}  # fmt: skip
-        parts = ((f"{number}.{key}", value) for number, encoder in enumerate(self.encoders) for key, value in encoder.fingerprint().items())
+        parts = (
+            (f"{number}.{key}", value)
+            for number, encoder in enumerate(self.encoders)
+            for key, value in encoder.fingerprint().items()
+        )
         return {**own, **dict(parts)}
 
     def forward(self, captions: list[str]) -> Condition:

@@ -36,7 +36,8 @@ class PretrainedTextEncoder(TextEncoder):
     trainable: "none" freezes the weights: evaluation mode, no gradients, no part of checkpoints and optimizers. They are
         then no parameters of this module, but follow it to other devices and types. "last_2" trains the last two layers
         and what follows them, "all" everything.
-    layer: whose states are used: -1 the last, -2 the one before it. Later ones are cut off where nothing reads them, and are not in a
+    layer: whose states are used: -1 the last, -2 the one before it. Later ones are cut off where nothing reads them, and are
+    not in a
         saved pipeline either, of which -1 is the layer that was used.
     max_length: tokens kept a caption, its marks of begin and end included; `truncated` counts the longer captions.
     mask_padding: False lets the network read padding, too, as some published models do; captions are then padded to

@@ -113,7 +113,8 @@ class PatternEncoder(LocalEncoder):
 
     An outline between two colours is then the same whatever the colours are, so that a few codes stand for all of them
     and a generator need not learn each outline for each pair of colours; the decoder, which sees the neighbours, colours
-    it in. For flat drawings, whose colours fill whole patches somewhere. Mean-removed, gain-shape vector quantisation (Gersho and Gray 1992, chapter 12) in front of a learned encoder.
+    it in. For flat drawings, whose colours fill whole patches somewhere. Mean-removed, gain-shape vector quantisation (Gersho
+    and Gray 1992, chapter 12) in front of a learned encoder.
 
     With d each pixel's difference from the patch's mean colour μ, and v the largest of them, of length r: the pattern is
     p = d·v / r², which is 1 at that pixel, and the features are s·p and 2(1 − s)·μ, s = r / (r + CONTRAST).
@@ -142,8 +143,8 @@ class OutlineEncoder(PatternEncoder):
 
     A code that an outline has in one colour alone is a code that a pair of colour and shape which training never shows
     would need, and never learns. With m the median colour, and t the SPECK-th largest of the pixels' differences from
-    it, of length r: s = r² / (r² + CONTRAST²), and the features are s·p and 4(1 − s)·m. So a patch of which fewer than SPECK pixels differ
-    counts as plain; the decoder sees from its neighbours what belongs there.
+    it, of length r: s = r² / (r² + CONTRAST²), and the features are s·p and 4(1 − s)·m. So a patch of which fewer than SPECK
+    pixels differ counts as plain; the decoder sees from its neighbours what belongs there.
     """
 
     SPECK = 6

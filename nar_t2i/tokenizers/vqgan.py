@@ -57,7 +57,9 @@ class VQGAN(TokenCodec):
             self.encoder: nn.Module = Encoder(channels, encoder_blocks, patch, width, attention)
         else:
             if encoder == "outline" and self.downsampling**2 < OutlineEncoder.SPECK:
-                raise UserError(f"VQGAN: encoder outline needs {OutlineEncoder.SPECK} pixels a token or more, not {self.downsampling**2}")
+                raise UserError(
+                    f"VQGAN: encoder outline needs {OutlineEncoder.SPECK} pixels a token or more, not {self.downsampling**2}"
+                )
             kinds = {"local": LocalEncoder, "pattern": PatternEncoder, "outline": OutlineEncoder}
             self.encoder = kinds[encoder](self.downsampling, channels[-1], encoder_blocks, width)
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)

@@ -74,10 +74,10 @@ class TrainedModule(lightning.LightningModule):
 
     budget_minutes: a time budget (see TimeBudget), beside `trainer.max_steps`.
 
-    A generator's training step reads from the device only how many slots (and, where padding is left out, words) there are, and copies
-    nothing to it that would be waited for, so that the host runs ahead of a GPU; a tokenizer's also waits for the guard and for dead
-    codes. So numbers are logged as tensors, and the monitor fills the progress bar, with what `on_bar` names, whenever it logs;
-    Lightning's `prog_bar` would read the device in every step. Without a logger the bar shows nothing.
+    A generator's training step reads from the device only how many slots (and, where padding is left out, words) there are, and
+    copies nothing to it that would be waited for, so that the host runs ahead of a GPU; a tokenizer's also waits for the guard
+    and for dead codes. So numbers are logged as tensors, and the monitor fills the progress bar, with what `on_bar` names,
+    whenever it logs; Lightning's `prog_bar` would read the device in every step. Without a logger the bar shows nothing.
     """
 
     on_bar: tuple[str, ...] = ()
@@ -143,9 +143,10 @@ class TrainedModule(lightning.LightningModule):
         return [callback for callback in (self.ema, self.budget) if callback]
 
     def log_of_step(self, values: dict[str, Tensor], step: int | None = None) -> None:
-        """Log scalars of a micro-batch as means over the optimizer step: over its micro-batches so far and, where metrics are written,
-        over all ranks, so that a curve does not depend on how the global batch was divided. step: how many were finished before it;
-        None = `global_step`, which an update has moved on."""
+        """Log scalars of a micro-batch as means over the optimizer step: over its micro-batches so far and, where metrics are
+        written, over all ranks, so that a curve does not depend on how the global batch was divided. step: how many were
+        finished before it; None = `global_step`, which an update has moved on.
+        """
         step = self.trainer.global_step if step is None else step
         if self._logged_step != step:
             self._logged_step, self._of_step = step, {}

@@ -184,8 +184,9 @@ def check(folder: Path) -> None:
 
 def first_whole(path: Path, read: Callable[[Path], T]) -> tuple[Path, T]:
     """The result of `read` on `path` or, where it raises Broken on any rank, on the newest older one for which it does
-    not. All ranks must call it, and all get the same checkpoint, from the first one's on: a shared file system may show another rank
-    an older one as the newest."""
+    not. All ranks must call it, and all get the same checkpoint, from the first one's on: a shared file system may show another
+    rank an older one as the newest.
+    """
     path = gather(path)[0]
     candidates = newest_first(path.parent)
     candidates = candidates[candidates.index(path) :] if path in candidates else [path]

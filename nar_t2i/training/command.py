@@ -57,8 +57,16 @@ _WARNINGS = (
     r".*callbacks used to create the checkpoint need to be provided.*",
     r".*The `srun` command is available on your system but is not used.*",
 )
-_INFOS = ("💡", "litlogger", "litmodels", "TPU available", "HPU available", "Seed set to", "Detected KeyboardInterrupt",
-          "Loaded model weights from")  # which names the checkpoint that was asked for, not the one that was whole
+_INFOS = (
+    "💡",
+    "litlogger",
+    "litmodels",
+    "TPU available",
+    "HPU available",
+    "Seed set to",
+    "Detected KeyboardInterrupt",
+    "Loaded model weights from",
+)  # which names the checkpoint that was asked for, not the one that was whole
 
 
 def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print_config: bool = False) -> int:
@@ -107,7 +115,11 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
         wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
         if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
             Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
-        how = "the same command" if cli.config.ckpt_path is None else f"the same command with --ckpt_path=null, not {cli.config.ckpt_path},"
+        how = (
+            "the same command"
+            if cli.config.ckpt_path is None
+            else f"the same command with --ckpt_path=null, not {cli.config.ckpt_path},"
+        )
         print(f"nar-t2i: {cli.signals.meaning}; {how} goes on from the checkpoint in {cli.config.run_dir}", file=sys.stderr)
         return status
     if dist.is_initialized():
@@ -122,7 +134,9 @@ def _check_verb(subcommand: str, cli: RecipeCLI) -> None:
         raise cli.recipe.error("data.init_args.validation", "names no validation data")
     hook = {"test": "test_step", "predict": "predict_step"}.get(subcommand)
     if hook is not None and type(cli.model).__module__.startswith("nar_t2i.") and not is_overridden(hook, cli.model):
-        raise UserError(f"{type(cli.model).__name__} has no {hook}: `nar-t2i evaluate` scores a model, `nar-t2i generate` draws with it")
+        raise UserError(
+            f"{type(cli.model).__name__} has no {hook}: `nar-t2i evaluate` scores a model, `nar-t2i generate` draws with it"
+        )
 
 
 def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:
@@ -240,7 +254,8 @@ class RecipeCLI(LightningCLI):
             callbacks.append(OwedValidation(run_dir))
         if settings["logger"] is not False:
             settings["logger"] = self._loggers(run_dir, settings["logger"]) or False
-        # Lightning's own requeueing saves inside of its signal handler. Ranks that torchrun starts are told by it, in a job of Slurm's, too.
+        # Lightning's own requeueing saves inside of its signal handler. Ranks that torchrun starts are told by it, in a job of
+        # Slurm's, too.
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             settings["plugins"] = [*_listed(settings["plugins"]), SLURMEnvironment(auto_requeue=False)]
         if settings["accelerator"] == "cpu":
@@ -270,8 +285,10 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
     ours = str((recipe.config.get("model") or {}).get("class_path", "")).startswith("nar_t2i.")
     if isinstance(trainer, dict):
-        for key, instead in (("accumulate_grad_batches", "follows from data.init_args.global_batch_size and micro_batch_size; set these"),
-                             ("gradient_clip_val", "is the module's: set model.init_args.optimizer.clip_norm")):  # fmt: skip
+        for key, instead in (
+            ("accumulate_grad_batches", "follows from data.init_args.global_batch_size and micro_batch_size; set these"),
+            ("gradient_clip_val", "is the module's: set model.init_args.optimizer.clip_norm"),
+        ):
             if ours and trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
                 raise recipe.error(f"trainer.{key}", instead)
         if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is

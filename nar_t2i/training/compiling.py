@@ -24,8 +24,10 @@ def can_compile(kind: Compiled, trainer: Trainer) -> bool:
         rank_zero_warn("compile: is left out under ZeRO-3, whose layers fetch and release their weights as they run")
         return False
     if kind == "kernels and graphs" and trainer.strategy.root_device.type == "cuda" and trainer.accumulate_grad_batches > 1:
-        raise UserError("model.init_args.compile: recorded graphs cannot accumulate gradients over micro-batches; take kernels, or a larger "
-                        "data.init_args.micro_batch_size")  # fmt: skip
+        raise UserError(
+            "model.init_args.compile: recorded graphs cannot accumulate gradients over micro-batches; take kernels, or a larger "
+            "data.init_args.micro_batch_size"
+        )
     return True
 
 
@@ -36,7 +38,8 @@ def compiled(network: TokenNetwork, kind: Compiled) -> TokenNetwork:
     compiled wherever there will be a backward pass. The whole network, which takes a minute, where it has no stack, where layers
     are computed once more in the backward pass, which must not find them compiled anew for captions of any length, and for
     graphs. The pass then breaks in two where chosen slots are read, since their number is read from the device. Before that all
-    shapes stand still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled alone.
+    shapes stand still, and this part, nearly all of the work, is what graphs record; the head, whose shapes move, is compiled
+    alone.
     """
     graphs = kind == "kernels and graphs" and torch.cuda.is_available()
     if network.stack and not (graphs or getattr(network, "activation_checkpointing", False)):

@@ -84,7 +84,7 @@ def _read(message: str, parser: ArgumentParser, config: dict[str, Any]) -> tuple
         return match[1], _unknown(match[1], sorted({name.split(".")[0] for name in names}))
     if match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", message):
         group, option = match[1], match[2]
-        inside = [name[len(group) + 1:] for name in names if name.startswith(f"{group}.")]
+        inside = [name[len(group) + 1 :] for name in names if name.startswith(f"{group}.")]
         return f"{group}.{option}", _unknown(option, sorted(inside))
     if match := re.match(r"the following arguments are required: ([^\s,]+)", message):
         return match[1], REQUIRED

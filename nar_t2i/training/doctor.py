@@ -157,7 +157,9 @@ def _tell_data(data: Any, config: Any, ranks: int, wrong: list[str]) -> None:
         except (UserError, OSError) as error:
             wrong.append(f"{split}: {error}")
             continue
-        print(f"{split:<12} {source.name}: {len(source):,} samples in {len(source.blocks):,} shards; {source.lost_count:,} unreadable")
+        print(
+            f"{split:<12} {source.name}: {len(source):,} samples in {len(source.blocks):,} shards; {source.lost_count:,} unreadable"
+        )
         total = len(source) if split == "train" else total
         validated = len(source) if split == "validation" else validated
     try:

@@ -34,15 +34,19 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
     config = configuration_of(checkpoint)
     cli = RecipeCLI(recipes.load([str(config)], []))
     model = cli.build_model()
-    before = load_weights(model, cli.config.init_from).loaded if cli.config.init_from else []  # frozen weights, which no checkpoint holds
+    before = (
+        load_weights(model, cli.config.init_from).loaded if cli.config.init_from else []
+    )  # frozen weights, which no checkpoint holds
     report = load_weights(model, checkpoint, averaged=averaged)
     was_averaged = report.averaged
     if hasattr(model, "check_reads"):
         model.check_reads(report.reads)
     brought = set(before) & {name for name, p in model.named_parameters() if not p.requires_grad}
     if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - brought):
-        raise UserError(f"{checkpoint}: is of another model than {config} describes: for {len(others)} of that one's weights it has none that "
-                        f"fit, such as {others[0]}")  # fmt: skip
+        raise UserError(
+            f"{checkpoint}: is of another model than {config} describes: for {len(others)} of that one's weights it has none that "
+            f"fit, such as {others[0]}"
+        )
     if exactly and was_averaged != averaged:
         raise UserError(f"{checkpoint}: holds no averaged weights")
     if not hasattr(model, "write"):
@@ -52,8 +56,9 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
 
 
 def configuration_of(checkpoint: Path) -> Path:
-    """The file that holds the configuration which a checkpoint was trained by: its run's, or an earlier one beside it. Where none is
-    the same to the letter, since the file was moved or edited, the run's. UserError where there is none."""
+    """The file that holds the configuration which a checkpoint was trained by: its run's, or an earlier one beside it. Where
+    none is the same to the letter, since the file was moved or edited, the run's. UserError where there is none.
+    """
     run = checkpoint.parents[1]
     if not (run / CONFIG).is_file():
         raise UserError(f"{run / CONFIG}: a checkpoint is exported with its run's configuration, and there is none")

@@ -106,9 +106,7 @@ def divide(engine: Any, checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]
     return own
 
 
-def assemble(
-    own: Mapping[str, Fragment], parts: Sequence[Mapping[str, Mapping[str, Any]]]
-) -> dict[str, dict[str, Tensor]]:
+def assemble(own: Mapping[str, Fragment], parts: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Tensor]]:
     """{parameter: {key: (n,)}}: for each of this rank's fragments what `parts`, of any number of ranks, say of it.
 
     Raises Incomplete where they do not say everything.
@@ -137,8 +135,11 @@ def restore(engine: Any, shared: dict[str, Any], found: Mapping[str, Mapping[str
                 state = optimizer.state[partition].setdefault(key, torch.zeros_like(partition))
                 state.narrow(0, offset, len(weight)).copy_(found[name][key])
     if len(optimizer.param_groups) != len(shared["groups"]):
-        raise UserError(f"the checkpoint's optimizer has {len(shared['groups'])} groups of weights, the recipe's {len(optimizer.param_groups)}: what "
-                        "is trained is another; give the run another run_dir, or start from this one with --init_from")  # fmt: skip
+        raise UserError(
+            f"the checkpoint's optimizer has {len(shared['groups'])} groups of weights, the recipe's "
+            f"{len(optimizer.param_groups)}: what "
+            "is trained is another; give the run another run_dir, or start from this one with --init_from"
+        )
     for group, saved in zip(optimizer.param_groups, shared["groups"], strict=True):
         group.update(saved)
     for name, value in shared["loss_scale"].items():

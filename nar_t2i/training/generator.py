@@ -62,9 +62,9 @@ class GeneratorModule(TrainedModule):
     captions, where their states come from a cache).
     compile: "kernels" has torch.compile fuse the network's training passes and the cross-entropy; "kernels and graphs" also records
     them as CUDA graphs where there is a GPU, for which captions are padded to the text encoder's longest, and gradients cannot be
-    accumulated; what graphs bring at which batch has not been measured. Losses are equal up to rounding; the first step takes seconds
-    longer, with graphs a minute, and a C++ compiler is needed. Validation and sampling run as they are; under ZeRO-3 everything does.
-    optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
+    accumulated; what graphs bring at which batch has not been measured. Losses are equal up to rounding; the first step takes
+    seconds longer, with graphs a minute, and a C++ compiler is needed. Validation and sampling run as they are; under ZeRO-3
+    everything does. optimizer, ema_decay, budget_minutes: see OptimizerConfig and TrainedModule.
     """
 
     ema_submodules = ("text", "null", "network", "learning")
@@ -103,8 +103,10 @@ class GeneratorModule(TrainedModule):
             does = "says of each token whether it is wrong, which CriticOf teaches" if self.network.judges else "predicts tokens"
             raise UserError(f"learning {type(learning).__name__} does not teach {type(self.network).__name__}, which {does}")
         if self.network.judges and caption_dropout:
-            raise UserError(f"caption_dropout {caption_dropout}: a critic is never asked without a caption, and its generator would be shown a null "
-                            "caption that is not its own; set it to 0")  # fmt: skip
+            raise UserError(
+                f"caption_dropout {caption_dropout}: a critic is never asked without a caption, and its generator would be "
+                "shown a null caption that is not its own; set it to 0"
+            )
         if getattr(self.network, "codes", None) is not None:
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
@@ -156,7 +158,10 @@ class GeneratorModule(TrainedModule):
         """UserError where a checkpoint's weights were trained to read other codes or words."""
         for key, what in (("model.init_args.tokenizer", "tokenizer"), ("model.init_args.text", "vocabulary")):
             if there.get(key) and self.reads[key] and there[key] != self.reads[key]:
-                raise UserError(f"{key}: the checkpoint is of another {what}; put back the one that it was trained with, or train in another run_dir")
+                raise UserError(
+                    f"{key}: the checkpoint is of another {what}; put back the one that it was trained with, or train in "
+                    "another run_dir"
+                )
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
@@ -202,7 +207,9 @@ class GeneratorModule(TrainedModule):
         condition = self.null(condition, self.dropped(noise) if training else nothing)
         fused = training and self._compiled and not is_watched()
         with predictions.compiled() if fused else nullcontext():
-            return self.learning.loss(self._compiled[0] if fused else self.network, TokenBatch(tokens, condition, error), noise, progress)
+            return self.learning.loss(
+                self._compiled[0] if fused else self.network, TokenBatch(tokens, condition, error), noise, progress
+            )
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         if self._compiled:

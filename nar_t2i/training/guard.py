@@ -42,8 +42,9 @@ class GuardConfig:
 
 
 class _Asked(NamedTuple):
-    """A step of which the device has been asked. numbers: (3,) the mean loss, the gradient's norm and this rank's loss, in the host's
-    memory once the device is `done`. step, keys: which it was, and its samples."""
+    """A step of which the device has been asked. numbers: (3,) the mean loss, the gradient's norm and this rank's loss, in the
+    host's memory once the device is `done`. step, keys: which it was, and its samples.
+    """
 
     trainer: Trainer
     numbers: Tensor
@@ -55,9 +56,9 @@ class _Asked(NamedTuple):
 class Guard(Callback):
     """Looks at each step's loss, the mean over all ranks, and its gradient before its update. All ranks decide alike.
 
-    Wherever it can, it does not wait for them: torch's fused AdamW is given, on the device, whether to leave its update out, and the
-    host reads a step later what came of it; before it validates, saves or ends in any case. It does wait under ZeRO, where the
-    engine does, too, with other optimizers, in fp16, and for `spike`.
+    Wherever it can, it does not wait for them: torch's fused AdamW is given, on the device, whether to leave its update out,
+    and the host reads a step later what came of it; before it validates, saves or ends in any case. It does wait under ZeRO,
+    where the engine does, too, with other optimizers, in fp16, and for `spike`.
 
     A module that steps its optimizers itself calls `check` before each.
     """
@@ -116,9 +117,7 @@ class Guard(Callback):
             self._accept(loss)
         return loss is not None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._losses:
             return  # of a step that is not complete
         if self._loss is not None:
@@ -213,4 +212,6 @@ def _leaves_out(optimizer: Optimizer) -> bool:
 
 def _norm(optimizer: Optimizer) -> Tensor:
     """() of all gradients."""
-    return torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+    return torch.nn.utils.get_total_norm(
+        [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    )

@@ -98,8 +98,7 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     report.unexpected.extend(name for name in source if name not in used)
     if not report.loaded and not report.resized:
         raise UserError(
-            f"init_from: nothing in {path} fits this model; it holds {_listed(list(source))}, "
-            f"the model has {_listed(list(target))}"
+            f"init_from: nothing in {path} fits this model; it holds {_listed(list(source))}, the model has {_listed(list(target))}"
         )
     return report
 
@@ -111,8 +110,10 @@ def check_frozen(module: nn.Module, report: LoadReport | None) -> None:
     absent = needed if report is None else [name for name in needed if name in {*report.missing, *report.wrong_shape}]
     if absent:
         source = "init_from names none" if report is None else f"{report.source} has none that fit"
-        raise UserError(f"init_from: frozen weights that start at random stay so, and {source} for {_listed(absent)}; name a run or a "
-                        "model that has them, or train them (trainable: all)")  # fmt: skip
+        raise UserError(
+            f"init_from: frozen weights that start at random stay so, and {source} for {_listed(absent)}; name a run or a "
+            "model that has them, or train them (trainable: all)"
+        )
 
 
 class Weights(NamedTuple):
@@ -127,8 +128,11 @@ def check_vocabulary(module: nn.Module, report: LoadReport) -> None:
     """UserError where embeddings of words were taken over that are those of other words here."""
     there, here = report.reads.get(VOCABULARY), getattr(module, "reads", {}).get(VOCABULARY)
     if there and here and there != here and any(name.startswith("text.") for name in report.loaded):
-        raise UserError(f"init_from: {report.source} was trained with another vocabulary than model.init_args.text has, so that its embeddings are "
-                        "those of other words; name that vocabulary, or start from the other parts of a model folder, such as MODEL/network")  # fmt: skip
+        raise UserError(
+            f"init_from: {report.source} was trained with another vocabulary than model.init_args.text has, so that its "
+            "embeddings are "
+            "those of other words; name that vocabulary, or start from the other parts of a model folder, such as MODEL/network"
+        )
 
 
 def _read(path: Path, averaged: bool) -> Weights:

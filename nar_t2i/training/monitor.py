@@ -67,7 +67,9 @@ class Monitor(Callback):
         self.productive, self._resumed = state_dict["productive"], True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.half if "16" in str(trainer.precision) else torch.float32
+        dtype = (
+            torch.bfloat16 if "bf16" in str(trainer.precision) else torch.half if "16" in str(trainer.precision) else torch.float32
+        )
         self._rate = matrix_rate(trainer.strategy.root_device, dtype)
         self._first = self._note_start() if trainer.is_global_zero else 0.0
         self._operations = 0
@@ -95,13 +97,16 @@ class Monitor(Callback):
             self._operations, self._counter = self._counter.get_total_flops(), None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization and self._norm is None and trainer._logger_connector.should_update_logs and not hasattr(trainer.strategy, "deepspeed_engine"):
+        if (
+            pl_module.automatic_optimization
+            and self._norm is None
+            and trainer._logger_connector.should_update_logs
+            and not hasattr(trainer.strategy, "deepspeed_engine")
+        ):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)  # which Lightning has unscaled
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         self.productive += now - self._mark
         self._seconds += now - self._mark

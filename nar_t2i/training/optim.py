@@ -104,12 +104,15 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 class Schedule(LambdaLR):
-    """One factor for all groups. A run that goes on keeps the rates, decays and betas of its recipe, in which they may have been changed
-    since, and not those that its checkpoint restores."""
+    """One factor for all groups. A run that goes on keeps the rates, decays and betas of its recipe, in which they may have
+    been changed since, and not those that its checkpoint restores.
+    """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]):
         super().__init__(optimizer, factor)
-        self._asked = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
+        self._asked = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_asked"}
@@ -127,8 +130,10 @@ class Schedule(LambdaLR):
 
 
 def _place_counts(optimizer: Optimizer) -> None:
-    """Put the restored counts of steps where the update looks for them: a fused one beside the weights, any other on the host. They were
-    read on the host under ZeRO, and written by the other kind where `fused` was changed; a GPU's kernel takes any address for its own."""
+    """Put the restored counts of steps where the update looks for them: a fused one beside the weights, any other on the host.
+    They were read on the host under ZeRO, and written by the other kind where `fused` was changed; a GPU's kernel takes any
+    address for its own.
+    """
     fused = all(group.get("fused") for group in optimizer.param_groups)
     for p, state in optimizer.state.items():
         if isinstance(state.get("step"), Tensor):
@@ -140,13 +145,11 @@ def build(
 ) -> tuple[Optimizer, Schedule]:
     """The optimizer over `groups` (of `parameter_groups`) and its schedule, which is to be stepped after every optimizer step.
 
-    total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. Each group's peak is multiplied by
-    `learning_rate_factor`.
+    total_steps: optimizer steps of the whole run, or how to ask for them where they are an estimate. Each group's peak is
+    multiplied by `learning_rate_factor`.
     """
     total = total_steps if callable(total_steps) else lambda: total_steps
-    groups = [
-        {**group, "lr": config.learning_rate * group.get("learning_rate_scale", 1.0)} for group in groups
-    ]
+    groups = [{**group, "lr": config.learning_rate * group.get("learning_rate_scale", 1.0)} for group in groups]
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
         optimizer: Optimizer = MuonWithAdamW(_divided(groups, config), betas=betas, eps=config.eps)
@@ -164,12 +167,16 @@ def build(
 
 def _check_groups(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """UserError where a checkpoint's states are of another kind of optimizer, or of other weights."""
-    there, here = (["Muon's" if any("muon" in group for group in groups) else "AdamW's", *(len(group["params"]) for group in groups)]
-                   for groups in (saved["param_groups"], optimizer.param_groups))  # fmt: skip
+    there, here = (
+        ["Muon's" if any("muon" in group for group in groups) else "AdamW's", *(len(group["params"]) for group in groups)]
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    )
     if there != here:
         told = [f"{kind} of groups of {', '.join(map(str, sizes))} weights" for kind, *sizes in (there, here)]
-        raise UserError(f"the checkpoint's optimizer states are {told[0]}, the recipe's {told[1]}: model.init_args.optimizer.kind, or what is "
-                        "trained, is another; give the run another run_dir, or start from this one with --init_from")  # fmt: skip
+        raise UserError(
+            f"the checkpoint's optimizer states are {told[0]}, the recipe's {told[1]}: model.init_args.optimizer.kind, or what is "
+            "trained, is another; give the run another run_dir, or start from this one with --init_from"
+        )
 
 
 def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:

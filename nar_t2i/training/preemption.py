@@ -1,8 +1,9 @@
 """Signals, told to all ranks at the end of a batch; and a watch over ranks that stall.
 
-A handler only sets a flag. At the end of each batch, of validation too, the ranks send each other their flags over gloo, without waiting,
-and read at the end of the next what was sent: all stop after the same batch, once the checkpoint is written, and no
-step waits for it. (Lightning saves, or sends, from within its handlers, where the other ranks may be anywhere: they hang.)
+A handler only sets a flag. At the end of each batch, of validation too, the ranks send each other their flags over gloo,
+without waiting, and read at the end of the next what was sent: all stop after the same batch, once the checkpoint is written,
+and no step waits for it. (Lightning saves, or sends, from within its handlers, where the other ranks may be anywhere: they
+hang.)
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ class Signals(Callback):
         self._stop_if_agreed()
         self._in_batch = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._in_batch = False
         self._agree()
 

@@ -1,14 +1,14 @@
 """A run's folder: the configuration and versions it ran with, its metrics, its checkpoints, and how to go on from them.
 
-    run_dir/
-      config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
-      versions.json    packages, Python, platform, git commit
-      metrics.csv      everything logged, continued across restarts
-      wandb_id         of the run on W&B, where there is one (see `nar_t2i.training.wandb_run`)
-      lock             held, with who holds it, while a process trains
-      started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
-      validated        the step of the last validation that ended (see `nar_t2i.training.validation`)
-      checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
+run_dir/
+  config.yaml      the resolved configuration (config.1.yaml, … if a later start changed it)
+  versions.json    packages, Python, platform, git commit
+  metrics.csv      everything logged, continued across restarts
+  wandb_id         of the run on W&B, where there is one (see `nar_t2i.training.wandb_run`)
+  lock             held, with who holds it, while a process trains
+  started.json     when it was first started, and how often (see `nar_t2i.training.monitor`)
+  validated        the step of the last validation that ended (see `nar_t2i.training.validation`)
+  checkpoints/     step-00001000.ckpt, and last.ckpt, a link to the newest (see `nar_t2i.training.checkpoints`)
 """
 
 from __future__ import annotations
@@ -44,8 +44,21 @@ from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals
 
-PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "webdataset", "omegaconf", "jsonargparse", "numpy",
-            "pillow", "safetensors", "sentencepiece", "torchmetrics", "wandb")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "deepspeed",
+    "transformers",
+    "webdataset",
+    "omegaconf",
+    "jsonargparse",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "sentencepiece",
+    "torchmetrics",
+    "wandb",
+)
 
 
 LOCK = "lock"
@@ -80,9 +93,9 @@ def versions() -> dict[str, Any]:
 class RunFolder(Callback):
     """Write config.yaml and versions.json once training has started; hand the configuration to loggers other than our own.
 
-    A restart with the same configuration changes nothing; with another one, the old file stays as config.1.yaml. A start that is refused,
-    by the checkpoint, the data or whatever else looks at them before the first step, leaves the run's configuration as it was: its
-    checkpoints are opened by that.
+    A restart with the same configuration changes nothing; with another one, the old file stays as config.1.yaml. A start that
+    is refused, by the checkpoint, the data or whatever else looks at them before the first step, leaves the run's configuration
+    as it was: its checkpoints are opened by that.
     """
 
     def __init__(self, folder: str | Path, config_yaml: str, config: dict[str, Any]) -> None:
@@ -249,9 +262,7 @@ class RunCheckpoint(Checkpoint):
             checkpoints.set_random_state(self._random)
             self._random = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Several optimizers may step in one batch, so that no count can be relied on to be a multiple.
         due = trainer.global_step // self.config.every_steps > self.saved_step // self.config.every_steps
         if due or trainer.global_step == trainer.max_steps or self.signals.agreed:
@@ -363,8 +374,9 @@ def _installed(name: str) -> bool:
 
 
 def _git_commit() -> str | None:
-    """The checkout's commit, with "+changes" where the working tree differs; of a job's copy of the code what slurm/train.sh wrote beside
-    it; None where the package is installed."""
+    """The checkout's commit, with "+changes" where the working tree differs; of a job's copy of the code what slurm/train.sh
+    wrote beside it; None where the package is installed.
+    """
     root = Path(nar_t2i.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         copied = root / "commit"

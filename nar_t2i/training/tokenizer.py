@@ -88,7 +88,10 @@ class TokenizerModule(TrainedModule):
         if isinstance(strategy, DeepSpeedStrategy):
             raise UserError("trainer.strategy: a tokenizer has two optimizers, which DeepSpeed cannot train; use ddp")
         if getattr(strategy.precision_plugin, "scaler", None) is not None:
-            raise UserError("trainer.precision: a tokenizer has two optimizers, which a scaler for fp16 does not serve; use bf16-mixed or 32-true")
+            raise UserError(
+                "trainer.precision: a tokenizer has two optimizers, which a scaler for fp16 does not serve; use bf16-mixed or "
+                "32-true"
+            )
         if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
             # Each of the two backward passes leaves the other's parameters without a gradient.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -99,9 +102,7 @@ class TokenizerModule(TrainedModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        optimizer, scheduler = optim.build(
-            config, optim.parameter_groups([self.codec], config.weight_decay), self.total_steps
-        )
+        optimizer, scheduler = optim.build(config, optim.parameter_groups([self.codec], config.weight_decay), self.total_steps)
         if self.discriminator is None:
             return [optimizer], [scheduler]
         other = torch.optim.AdamW(self.discriminator.parameters(), self.discriminator_learning_rate, (0.5, 0.9))

@@ -77,9 +77,7 @@ class ZeRO(DeepSpeedStrategy):
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return self._engine(
-            model, self.config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
-        )
+        return self._engine(model, self.config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
     # The gradients of DDP
 

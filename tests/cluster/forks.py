@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +64,11 @@ def _server() -> str:
     path = os.path.join(tempfile.mkdtemp(), "socket")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.forks", path], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.cluster.forks", path],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert server.stdout.readline() == b"listening\n", "the server of ranks did not start"
     atexit.register(server.communicate)
@@ -93,10 +98,8 @@ def serve(path: str) -> list[str]:
     if pid:
         asked.sendall(b"%d\n" % pid)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        try:
+        with suppress(BrokenPipeError):  # where nobody wants to know
             asked.sendall(b"%d\n" % status)
-        except BrokenPipeError:
-            pass  # nobody wants to know
         os._exit(0)
     asked.close()
     return become(**request)
@@ -117,8 +120,8 @@ def prepare() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import lightning.pytorch.cli  # noqa: F401
 
-    import nar_t2i.training.command  # noqa: F401
-    import nar_t2i.training.generator  # noqa: F401
+    import nar_t2i.training.command
+    import nar_t2i.training.generator
     import nar_t2i.training.zero  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be copied"

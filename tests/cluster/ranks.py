@@ -24,7 +24,9 @@ def start(ranks: int, arguments: list[str], folder: Path) -> list[Process]:
     shared = {"WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "DS_ACCELERATOR": "cpu"}  # fmt: skip
     environment = {**os.environ, **{name: str(value) for name, value in shared.items()}}
-    return [Process(arguments, folder, {**environment, "LOCAL_RANK": str(rank)}, folder / f"rank-{rank}.log") for rank in range(ranks)]
+    return [
+        Process(arguments, folder, {**environment, "LOCAL_RANK": str(rank)}, folder / f"rank-{rank}.log") for rank in range(ranks)
+    ]
 
 
 def run(ranks: int, arguments: list[str], folder: Path, timeout: float = 150) -> Ended:

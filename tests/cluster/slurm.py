@@ -65,7 +65,9 @@ class Cluster:
             time.sleep(0.5)
 
     def _states(self) -> set[str]:
-        return set(subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, env=self.environment).stdout.split())
+        return set(
+            subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, env=self.environment).stdout.split()
+        )
 
     def _start(self, *command: str, user: str | None = None) -> None:
         with open(self.folder / f"{len(self.daemons)}-{command[0]}.log", "w") as log:

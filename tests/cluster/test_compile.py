@@ -1,4 +1,6 @@
-"""torch.compile on the network: the same tokens and losses, and no compilation for each step. It takes a minute, so it stands here."""
+"""torch.compile on the network: the same tokens and losses, and no compilation for each step. It takes a minute, so it stands
+here.
+"""
 
 import csv
 
@@ -52,10 +54,23 @@ def trained(folder, compile, **more):
     counters.clear()
     text = BertTextEncoder(tiny_bert(folder), trainable="all", max_length=24)
     module = Kept(**{"text": text, "learning": Unrolled(2), "compile": compile, **more})
-    data = CaptionedImages(RenderedScenes(count=64, image_size=16), 16, 8, validation=RenderedScenes("validation", 8, image_size=16))
-    Trainer(accelerator="cpu", max_steps=4, val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
-            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[Monitor(folder)], default_root_dir=folder).fit(module, datamodule=data)  # fmt: skip
+    data = CaptionedImages(
+        RenderedScenes(count=64, image_size=16), 16, 8, validation=RenderedScenes("validation", 8, image_size=16)
+    )
+    Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Monitor(folder)],
+        default_root_dir=folder,
+    ).fit(module, datamodule=data)
     return torch.stack(module.losses), module.state_dict()
 
 
@@ -63,8 +78,8 @@ def test_compiled_training_takes_the_losses_of_the_plain_one(tmp_path):
     plain, state = trained(tmp_path, None)
     assert not counters["stats"]["unique_graphs"]
     found, found_state = trained(tmp_path, "kernels and graphs")
-    # The monitor counts the first step, uncompiled; of the six passes that follow one block is compiled, and the cross-entropy, once
-    # for any number of slots. Validation is not.
+    # The monitor counts the first step, uncompiled; of the six passes that follow one block is compiled, and the cross-entropy,
+    # once for any number of slots. Validation is not.
     assert counters["stats"]["unique_graphs"] == 2
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     assert found_state.keys() == state.keys()

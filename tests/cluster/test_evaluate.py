@@ -18,8 +18,19 @@ from tests.evaluation.test_features import Means, saved
 from tests.tiny_pipeline import tiny_pipeline
 
 COUNT = 23  # two ranks and pieces of 4 share it unevenly
-LINE = ["evaluate", "model", "--metrics", "fid,kid,precision_recall,scene_frechet", "--data", "shards", "--inception", "inception.pt",
-        "--batch-size", "4", "--out"]  # fmt: skip
+LINE = [
+    "evaluate",
+    "model",
+    "--metrics",
+    "fid,kid,precision_recall,scene_frechet",
+    "--data",
+    "shards",
+    "--inception",
+    "inception.pt",
+    "--batch-size",
+    "4",
+    "--out",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,16 @@ def torchrun(count, place, *line):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}", "-m", "nar_t2i", *line]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={count}",
+        f"--master-port={port}",
+        "-m",
+        "nar_t2i",
+        *line,
+    ]
     return subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -115,11 +135,14 @@ def test_a_suite_on_two_ranks_draws_what_one_does(place):
 
 def test_srun_splits_the_work_too(cluster, place, alone):  # noqa: F811
     """Two tasks on two nodes, as on a cluster; and a command beside srun, in the same job, is one process."""
-    script = f"#!/bin/bash\ncd {place}\nsrun {sys.executable} -m nar_t2i {' '.join(LINE)} slurm.json\n{sys.executable} -m nar_t2i {' '.join(LINE)} slurm.json\n"
+    command = f"{sys.executable} -m nar_t2i {' '.join(LINE)} slurm.json"
+    script = f"#!/bin/bash\ncd {place}\nsrun {command}\n{command}\n"
     path = Path(place, "job.sh")
     path.write_text(script)
     variables = {name: value for name, value in environment().items() if name in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    number = cluster.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={place}/job.log", str(path), cwd=place, **variables)
+    number = cluster.call(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={place}/job.log", str(path), cwd=place, **variables
+    )
     cluster.wait(number, "COMPLETED", "FAILED")
     log = (place / "job.log").read_text()
     assert cluster.job(number)["JobState"] == "COMPLETED", log

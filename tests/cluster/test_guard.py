@@ -39,7 +39,10 @@ def test_a_step_without_a_number_ends_the_run_and_names_its_samples(tmp_path, st
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_step_without_a_number_is_not_saved_either_when_the_run_is_told_to_save(tmp_path, count):
-    faults = [*json.loads(bad(7, rank=0)), {"class_path": "tests.cluster.faults.SignalAt", "init_args": {"step": 7, "rank": 0, "name": "SIGUSR1"}}]
+    faults = [
+        *json.loads(bad(7, rank=0)),
+        {"class_path": "tests.cluster.faults.SignalAt", "init_args": {"step": 7, "rank": 0, "name": "SIGUSR1"}},
+    ]
     ended = fit(tmp_path, count, "ddp", f"--trainer.callbacks={json.dumps(faults)}")
     assert ended.status == [2] * count, ended.errors
     assert "step 7: the loss is nan" in ended.errors[0]
@@ -101,7 +104,9 @@ def test_a_scaler_that_looks_for_its_scale_is_left_alone(tmp_path):
 
     guard = Guard(GuardConfig(spike=3.0))
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
-    trainer = tiny.trainer("auto", 1, 40, default_root_dir=tmp_path, plugins=[precision], callbacks=[guard, Monitor(tmp_path)], log_every_n_steps=1)
+    trainer = tiny.trainer(
+        "auto", 1, 40, default_root_dir=tmp_path, plugins=[precision], callbacks=[guard, Monitor(tmp_path)], log_every_n_steps=1
+    )
     trainer.fit(tiny.Generator(), datamodule=tiny.data())
     assert 2.0**10 < precision.scaler.get_scale() < 2.0**40  # it did overflow
     assert trainer.callback_metrics["gradient_norm"] > 0.01  # of the loss itself
@@ -123,7 +128,9 @@ def test_under_fp16_no_update_is_left_out_but_the_scalers(tmp_path):
 
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
     callbacks = [Guard(GuardConfig("skip")), BadLoss(5, 0, "gradient"), Sums()]
-    tiny.trainer("auto", 1, 9, default_root_dir=tmp_path, plugins=[precision], callbacks=callbacks).fit(module, datamodule=tiny.data())
+    tiny.trainer("auto", 1, 9, default_root_dir=tmp_path, plugins=[precision], callbacks=callbacks).fit(
+        module, datamodule=tiny.data()
+    )
     assert sums[5] == sums[4] and precision.scaler.get_scale() < 1
     assert len({*sums[5:8]}) == 3  # each later step updates, but for the last, at a rate of 0
 

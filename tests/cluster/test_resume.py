@@ -136,7 +136,7 @@ def test_a_tokenizer_that_was_killed_ends_bit_for_bit_alike(tmp_path):
 
 
 def test_export_is_the_model_that_the_run_wrote(runs, tmp_path):
-    strategy, whole, _ = runs
+    _, whole, _ = runs
     for name, options in {"averaged": [], "raw": ["--raw"]}.items():
         ended = ranks.run(1, ["-m", "nar_t2i", "export", str(whole / "run"), str(tmp_path / name), *options], tmp_path)
         went_well(ended)
@@ -223,7 +223,15 @@ def test_a_data_worker_that_dies_is_one_clear_error_and_the_run_goes_on(tmp_path
 
 def test_one_shard_is_enough_for_two_ranks_of_two_workers(tmp_path):
     """And gives what one process that reads for itself gives."""
-    prepare = [sys.executable, str(ranks.ROOT / "data_prep/render_scenes.py"), str(tmp_path / "shards"), "--count", "40", "--image-size", "48"]
+    prepare = [
+        sys.executable,
+        str(ranks.ROOT / "data_prep/render_scenes.py"),
+        str(tmp_path / "shards"),
+        "--count",
+        "40",
+        "--image-size",
+        "48",
+    ]
     subprocess.run(prepare, check=True, capture_output=True)
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
     data = [f"--data.init_args.train={tmp_path}/shards", "--data.init_args.validation=null"]
@@ -238,9 +246,27 @@ def test_ranks_that_torchrun_starts_in_a_job_of_slurms_are_torchruns(tmp_path):
     shutil.copyfile(Path(__file__).parent / "tiny.yaml", tmp_path / "tiny.yaml")
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1",
            "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
-    line = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "nar_t2i", "fit", "--config", "tiny.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    line = [
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "nar_t2i",
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+    ]
     environment = {**os.environ, **job, "PYTHONPATH": str(ranks.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([Path(sys.executable).parent / line[0], *line[1:]], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [Path(sys.executable).parent / line[0], *line[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result(tmp_path)
     assert checkpoints.manifest(tmp_path / "run/checkpoints/last.ckpt")["world_size"] == 2

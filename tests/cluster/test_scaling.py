@@ -14,7 +14,17 @@ from nar_t2i.training.memory import STAGES
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_bytes_on_the_wire_are_the_models(tmp_path, precision):
-    line = [sys.executable, ROOT / "benchmarks/scaling.py", "--ranks", "1", "2", "--precision", precision, "--out", tmp_path / "found.json"]
+    line = [
+        sys.executable,
+        ROOT / "benchmarks/scaling.py",
+        "--ranks",
+        "1",
+        "2",
+        "--precision",
+        precision,
+        "--out",
+        tmp_path / "found.json",
+    ]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {(row["ranks"], row["strategy"]): row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}

@@ -83,7 +83,9 @@ def test_a_requeued_job_goes_on_and_finishes(cluster, tmp_path, how, begin):
 
 def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, tmp_path):
     # Slurm signals the workers, too.
-    number = submit(cluster, tmp_path, SLOW, "--checkpoint.every_steps=1000", "--trainer.max_steps=100", "--data.init_args.workers=2")
+    number = submit(
+        cluster, tmp_path, SLOW, "--checkpoint.every_steps=1000", "--trainer.max_steps=100", "--data.init_args.workers=2"
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.csv").exists():
         assert time.monotonic() < deadline, log(tmp_path)
@@ -119,7 +121,11 @@ def test_a_short_job_that_is_told_as_it_begins_is_not_queued_for_ever(cluster, t
     told_at_once(cluster, tmp_path, number)
     job = cluster.wait(number, "FAILED", "COMPLETED")
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log(tmp_path)
-    assert "before a step was finished; not queued again" in log(tmp_path) and "has 300 s" in log(tmp_path) and "User defined signal" not in log(tmp_path)
+    assert (
+        "before a step was finished; not queued again" in log(tmp_path)
+        and "has 300 s" in log(tmp_path)
+        and "User defined signal" not in log(tmp_path)
+    )
 
 
 def test_a_job_that_is_told_before_it_has_begun_is_queued_once_more(cluster, tmp_path):
@@ -188,7 +194,9 @@ def test_a_job_runs_the_code_that_it_started_with(cluster, tmp_path):
     number = submit(cluster, tmp_path, f"--trainer.callbacks={where}")
     cluster.wait(number, "COMPLETED", "FAILED")
     for rank in (0, 1):
-        assert (tmp_path / f"run/code-{rank}.txt").read_text() == f"{tmp_path}/run/slurm/{number}/nar_t2i/__init__.py", log(tmp_path)
+        assert (tmp_path / f"run/code-{rank}.txt").read_text() == f"{tmp_path}/run/slurm/{number}/nar_t2i/__init__.py", log(
+            tmp_path
+        )
     commit = (tmp_path / f"run/slurm/{number}/commit").read_text().strip()
     assert json.loads((tmp_path / "run/versions.json").read_text())["git_commit"] == (commit or None)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -207,7 +215,9 @@ def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
     recipes = []
     for name in ("one", "two"):
         recipe = tmp_path / f"{name}.yaml"
-        recipe.write_text(f"extends: {ROOT}/tests/cluster/tiny.yaml\nrun_dir: {tmp_path}/{name}/run\nseed_everything: {len(name)}\n")
+        recipe.write_text(
+            f"extends: {ROOT}/tests/cluster/tiny.yaml\nrun_dir: {tmp_path}/{name}/run\nseed_everything: {len(name)}\n"
+        )
         recipes.append(str(recipe))
     said = cluster.call(
         "slurm/ablate.sh", "--parsable", f"--output={tmp_path}/job-%a.log", *recipes, cwd=ROOT, AT_ONCE="1",
@@ -221,7 +231,7 @@ def test_an_array_trains_each_recipe_in_a_folder_of_its_own(cluster, tmp_path):
         assert (tmp_path / name / "run/checkpoints/last.ckpt").exists()
 
 
-def test_an_array_trains_and_judges_an_ablation(cluster, beside_a_quickstart, tmp_path):
+def test_an_array_trains_and_judges_an_ablation(cluster, beside_a_quickstart, tmp_path):  # noqa: F811
     quickstart = beside_a_quickstart / "runs/quickstart"
     elsewhere = {
         "model.init_args.tokenizer": "tokenizer/model", "model.init_args.text.init_args.vocabulary": "data/vocabulary.model",
@@ -232,9 +242,19 @@ def test_an_array_trains_and_judges_an_ablation(cluster, beside_a_quickstart, tm
     for key, path in elsewhere.items():
         options += ["--override", f"{key}={quickstart / path}"]
     said = cluster.call(
-        "slurm/ablate.sh", "--parsable", f"--output={tmp_path}/job-%a.log", "learning/masked", "learning/unrolled", "inference/halton",
-        "--", *options, cwd=ROOT, AT_ONCE="1", NAR_T2I_PYTHON=sys.executable, PYTHONPATH=str(ROOT),
-    )  # fmt: skip
+        "slurm/ablate.sh",
+        "--parsable",
+        f"--output={tmp_path}/job-%a.log",
+        "learning/masked",
+        "learning/unrolled",
+        "inference/halton",
+        "--",
+        *options,
+        cwd=ROOT,
+        AT_ONCE="1",
+        NAR_T2I_PYTHON=sys.executable,
+        PYTHONPATH=str(ROOT),
+    )
     for task in (0, 1):
         job = cluster.wait(f"{said}_{task}", "COMPLETED", "FAILED")
         assert job["JobState"] == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()

@@ -55,8 +55,14 @@ def test_ranks_meet_where_prompts_decide_how_many_passes_they_take(tmp_path):
     """Under ZeRO-3 each call of the network gathers weights from all ranks."""
     adaptive = {"class_path": "nar_t2i.inference.EntropyBounded", "init_args": {"bound": 1.38}}  # of 1.386: 2 and 3 passes
     codec = {"class_path": "tests.toys.ToyCodec", "init_args": {"image_size": 48}}  # which the detector needs
-    options = (f"--model.init_args.inference={json.dumps(adaptive)}", "--model.init_args.scene_prompts=1", "--data.init_args.image_size=48",
-               f"--model.init_args.tokenizer={json.dumps(codec)}", "--trainer.max_steps=4", "--trainer.val_check_interval=2")  # fmt: skip
+    options = (
+        f"--model.init_args.inference={json.dumps(adaptive)}",
+        "--model.init_args.scene_prompts=1",
+        "--data.init_args.image_size=48",
+        f"--model.init_args.tokenizer={json.dumps(codec)}",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=2",
+    )
     for part in ("train", "validation"):
         options += (f"--data.init_args.{part}.init_args.image_size=48",)
     scores = {}
@@ -65,5 +71,7 @@ def test_ranks_meet_where_prompts_decide_how_many_passes_they_take(tmp_path):
         folder.mkdir()
         went_well(fit(folder, count, strategy, *options))
         with open(folder / "run/metrics.csv", newline="") as file:
-            scores[strategy] = [row["validation_scene_accuracy"] for row in csv.DictReader(file) if row["validation_scene_accuracy"]]
+            scores[strategy] = [
+                row["validation_scene_accuracy"] for row in csv.DictReader(file) if row["validation_scene_accuracy"]
+            ]
     assert len(scores["ddp"]) == 2 and scores["deepspeed_stage_3"] == scores["ddp"]

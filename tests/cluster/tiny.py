@@ -64,15 +64,28 @@ def prefixes() -> dict[str, Any]:
 def uvit() -> dict[str, Any]:
     """What makes it the training of aMUSEd's network, each layer of which is computed once more in the backward pass."""
     made = partial(
-        UVit, pooled_width=WIDTH, width=16, depth=1, heads=2, mlp_width=32, channels=16, channel_heads=2, stages=1, embedding_width=8,
-        halving=True, micro_width=4, activation_checkpointing=True,
-    )  # fmt: skip
+        UVit,
+        pooled_width=WIDTH,
+        width=16,
+        depth=1,
+        heads=2,
+        mlp_width=32,
+        channels=16,
+        channel_heads=2,
+        stages=1,
+        embedding_width=8,
+        halving=True,
+        micro_width=4,
+        activation_checkpointing=True,
+    )
     return dict(network=lambda spec, widths: with_head(made(spec, widths)), null_length=3)
 
 
 def data(micro_batch_size: int | None = None) -> CaptionedImages:
     scenes = RenderedScenes(count=200, image_size=SIZE)
-    return CaptionedImages(scenes, SIZE, GLOBAL_BATCH, micro_batch_size, validation=RenderedScenes("validation", 8, image_size=SIZE))
+    return CaptionedImages(
+        scenes, SIZE, GLOBAL_BATCH, micro_batch_size, validation=RenderedScenes("validation", 8, image_size=SIZE)
+    )
 
 
 def trainer(strategy: Any, ranks: int, steps: int, **kwargs: Any) -> Trainer:

@@ -1,7 +1,7 @@
 """On each rank: train a few steps under every setting that was asked for, and write the weights that come out.
 
-updates.py OUT SETTING…, a setting being strategy:micro-batches a step:clip norm:optimizer, and, where it is not a masked generator's
-training, a function of tests.cluster.tiny that says what it is
+updates.py OUT SETTING…, a setting being strategy:micro-batches a step:clip norm:optimizer, and, where it is not a masked
+generator's training, a function of tests.cluster.tiny that says what it is
 """
 
 import os

@@ -26,7 +26,7 @@ class Server:
 
     def __init__(self, sweep: dict[str, Any] | None = None, trials: list[dict[str, Any]] | None = None) -> None:
         self.sweep = sweep
-        self.trials = [("trial%03d" % number, values) for number, values in enumerate(trials or [])]
+        self.trials = [(f"trial{number:03d}", values) for number, values in enumerate(trials or [])]
         self.handed: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
         self.runs: dict[str, dict[str, Any]] = defaultdict(lambda: {"config": {}, "history": [], "starts": 0})
@@ -60,8 +60,19 @@ class Server:
         run["starts"] += 1
         run["config"].update({key: item["value"] for key, item in json.loads(variables.get("config") or "{}").items()})
         project = {"id": "1", "name": variables.get("project") or "project", "entity": {"id": "1", "name": "team"}}
-        bucket = {"id": name, "name": name, "displayName": name, "sweepName": None, "config": None, "project": project,
-                  "historyLineCount": 0, "logLineCount": 0, "eventsLineCount": 0, "historyTail": "[]", "eventsTail": "[]"}
+        bucket = {
+            "id": name,
+            "name": name,
+            "displayName": name,
+            "sweepName": None,
+            "config": None,
+            "project": project,
+            "historyLineCount": 0,
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "historyTail": "[]",
+            "eventsTail": "[]",
+        }
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
 
     def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:

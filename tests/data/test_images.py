@@ -65,8 +65,11 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 
 def test_pixels_without_a_known_range_are_errors():
-    for array, words in ((np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), "floats"), (np.full((3, 4), 70_000, np.int32), "to 70000, more than 16 bits"),
-                         (np.full((3, 4), -1, np.int32), "from -1")):  # fmt: skip
+    for array, words in (
+        (np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), "floats"),
+        (np.full((3, 4), 70_000, np.int32), "to 70000, more than 16 bits"),
+        (np.full((3, 4), -1, np.int32), "from -1"),
+    ):
         with pytest.raises(ImageError, match=words):
             decode_image(encoded(Image.fromarray(array), "TIFF"), formats=("TIFF",))
     assert decode_image(encoded(Image.fromarray(np.full((3, 4), 257, np.int32)), "TIFF"), formats=("TIFF",))[0, 0, 0] == 1

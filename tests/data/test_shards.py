@@ -251,9 +251,15 @@ def test_identity_follows_content(tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("fields, reason", [('{"caption": "a", "size": ' + 400 * "9" + "}", "broken .json"), (100_000 * "[" + 100_000 * "]", "broken .json")])
+@pytest.mark.parametrize(
+    "fields, reason",
+    [('{"caption": "a", "size": ' + 400 * "9" + "}", "broken .json"), (100_000 * "[" + 100_000 * "]", "broken .json")],
+)
 def test_json_that_python_cannot_hold_costs_a_sample(tmp_path, fields, reason):
-    path = write_tar(tmp_path / "00000.tar", [("a.png", encoded(pixels(0))), ("a.json", fields.encode()), ("b.png", encoded(pixels(1))), ("b.txt", b"b")])
+    path = write_tar(
+        tmp_path / "00000.tar",
+        [("a.png", encoded(pixels(0))), ("a.json", fields.encode()), ("b.png", encoded(pixels(1))), ("b.txt", b"b")],
+    )
     source = ShardSource(str(path.parent))
     assert len(source) == 1 and [loss.reason.startswith(reason) for loss in source.lost] == [True]
 
@@ -264,11 +270,18 @@ def test_a_pattern_without_its_brace_is_one_clear_error():
 
 
 def test_names_with_more_dots_are_told_unless_they_stand_beside_an_image(tmp_path):
-    dotted = [("IMG_2020.01.02.png", encoded(pixels(1))), ("IMG_2020.01.02.txt", b"a caption"), ("IMG_2020.03.04.png", encoded(pixels(2)))]
+    dotted = [
+        ("IMG_2020.01.02.png", encoded(pixels(1))),
+        ("IMG_2020.01.02.txt", b"a caption"),
+        ("IMG_2020.03.04.png", encoded(pixels(2))),
+    ]
     write_tar(tmp_path / "0.tar", [*members("good", 0), ("good.mask.png", encoded(pixels(3))), *dotted])
     source = ShardSource(str(tmp_path))
     assert len(source) == 1
-    assert [(loss.key, "first dot" in loss.reason) for loss in source.lost] == [("IMG_2020.01.02.png", True), ("IMG_2020.03.04.png", True)]
+    assert [(loss.key, "first dot" in loss.reason) for loss in source.lost] == [
+        ("IMG_2020.01.02.png", True),
+        ("IMG_2020.03.04.png", True),
+    ]
 
 
 def test_a_byte_order_mark_is_no_caption_and_an_empty_list_hides_none(tmp_path):
@@ -298,7 +311,11 @@ def test_ranks_index_foreign_shards_from_different_places(tmp_path, monkeypatch,
         return inner(tar, path, compared)
 
     monkeypatch.setattr(shards, "open_index", noted)
-    monkeypatch.setattr(shards, "dist", SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2))
+    monkeypatch.setattr(
+        shards,
+        "dist",
+        SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2),
+    )
     assert len(ShardSource(str(folder))) == 4 and made == ["00002", "00003", "00001"]
     assert "4 of 4 shards" in caplog.text and "index_shards.py" in caplog.text
     caplog.clear()
@@ -319,8 +336,11 @@ def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatc
     assert not list(folders[0].glob("*.safetensors"))
     assert ShardSource(str(folders[1]), index_folder=str(tmp_path / "i")).read_text(0).key == "s000005"
     tiny_pipeline(tmp_path).save_pretrained(tmp_path / "model")
-    for command, given in ((tokens, [str(tmp_path / "model"), str(tmp_path / "tokens")]), (text, [str(tmp_path / "model"), str(tmp_path / "text")]),
-                           (sentencepiece, [str(tmp_path / "words.model"), "--vocab-size", "280"])):  # fmt: skip
+    for command, given in (
+        (tokens, [str(tmp_path / "model"), str(tmp_path / "tokens")]),
+        (text, [str(tmp_path / "model"), str(tmp_path / "text")]),
+        (sentencepiece, [str(tmp_path / "words.model"), "--vocab-size", "280"]),
+    ):
         assert command.main([both, *given, "--index-folder", str(tmp_path / "i")]) == 0
     assert not list(folders[0].glob("*.safetensors"))
 
@@ -340,7 +360,7 @@ def test_an_index_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypa
 def test_an_index_whose_arrays_do_not_fit_is_one_clear_error(tmp_path, name):
     path = index_path(write_shards(tmp_path, [3]) / "00000.tar")
     with safe_open(path, "numpy") as file:
-        arrays, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        arrays, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     for damaged in ({key: value for key, value in arrays.items() if key != name}, {**arrays, name: arrays[name][:-1]}):
         path.write_bytes(save(damaged, metadata))
         with pytest.raises(UserError, match="is not a readable shard index"):
@@ -355,5 +375,7 @@ def test_a_process_may_open_more_files_than_usual(tmp_path):
         allow_open_files()
         files = [open(sys.executable) for _ in range(200)]
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     assert done.returncode == 0, done.stderr

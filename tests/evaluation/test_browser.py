@@ -46,7 +46,11 @@ def test_the_table_of_several(quickstart, browser, tmp_path):  # noqa: F811
     numbers = {"value": 3.25, "features": "scene", "samples": 40, "real_samples": 40, "protocol": {"about": "x"}}
     for name, count in (("one", 40), ("two", 50)):
         told = {"seed": 0, "data": {"samples": count}, "real": None, "features": {"scene": {"hash": "0"}}}
-        content = {"kind": "evaluation", "protocol": told, "results": {"model": {"scene_frechet": numbers, "decoding": {"steps": 8}}}}
+        content = {
+            "kind": "evaluation",
+            "protocol": told,
+            "results": {"model": {"scene_frechet": numbers, "decoding": {"steps": 8}}},
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         (tmp_path / f"{name}.work").mkdir()
         Image.new("RGB", (300, 200), "teal").save(tmp_path / f"{name}.work/sheet-model-captions.png")
@@ -54,7 +58,9 @@ def test_the_table_of_several(quickstart, browser, tmp_path):  # noqa: F811
     paths = [str(tmp_path / name) for name in ("one.json", "two.json", "suite.json")]
     assert main(["report", str(quickstart), *paths, "--out", str(tmp_path / "all.html")]) == 0
     page = in_order(browser.open(tmp_path / "all.html"))
-    assert len(page.images) == 2 and "geneval: overall" in page.text and "3.25†" in page.text and "Where protocols differ" in page.text
+    assert (
+        len(page.images) == 2 and "geneval: overall" in page.text and "3.25†" in page.text and "Where protocols differ" in page.text
+    )
 
 
 def test_the_comparison_of_an_ablation(browser, tmp_path):
@@ -64,10 +70,20 @@ def test_the_comparison_of_an_ablation(browser, tmp_path):
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((40, 60, 3), 90 * number, np.uint8)).save(tmp_path / name / "sheet.png")
         verdicts = {"passed": [True, False, True], "category": ["colors"] * 3}
-        (tmp_path / name / "verdicts.json").write_text(json.dumps({
-            "seen": verdicts, "held_out": verdicts, "passes": 4 + number, "seconds_an_image": 0.1, "steps": 10, "training_passes": 1.0,
-            "strategy": {"inference": {"class_path": f"a.{name}", "init_args": {}}}, "machine": {"cores": 2},
-        }))  # fmt: skip
+        (tmp_path / name / "verdicts.json").write_text(
+            json.dumps(
+                {
+                    "seen": verdicts,
+                    "held_out": verdicts,
+                    "passes": 4 + number,
+                    "seconds_an_image": 0.1,
+                    "steps": 10,
+                    "training_passes": 1.0,
+                    "strategy": {"inference": {"class_path": f"a.{name}", "init_args": {}}},
+                    "machine": {"cores": 2},
+                }
+            )
+        )
     page = in_order(browser.open(write_comparison(tmp_path, folders)))
     assert len(page.images) == 3 and "halton" in page.text
 
@@ -96,6 +112,8 @@ def test_control_what_the_page_must_not_do_is_seen(quickstart, browser, addition
 
 
 def test_control_a_page_of_another_kind_has_errors(browser, tmp_path):
-    (tmp_path / "page.html").write_text("<!doctype html><title>x</title><body><script>console.error('no'); undefined.x</script><img src='absent.png' alt='a'>")
+    (tmp_path / "page.html").write_text(
+        "<!doctype html><title>x</title><body><script>console.error('no'); undefined.x</script><img src='absent.png' alt='a'>"
+    )
     page = browser.open(tmp_path / "page.html")
     assert len(page.problems) >= 3 and page.broken == ["a"]

@@ -4,7 +4,7 @@ The scenes are perfect pictures of the committed prompts, so that each category 
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def perfect_scene(prompt: ScenePrompt, rng: np.random.Generator) -> Scene:
     return Scene(groups, prompt.relation, tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], objects)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scenes(category: str) -> list[Scene]:
     prompts = [p for which, n in PROMPTS.items() for p in take(committed(which), n) if p.category == category]
     assert len(prompts) == sum(PROMPTS.values())
@@ -37,7 +37,7 @@ def scenes(category: str) -> list[Scene]:
     return [perfect_scene(prompt, rng) for prompt in prompts]
 
 
-@lru_cache(maxsize=None)
+@cache
 def truth(category: str, size: int) -> list[Detection]:
     return [detect(render(scene, size)) for scene in scenes(category)]
 

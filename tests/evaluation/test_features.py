@@ -106,7 +106,9 @@ def clip(tmp_path_factory):
     vision = transformers.CLIPVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                                            image_size=16, patch_size=8, projection_dim=12)  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12))
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    )
     model.save_pretrained(folder)
     images = transformers.CLIPImageProcessor(crop_size={"height": 16, "width": 16}, size={"shortest_edge": 18}, resample=3,
                                              image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])  # fmt: skip
@@ -118,7 +120,10 @@ def clip(tmp_path_factory):
 def test_clip_embeds_as_transformers_does(clip):
     features, model = ClipFeatures(clip, CPU), transformers.CLIPModel.from_pretrained(clip).eval()
     images, texts = pictures(), ["red", "a red square and a blue circle", "two"]
-    seen = [Image.fromarray(image).resize((18, 18), Image.Resampling.BICUBIC).crop((1, 1, 17, 17)) for image in images.permute(0, 2, 3, 1).numpy()]
+    seen = [
+        Image.fromarray(image).resize((18, 18), Image.Resampling.BICUBIC).crop((1, 1, 17, 17))
+        for image in images.permute(0, 2, 3, 1).numpy()
+    ]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in seen])).permute(0, 3, 1, 2).float() / 255
     pixels = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
     codes = transformers.AutoTokenizer.from_pretrained(clip)(texts, padding=True, return_tensors="pt")
@@ -143,6 +148,7 @@ def test_a_clip_folder_of_older_versions_is_read_too(clip, tmp_path):
 
 def without(part):
     """Spoils a folder: its weights lack a part."""
+
     def spoil(folder):
         weights = load_file(folder / "model.safetensors")
         save_file({name: value for name, value in weights.items() if not name.startswith(part)}, folder / "model.safetensors")
@@ -152,7 +158,10 @@ def without(part):
 
 def wider(folder):
     weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"text_projection.weight": torch.zeros(13, weights["text_projection.weight"].shape[1])}, folder / "model.safetensors")
+    save_file(
+        weights | {"text_projection.weight": torch.zeros(13, weights["text_projection.weight"].shape[1])},
+        folder / "model.safetensors",
+    )
 
 
 def test_clip_is_computed_in_fp32_whatever_it_is_stored_as(clip, tmp_path):
@@ -223,7 +232,10 @@ def test_the_distance_orders_scenes_rightly():
         return frechet_distance(*reference, *moments(features.of_images(images)))
 
     def blurred(radius):
-        rows = [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))) for image in other.permute(0, 2, 3, 1).numpy()]
+        rows = [
+            np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+            for image in other.permute(0, 2, 3, 1).numpy()
+        ]
         return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
     def shuffled(pieces):
@@ -256,7 +268,10 @@ def test_training_is_reproducible_and_learns():
     one, two = (train(256, 2, seed=3, log=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
     source = RenderedScenes("all", 64, seed=1003)
-    images, wanted = torch.from_numpy(np.stack([source.read(i).image for i in range(64)])).permute(0, 3, 1, 2), truth([source.scene(i) for i in range(64)])
+    images, wanted = (
+        torch.from_numpy(np.stack([source.read(i).image for i in range(64)])).permute(0, 3, 1, 2),
+        truth([source.scene(i) for i in range(64)]),
+    )
     longer = train(256, 8, seed=3, log=False)
     assert loss(longer.answers(longer(images)), wanted) < loss(one.answers(one(images)), wanted)
     assert torch.cat([longer(rows) for rows in images.split(16)]).std(0).mean() == pytest.approx(1, abs=0.3)

@@ -131,7 +131,7 @@ def test_cmmd_is_its_formula():
     x, y = drawn.double(), real.double()
 
     def mean(a, b):
-        return float(torch.exp(-torch.cdist(a, b) ** 2 / 200).mean())
+        return float(torch.exp(-(torch.cdist(a, b) ** 2) / 200).mean())
 
     wanted = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
     assert Cmmd().numbers(Compared(drawn, real))["value"] == pytest.approx(wanted, rel=1e-6)

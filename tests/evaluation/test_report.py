@@ -214,9 +214,7 @@ def test_wrong_json_is_an_error_that_names_the_file_or_is_left_out(
     ("shipped", "?"), ("wall_seconds", {"data": "long"}), ("wall_seconds", {}), ("wall_seconds", {"total": 0}),
     ("generator", {"scene_accuracy": {"seen": {"overall": None, "interval": 3}}}), ("last", {"loss": "x"}),
 ])  # fmt: skip
-def test_metrics_of_another_shape_do_not_crash(
-    quickstart: Path, without_charts: None, key: str, value: object
-) -> None:
+def test_metrics_of_another_shape_do_not_crash(quickstart: Path, without_charts: None, key: str, value: object) -> None:
     (quickstart / "metrics.json").write_text(json.dumps({**METRICS, key: value}))
     page_of(quickstart)
 

@@ -61,7 +61,7 @@ def test_partners_are_others_of_the_same_category_and_each_is_used_once():
 
 
 def test_a_prompt_alone_in_its_category_has_no_partner():
-    prompts = [p for p in take(committed("seen"), 1)]
+    prompts = take(committed("seen"), 1)
     assert derangement(prompts) == [None] * len(CATEGORIES)
     assert shuffled([NOTHING] * len(prompts), prompts)["overall"] is None
     assert chance(prompts)["all_pairs"]["overall"] is None

@@ -39,7 +39,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def draw(place: Path, out: Path, name: str, *options: str) -> int:
-    return main(["suite", "draw", name, str(place / "model"), "--prompts", str(place / name), "--out", str(out), "--steps", "2", *options])
+    return main(
+        ["suite", "draw", name, str(place / "model"), "--prompts", str(place / name), "--out", str(out), "--steps", "2", *options]
+    )
 
 
 def inside(folder: Path) -> set[str]:
@@ -71,7 +73,9 @@ def test_the_layout_is_what_the_programs_read_and_nothing_else(place, tmp_path, 
     assert inside(tmp_path / "out") == LAYOUTS[name]
     t2i = TextToImage.from_pretrained(place / "model")
     items, number = SUITES[name].read(place / name), SUITES[name].pictures
-    drawn = t2i.sample([items[1].prompt] * number, steps=2, seed=[number + k for k in range(number)]).images.permute(0, 2, 3, 1).numpy()
+    drawn = (
+        t2i.sample([items[1].prompt] * number, steps=2, seed=[number + k for k in range(number)]).images.permute(0, 2, 3, 1).numpy()
+    )
     if name == "geneval":
         assert (tmp_path / "out/00001/metadata.jsonl").read_text() == json.dumps(GENEVAL[1])
         assert all((pixels(tmp_path / f"out/00001/samples/{k:04d}.png") == drawn[k]).all() for k in range(4))
@@ -92,7 +96,18 @@ def test_the_layout_is_what_the_programs_read_and_nothing_else(place, tmp_path, 
 def test_the_longest_prompt_is_a_file_s_name(place, tmp_path):
     prompt = "a" * LONGEST
     (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
-    line = ["suite", "draw", "t2i-compbench", str(place / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--pictures", "1", "--steps", "1"]
+    line = [
+        "suite",
+        "draw",
+        "t2i-compbench",
+        str(place / "model"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--pictures",
+        "1",
+        "--steps",
+        "1",
+    ]
     assert main([*line, "--out", str(tmp_path / "out")]) == 0
     assert inside(tmp_path / "out") == {f"samples/{prompt}_000000.png"}
 
@@ -199,7 +214,11 @@ def test_dpg_reads_its_summary_and_checks_it(tmp_path):
 
 
 def test_t2i_compbench_reads_each_way_of_judging_of_each_category(tmp_path):
-    results = {"color/annotation_blip": ["0.5000", "0.7000"], "spatial/annotation_obj_detection": [0.25], "complex/annotation_3_in_1": [0.4]}
+    results = {
+        "color/annotation_blip": ["0.5000", "0.7000"],
+        "spatial/annotation_obj_detection": [0.25],
+        "complex/annotation_3_in_1": [0.4],
+    }
     for place, answers in results.items():
         (tmp_path / "out" / place).mkdir(parents=True)
         rows = [{"question_id": n, "answer": answer} for n, answer in enumerate(answers)]
@@ -244,9 +263,17 @@ def test_hpsv2_reads_what_it_prints_and_scores_one_by_one(tmp_path):
     assert SUITES["hpsv2"].ingest(path).scores["overall"] == pytest.approx((27.34 + 26.5 + 26.3 + 27) / 4)
     path.write_text(json.dumps({"anime": [0.27, 0.29], "photo": [0.25]}))
     scores = SUITES["hpsv2"].ingest(path)
-    assert scores.scores == pytest.approx({"overall": 26.5, "anime": 28.0, "photo": 25.0}) and scores.counts == {"anime": 2, "photo": 1}
-    for content, said in ((HPS + HPS, "holds anime twice: the scores of several models"), ("mine anime 0.2734 \t 0.1\n", "is no score in percent"),
-                          ("no score\n", "holds no score"), ('{"oil": [1]}', "key oil: must be one of"), ("{", "not JSON")):
+    assert scores.scores == pytest.approx({"overall": 26.5, "anime": 28.0, "photo": 25.0}) and scores.counts == {
+        "anime": 2,
+        "photo": 1,
+    }
+    for content, said in (
+        (HPS + HPS, "holds anime twice: the scores of several models"),
+        ("mine anime 0.2734 \t 0.1\n", "is no score in percent"),
+        ("no score\n", "holds no score"),
+        ('{"oil": [1]}', "key oil: must be one of"),
+        ("{", "not JSON"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             SUITES["hpsv2"].ingest(path)

@@ -94,5 +94,7 @@ def test_it_touches_no_value_on_the_device(both):
     network = type(both.network)(**both.network._described_args).to("meta")
     condition, null = (text.map(lambda x: x.to("meta")) for text in both.texts(2))
     with torch.no_grad(), NothingCrosses():
-        decoded = inference.decode(network, condition, null, Noise(0, torch.zeros(2, dtype=torch.long, device="meta")), both.guidance)
+        decoded = inference.decode(
+            network, condition, null, Noise(0, torch.zeros(2, dtype=torch.long, device="meta")), both.guidance
+        )
     assert inference.static and network.static and decoded.tokens.shape == (2, network.spec.length)

@@ -148,8 +148,17 @@ def test_a_causal_network_says_how_likely_its_tokens_are():
 
     condition, null = make_condition(1, torch.float64)
     noise = Noise(0, torch.tensor([0]), torch.float64)
-    drawn = Autoregressive().decode(network, condition.map(lambda x: x.repeat(4, *[1] * (x.ndim - 1))),
-                                    null.map(lambda x: x.repeat(4, *[1] * (x.ndim - 1))), noise.copies(4), Guidance(2.0)).tokens  # fmt: skip
+    drawn = (
+        Autoregressive()
+        .decode(
+            network,
+            condition.map(lambda x: x.repeat(4, *[1] * (x.ndim - 1))),
+            null.map(lambda x: x.repeat(4, *[1] * (x.ndim - 1))),
+            noise.copies(4),
+            Guidance(2.0),
+        )
+        .tokens
+    )
     likely = []
     for tokens in drawn:
         one = torch.zeros(1, 16, dtype=torch.bool)

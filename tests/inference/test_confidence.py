@@ -124,11 +124,10 @@ def test_same_tokens_alone_and_in_a_batch_in_float64() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-
 def test_same_tokens_in_float32_wherever_the_margin_is_above_rounding() -> None:
     """A draw is decided by a uniform number between cumulated probabilities, a choice by the order of confidences."""
     network = make_network()
-    condition, null = make_condition(7)
+    condition, _ = make_condition(7)
     noise = Noise(0, torch.arange(7))
     slots = torch.arange(16).expand(7, 16)
     state = TokenState(torch.zeros(7, 16, dtype=torch.long), torch.ones(7, 16, dtype=torch.bool))

@@ -119,8 +119,11 @@ def test_what_was_protected_once_stays_to_the_end():
 @pytest.mark.parametrize("persistent", [0.0, 0.4, 1.0])
 def test_known_tokens_stay_and_images_do_not_depend_on_the_batch(persistent):
     # As many in each row: Judge knows the rows of a whole batch.
-    known = Known((torch.arange(16) + torch.arange(3)[:, None]) % 4 == 0, torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(1)))
-    found, steps = decoded(CriticGuided(Judge(), steps=5, persistent=persistent, choice_temperature=1.0), known)
+    known = Known(
+        (torch.arange(16) + torch.arange(3)[:, None]) % 4 == 0,
+        torch.randint(SPEC.size, (3, 16), generator=torch.Generator().manual_seed(1)),
+    )
+    _, steps = decoded(CriticGuided(Judge(), steps=5, persistent=persistent, choice_temperature=1.0), known)
     assert all(torch.equal(step.tokens[known.mask], known.tokens[known.mask]) for step in steps)
     assert not any((step.masked & known.mask).any() for step in steps) and not steps[-1].masked.any()
     everything = Known(torch.ones(3, 16, dtype=torch.bool), known.tokens)
@@ -136,7 +139,9 @@ def test_known_tokens_stay_and_images_do_not_depend_on_the_batch(persistent):
         part = slice(row, row + 1)
         one = [c.map(lambda x, part=part: x[part]) for c in (condition, null)]
         given = Known(known.mask[part], known.tokens[part])
-        alone = strategy.decode(make_network(torch.float64), *one, Noise(0, torch.tensor([row]), torch.float64), Guidance(2.0), given)
+        alone = strategy.decode(
+            make_network(torch.float64), *one, Noise(0, torch.tensor([row]), torch.float64), Guidance(2.0), given
+        )
         assert torch.equal(alone.tokens[0], together[row])
 
 
@@ -201,7 +206,9 @@ def test_a_critic_learns_and_another_generators_tokens_are_refused():
         optimizer.step()
     assert loss.item() < 0.85 * first and terms["critic_accuracy"].total / 200 > 0.6
     with pytest.raises(UserError, match="the critic reads"):
-        learning.loss(TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1), even, Noise(0, torch.arange(200)), 0.0)
+        learning.loss(
+            TokenCritic(TokenSpec((4, 4), "categorical", 12), (8,), width=16, depth=1), even, Noise(0, torch.arange(200)), 0.0
+        )
 
 
 def test_a_critic_is_taught_on_what_its_generator_would_draw():
@@ -229,8 +236,11 @@ def test_a_critic_that_is_a_network_keeps_its_weights(tmp_path):
         describe(strategy)
 
 
-@pytest.mark.parametrize("strategy", [lambda critic: CriticGuided(critic, 4), lambda critic: BestOf(Confidence(2), 2, CriticScore(critic))],
-                         ids=["guided", "scored"])  # fmt: skip
+@pytest.mark.parametrize(
+    "strategy",
+    [lambda critic: CriticGuided(critic, 4), lambda critic: BestOf(Confidence(2), 2, CriticScore(critic))],
+    ids=["guided", "scored"],
+)
 def test_what_is_no_critic_of_these_tokens_is_refused(strategy):
     torch.manual_seed(0)
     with pytest.raises(UserError, match="name the model of a run with CriticOf"):
@@ -239,7 +249,9 @@ def test_what_is_no_critic_of_these_tokens_is_refused(strategy):
     with pytest.raises(UserError, match="the critic reads .*size=12.*, the generator draws .*size=11"):
         decoded(strategy(other))
     reader = TokenCritic(SPEC, (6,), width=16, depth=1, heads=2).double()
-    with pytest.raises(UserError, match=r"reads text states of the widths \[6\], and is given such of \[8\]: it was trained beside another"):
+    with pytest.raises(
+        UserError, match=r"reads text states of the widths \[6\], and is given such of \[8\]: it was trained beside another"
+    ):
         decoded(strategy(reader))
 
 

@@ -71,7 +71,9 @@ MEASURED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("strategy", "error"), MEASURED, ids=lambda value: type(value).__name__ if not isinstance(value, float) else str(value))
+@pytest.mark.parametrize(
+    ("strategy", "error"), MEASURED, ids=lambda value: type(value).__name__ if not isinstance(value, float) else str(value)
+)
 def test_how_far_off_the_others_are(strategy, error):
     """Tokens of one pass are drawn apart; a slot that is chosen by what was drawn for it is not that draw any more, even one
     a pass; and sharper draws are other draws. Total variation, as measured here."""

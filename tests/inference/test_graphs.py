@@ -35,7 +35,14 @@ class NothingCrosses(TorchFunctionMode):
     Numbers in arithmetic are no copies: a kernel takes them as arguments."""
 
     MADE = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
-    MOVED = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.copy_, torch.Tensor.type_as, torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+    MOVED = {
+        torch.Tensor.to,
+        torch.Tensor.cuda,
+        torch.Tensor.copy_,
+        torch.Tensor.type_as,
+        torch.Tensor.__getitem__,
+        torch.Tensor.__setitem__,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -191,7 +198,9 @@ def test_results_stay_when_others_are_drawn():
     condition, null = texts(3, 5)
 
     def decode(first):
-        return graphs.decode(Confidence(4), network, condition, null, Noise(0, torch.arange(first, first + 3), torch.float64), Guidance(2.0)).tokens
+        return graphs.decode(
+            Confidence(4), network, condition, null, Noise(0, torch.arange(first, first + 3), torch.float64), Guidance(2.0)
+        ).tokens
 
     decode(0)
     drawn = decode(3)

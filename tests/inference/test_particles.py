@@ -86,7 +86,12 @@ def plainly(strategy, network, row, rows=3, scale=2.0, known=None):
     return candidates[max(range(count), key=lambda i: total[i])]
 
 
-SETTINGS = [Particles(1), Particles(5), Particles(6, likeliest=False), Particles(4, temperature=0.6, final_temperature=0.0, top_k=3)]
+SETTINGS = [
+    Particles(1),
+    Particles(5),
+    Particles(6, likeliest=False),
+    Particles(4, temperature=0.6, final_temperature=0.0, top_k=3),
+]
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -148,7 +153,9 @@ def test_passes_rows_known_tokens_and_steps():
     known = Known(torch.arange(16).expand(3, -1) % 3 == 0, torch.full((3, 16), 5))
     found = decode(Particles(4), network, known=known, on_step=steps.append)
     assert found.passes == 5 and found.rows == 2 * 5 * 4
-    assert (found.tokens[known.mask] == 5).all() and [s.masked.sum().item() for s in steps] == sorted((s.masked.sum().item() for s in steps), reverse=True)
+    assert (found.tokens[known.mask] == 5).all() and [s.masked.sum().item() for s in steps] == sorted(
+        (s.masked.sum().item() for s in steps), reverse=True
+    )
     assert not steps[-1].masked.any() and all(s.tokens.equal(found.tokens) for s in steps)
     assert decode(Particles(4), network, scale=1.0).rows == 5 * 4
 
@@ -157,7 +164,9 @@ def test_an_image_is_the_same_alone_as_in_a_batch():
     network, strategy = make_network(), Particles(4)
     together = decode(strategy, network).tokens
     condition, null = make_condition(3, torch.float64)
-    alone = strategy.decode(network, *(c.map(lambda x: x[1:2]) for c in (condition, null)), Noise(0, torch.tensor([1]), torch.float64), Guidance(2.0))
+    alone = strategy.decode(
+        network, *(c.map(lambda x: x[1:2]) for c in (condition, null)), Noise(0, torch.tensor([1]), torch.float64), Guidance(2.0)
+    )
     assert alone.tokens[0].equal(together[1])
 
 
@@ -187,7 +196,9 @@ def test_what_has_no_stages_is_refused():
         decode(Autoregressive(), make_masked(torch.float64))
 
 
-@pytest.mark.parametrize("wrong", [{"candidates": 0}, {"temperature": 0.0}, {"final_temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"candidates": 0}, {"temperature": 0.0}, {"final_temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="Particles|top_k"):
         Particles(**wrong)

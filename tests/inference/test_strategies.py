@@ -143,7 +143,11 @@ def test_passes_end_when_nothing_is_left(strategy):
     assert decoded(strategy, known=known).passes == 5
 
 
-@pytest.mark.parametrize("strategy", [Confidence(12, temperature=0.9, final_temperature=0.1), RandomOrder(12, temperature=0.9, final_temperature=0.1)], ids=named)
+@pytest.mark.parametrize(
+    "strategy",
+    [Confidence(12, temperature=0.9, final_temperature=0.1), RandomOrder(12, temperature=0.9, final_temperature=0.1)],
+    ids=named,
+)
 def test_where_few_tokens_are_unknown_settings_run_their_course(strategy, monkeypatch):
     """And an image of few in a batch with others is the one that it is alone; steps tell of all images."""
     known, steps, scales, temperatures = some_known(), [], [], []
@@ -153,15 +157,25 @@ def test_where_few_tokens_are_unknown_settings_run_their_course(strategy, monkey
     assert all((one.masked | ~other.masked).all() for one, other in itertools.pairwise(steps))
     at, temperature_at = Guidance.at, Scheduled.temperature_at
     monkeypatch.setattr(Guidance, "at", lambda self, progress: scales.append(at(self, progress)) or scales[-1])
-    monkeypatch.setattr(Scheduled, "temperature_at", lambda self, step: temperatures.append(temperature_at(self, step)) or temperatures[-1])
+    monkeypatch.setattr(
+        Scheduled, "temperature_at", lambda self, step: temperatures.append(temperature_at(self, step)) or temperatures[-1]
+    )
     condition, null = make_condition(3, torch.float64)
     for row, unknown in enumerate((~known.mask).sum(1).tolist()):
         part = slice(row, row + 1)
         one = [c.map(lambda x, part=part: x[part]) for c in (condition, null)]
         scales.clear()
         temperatures.clear()
-        ramp, plain = (strategy.decode(make_network(torch.float64), *one, Noise(0, torch.tensor([row]), torch.float64), guidance, Known(known.mask[part], known.tokens[part]))
-                       for guidance in (Guidance(2.0, ramp="linear"), Guidance(2.0)))  # fmt: skip
+        ramp, plain = (
+            strategy.decode(
+                make_network(torch.float64),
+                *one,
+                Noise(0, torch.tensor([row]), torch.float64),
+                guidance,
+                Known(known.mask[part], known.tokens[part]),
+            )
+            for guidance in (Guidance(2.0, ramp="linear"), Guidance(2.0))
+        )
         assert plain.tokens[0].equal(together.tokens[row])
         last = ramp.passes - 1
         assert last + 1 == min(unknown, 12) and len(scales) == len(temperatures) == 2 * ramp.passes
@@ -172,11 +186,18 @@ def test_where_few_tokens_are_unknown_settings_run_their_course(strategy, monkey
 def test_no_strategy_is_another_one():
     traces, prefixes, twin = {}, test_prefix.make_network(), CausalDecoder(SPEC, (8,), width=16, depth=1, heads=2).double()
     torch.nn.init.normal_(twin.head.logits.weight)
-    ordered = [(Particles(4), prefixes), (Particles(4, temperature=0.5), prefixes), (Autoregressive(), twin), (Autoregressive(0.5), twin)]
+    ordered = [
+        (Particles(4), prefixes),
+        (Particles(4, temperature=0.5), prefixes),
+        (Autoregressive(), twin),
+        (Autoregressive(0.5), twin),
+    ]
     for strategy, network in [(strategy, None) for strategy in STRATEGIES + JUDGED] + ordered:
         steps = []
         found = decoded(strategy, network=network, on_step=steps.append)
-        traces[f"{named(strategy)} {len(traces)}"] = torch.cat([torch.stack([s.masked for s in steps]).flatten().long(), found.tokens.flatten()])
+        traces[f"{named(strategy)} {len(traces)}"] = torch.cat(
+            [torch.stack([s.masked for s in steps]).flatten().long(), found.tokens.flatten()]
+        )
     for (one, a), (other, b) in itertools.combinations(traces.items(), 2):
         assert a.shape != b.shape or not torch.equal(a, b), f"{one} and {other} decode alike"
 
@@ -288,7 +309,9 @@ def test_revision_mends_errors_that_are_put_in_early():
     assert wrong[0.0] == 12 > wrong[0.3] and wrong[1.0] == 0  # a quarter of 3 × 16 was filled wrongly
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "left"), [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 2]), (0, 0.5, [0]), (0, 0.75, [0, 2]), (3, 0.5, [0])])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "left"), [(0, 1.0, [0, 1, 2, 3]), (2, 1.0, [0, 2]), (0, 0.5, [0]), (0, 0.75, [0, 2]), (3, 0.5, [0])]
+)
 def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
     probabilities = torch.tensor([0.5, 0.1, 0.3, 0.1], dtype=torch.float64)
     count = 20_000
@@ -305,12 +328,23 @@ def test_truncation_draws_only_the_likeliest(top_k, top_p, left):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Confidence(0), lambda: Confidence(temperature=-1.0), lambda: Confidence(top_p=0.0), lambda: Confidence(top_k=-1),
-        lambda: Purity(sharpness=-1.0), lambda: Moment(choice_temperature=0.0), lambda: EntropyBounded(-1.0),
-        lambda: EntropyBounded(most_steps=0), lambda: ProgressiveStages(revise=1.5), lambda: GibbsSweeps(sweeps=0), lambda: GibbsSweeps(block=0), lambda: Halton(0),
-        lambda: Confidence(final_temperature=-0.1), lambda: Confidence(4.5), lambda: Confidence(choice_temperature=float("nan")),
+        lambda: Confidence(0),
+        lambda: Confidence(temperature=-1.0),
+        lambda: Confidence(top_p=0.0),
+        lambda: Confidence(top_k=-1),
+        lambda: Purity(sharpness=-1.0),
+        lambda: Moment(choice_temperature=0.0),
+        lambda: EntropyBounded(-1.0),
+        lambda: EntropyBounded(most_steps=0),
+        lambda: ProgressiveStages(revise=1.5),
+        lambda: GibbsSweeps(sweeps=0),
+        lambda: GibbsSweeps(block=0),
+        lambda: Halton(0),
+        lambda: Confidence(final_temperature=-0.1),
+        lambda: Confidence(4.5),
+        lambda: Confidence(choice_temperature=float("nan")),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_cannot_be_are_errors(wrong):
     with pytest.raises(UserError):
         wrong()

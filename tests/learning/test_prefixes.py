@@ -50,15 +50,24 @@ def test_a_last_stage_of_one_slot_is_asked_about():
     assert lost(Prefixes(14), network) == lost(Prefixes(16), network)
 
 
-@pytest.mark.parametrize(("network", "learning"), [
-    (PrefixDecoder, Masked()), (CausalDecoder, Masked()), (EncoderDecoder, Causal()), (EncoderDecoder, Prefixes()), (TokenCritic, Masked()),
-    (EncoderDecoder, CriticOf(ToyMasked(ToyCodec().spec, ToyText().widths))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("network", "learning"),
+    [
+        (PrefixDecoder, Masked()),
+        (CausalDecoder, Masked()),
+        (EncoderDecoder, Causal()),
+        (EncoderDecoder, Prefixes()),
+        (TokenCritic, Masked()),
+        (EncoderDecoder, CriticOf(ToyMasked(ToyCodec().spec, ToyText().widths))),
+    ],
+)
 def test_what_does_not_teach_a_network_is_refused_before_training(network, learning):
     """Masked training of a causal network would show it what it should foretell."""
 
     def make(learning):
-        return GeneratorModule(ToyCodec(), ToyText(), lambda spec, widths: network(spec, widths, width=16, depth=1, heads=2), learning)
+        return GeneratorModule(
+            ToyCodec(), ToyText(), lambda spec, widths: network(spec, widths, width=16, depth=1, heads=2), learning
+        )
 
     with pytest.raises(UserError, match=f"{type(learning).__name__} does not teach {network.__name__}"):
         make(learning)

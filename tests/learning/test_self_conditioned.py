@@ -46,7 +46,9 @@ def network(**options):
 
 
 def batch(count=200):
-    return TokenBatch(torch.randint(7, (count, 16), generator=torch.Generator().manual_seed(1)), make_condition(count, torch.float64)[0])
+    return TokenBatch(
+        torch.randint(7, (count, 16), generator=torch.Generator().manual_seed(1)), make_condition(count, torch.float64)[0]
+    )
 
 
 def noise(count=200):
@@ -148,7 +150,9 @@ def test_what_was_revoked_was_guessed_too():
     assert all(torch.equal(after.guess[again], before.values[again]) for again, before, after in revoked)
 
 
-@pytest.mark.parametrize("strategy", [RandomOrder(4), Halton(4), GibbsSweeps(RandomOrder(4))], ids=lambda strategy: type(strategy).__name__)
+@pytest.mark.parametrize(
+    "strategy", [RandomOrder(4), Halton(4), GibbsSweeps(RandomOrder(4))], ids=lambda strategy: type(strategy).__name__
+)
 def test_strategies_that_guess_nothing_show_nothing(strategy):
     _, states = shown(strategy, self_conditioning=True)
     assert all(state.guess is None for state in states)

@@ -40,7 +40,9 @@ class Watched(TokenNetwork):
     def forward(self, state, prepared, read=None, cache=None):
         self.states.append(state)
         asked = read is not None and read.ndim == 1
-        self.reads.append(torch.zeros_like(state.masked).flatten().index_fill(0, read, True).view_as(state.masked) if asked else read)
+        self.reads.append(
+            torch.zeros_like(state.masked).flatten().index_fill(0, read, True).view_as(state.masked) if asked else read
+        )
         shown = state.values.masked_fill(state.masked, 7)
         logits = self.weight[shown] + 0.5 * self.weight[shown.roll(1, 1)] + 0.3 * self.weight[shown.roll(8, 1)]
         return Categorical(select(logits, read))
@@ -96,7 +98,9 @@ def test_a_sample_is_the_same_in_any_batch(strategy):
     whole, half = (lost(strategy, count=count) * count for count in (8, 4))
     given, text = batch(8), batch(4).condition
     first, rest = (
-        strategy.loss(Watched(), TokenBatch(given.tokens[part], text, given.error[part]), Noise(0, torch.arange(8)[part], torch.float64), 1.0)
+        strategy.loss(
+            Watched(), TokenBatch(given.tokens[part], text, given.error[part]), Noise(0, torch.arange(8)[part], torch.float64), 1.0
+        )
         for part in (slice(0, 4), slice(4, 8))
     )
     torch.testing.assert_close(first["loss"].total + rest["loss"].total, whole)
@@ -130,11 +134,23 @@ def test_mask_ratios_that_are_fixed_or_exponential():
     assert mask_ratio("exponential", t)[[0, -1]].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda: TruncatedGaussian(5, 0.1, 0, 1), lambda: TruncatedGaussian(low=0.9, high=0.5), lambda: TruncatedGaussian(deviation=0.0), lambda: FixedRatio(0.0),
-    lambda: FixedRatio(1.5), lambda: Replaced(0.6, 0.6), lambda: Replaced(-0.1), lambda: Replaced(visible_weight=-1.0),
-    lambda: Progressive(1), lambda: Progressive(revise=2.0), lambda: Unrolled(0), lambda: Masked(label_smoothing=1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: TruncatedGaussian(5, 0.1, 0, 1),
+        lambda: TruncatedGaussian(low=0.9, high=0.5),
+        lambda: TruncatedGaussian(deviation=0.0),
+        lambda: FixedRatio(0.0),
+        lambda: FixedRatio(1.5),
+        lambda: Replaced(0.6, 0.6),
+        lambda: Replaced(-0.1),
+        lambda: Replaced(visible_weight=-1.0),
+        lambda: Progressive(1),
+        lambda: Progressive(revise=2.0),
+        lambda: Unrolled(0),
+        lambda: Masked(label_smoothing=1.0),
+    ],
+)
 def test_arguments_that_cannot_be_are_errors(wrong):
     with pytest.raises(UserError):
         wrong()

@@ -68,7 +68,9 @@ def test_a_cropped_cache_goes_on_from_there(network):
 
     def read(values, start, end):
         slots = torch.arange(start, end).expand(2, -1)
-        return network(TokenState(values[:, start:end], torch.zeros(2, end - start, dtype=torch.bool), slots), prepared, cache=cache)
+        return network(
+            TokenState(values[:, start:end], torch.zeros(2, end - start, dtype=torch.bool), slots), prepared, cache=cache
+        )
 
     read(before, 0, 4)
     read((before + 1) % 7, 4, 9)  # drafts that are not kept

@@ -99,7 +99,9 @@ def test_a_cache_changes_nothing(network, stages):
         torch.testing.assert_close(said[:, : len(known)], logits[:, known], rtol=1e-9, atol=1e-9)
         all_slots = torch.cat([order[:start], here])
         state = TokenState(tokens[:, all_slots], (torch.arange(len(all_slots)) >= start).expand(2, -1), all_slots.expand(2, -1))
-        torch.testing.assert_close(said[:, len(known) :], network(state, prepared(network)).logits[:, start + 1 :], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            said[:, len(known) :], network(state, prepared(network)).logits[:, start + 1 :], rtol=1e-9, atol=1e-9
+        )
         cache.crop(start)
         start, before = start + size, here
 

@@ -24,10 +24,22 @@ from nar_t2i.types import Condition, TokenBatch, TokenSpec, TokenState
 
 CODES, SIDE, MASK = 17, 6, 23
 TINY = dict(
-    hidden_size=32, cond_embed_dim=12, micro_cond_encode_dim=8, micro_cond_embed_dim=40, encoder_hidden_size=20, vocab_size=MASK + 1,
-    codebook_size=CODES, in_channels=24, block_out_channels=16, num_res_blocks=2, block_num_heads=2, num_hidden_layers=3,
-    num_attention_heads=4, intermediate_size=44, sample_size=SIDE,
-)  # fmt: skip
+    hidden_size=32,
+    cond_embed_dim=12,
+    micro_cond_encode_dim=8,
+    micro_cond_embed_dim=40,
+    encoder_hidden_size=20,
+    vocab_size=MASK + 1,
+    codebook_size=CODES,
+    in_channels=24,
+    block_out_channels=16,
+    num_res_blocks=2,
+    block_num_heads=2,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=44,
+    sample_size=SIDE,
+)
 # As at 256 px, as at 512 px, and where text and channels are of one width, which leaves a projection out.
 GEOMETRIES = {"256": {}, "512": {"downsample": True, "upsample": True}, "one width": {"block_out_channels": 32}}
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -131,7 +143,9 @@ def test_a_folder_of_diffusers_is_opened(geometry, tmp_path):
     network = uvit_from_amused(tmp_path)
     assert network.micro_conditions["original_width"] == 96 and not network.training
     with torch.no_grad():
-        torch.testing.assert_close(network(state, network.prepare(condition)).logits, ask(model, state, condition), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            network(state, network.prepare(condition)).logits, ask(model, state, condition), rtol=0, atol=1e-4
+        )
 
 
 def broken(tmp_path, geometry="256", state=None, **config):
@@ -147,10 +161,19 @@ def broken(tmp_path, geometry="256", state=None, **config):
 
 
 ERRORS = {
-    "missing": (dict(state=lambda w: w.pop("transformer_layers.1.attn2.to_k.weight")), "lacks the weight transformer_layers.1.attn2.to_k"),
+    "missing": (
+        dict(state=lambda w: w.pop("transformer_layers.1.attn2.to_k.weight")),
+        "lacks the weight transformer_layers.1.attn2.to_k",
+    ),
     "unknown": (dict(state=lambda w: w.update(other=torch.ones(1))), "1 weights that .* no place for, such as other"),
-    "another shape": (dict(state=lambda w: w.update({"encoder_proj.weight": torch.ones(32, 3)})), r"encoder_proj.weight .*\(32, 3\)"),
-    "another form": (dict(state=lambda w: w.update({"transformer_layers.0.attn1.to_q.weight": torch.ones(3)})), "layers.0.attn1.to_q"),
+    "another shape": (
+        dict(state=lambda w: w.update({"encoder_proj.weight": torch.ones(32, 3)})),
+        r"encoder_proj.weight .*\(32, 3\)",
+    ),
+    "another form": (
+        dict(state=lambda w: w.update({"transformer_layers.0.attn1.to_q.weight": torch.ones(3)})),
+        "layers.0.attn1.to_q",
+    ),
     "fewer layers": (dict(num_hidden_layers=2), "such as transformer_layers.2"),
     "halving": (dict(downsample=True, upsample=True), "lacks the weight down_block.downsample.norm.weight"),
     "one side halves": (dict(downsample=True), "downsample and upsample differ"),
@@ -187,7 +210,18 @@ def test_as_large_as_the_paper_says(halving, millions):
 
 def network(halving=False, side=SIDE, **settings):
     torch.manual_seed(0)
-    tiny = dict(pooled_width=12, width=16, depth=2, heads=2, mlp_width=24, channels=8, channel_heads=2, stages=1, embedding_width=8, micro_width=8)
+    tiny = dict(
+        pooled_width=12,
+        width=16,
+        depth=2,
+        heads=2,
+        mlp_width=24,
+        channels=8,
+        channel_heads=2,
+        stages=1,
+        embedding_width=8,
+        micro_width=8,
+    )
     net = UVit(TokenSpec((side, side), "categorical", CODES), (20,), halving=halving, **{**tiny, **settings})
     for name, p in net.named_parameters():
         if "scale_and_shift" in name or "head.logits" in name or "response" in name:  # which start at zero
@@ -244,11 +278,13 @@ def test_a_pooled_state_of_another_width():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(spec=TokenSpec((36,), "categorical", 9)), "codes on a grid"), (dict(spec=TokenSpec((6, 6), "binary", 9)), "codes on a grid"),
-        (dict(spec=TokenSpec((5, 6), "categorical", 9), halving=True), "even sides"), (dict(heads=3), "heads must divide"),
+        (dict(spec=TokenSpec((36,), "categorical", 9)), "codes on a grid"),
+        (dict(spec=TokenSpec((6, 6), "binary", 9)), "codes on a grid"),
+        (dict(spec=TokenSpec((5, 6), "categorical", 9), halving=True), "even sides"),
+        (dict(heads=3), "heads must divide"),
         (dict(pooled_width=0, micro_conditions={}), "neither"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_cannot_be(settings, message):
     with torch.device("meta"), pytest.raises(UserError, match=message):
         UVit(**{"spec": TokenSpec((6, 6), "categorical", 9), "text_widths": (20,), "width": 16, "depth": 1, "heads": 2, **settings})

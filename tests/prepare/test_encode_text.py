@@ -76,7 +76,9 @@ def test_a_batch_holds_the_states_of_its_captions(shards, tmp_path, joint, store
         for stream in range(3):
             found, mask = batch.condition.states[stream].float(), expected.masks[stream]
             assert torch.equal(batch.condition.masks[stream], mask)
-            off = (found - expected.states[stream])[mask].square().mean().sqrt() / expected.states[stream][mask].square().mean().sqrt()
+            off = (found - expected.states[stream])[mask].square().mean().sqrt() / expected.states[stream][
+                mask
+            ].square().mean().sqrt()
             assert off <= max(2 * manifest["error"], 1e-6)
             assert not found[~mask].any()
         torch.testing.assert_close(batch.condition.pooled, expected.pooled)
@@ -168,7 +170,10 @@ def test_numbers_of_other_captions_are_never_taken_for_these(shards, tmp_path, b
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(command, "write_json", lambda path, value: stop() if path.name == "captions.json" else inner(path, value))
         encode_text(bert, ShardSource(other), tmp_path / "text", shard=5)
-    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)["captions"] == encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)["captions"]
+    assert (
+        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)["captions"]
+        == encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)["captions"]
+    )
 
 
 def test_a_mixture_tells_what_did_not_fit_by_weight(shards):
@@ -243,7 +248,9 @@ def test_a_mixture_names_a_cache_for_each_part(tmp_path, bert):
         batch = next(loader)
         expected = bert(batch.captions)
         assert torch.equal(batch.condition.masks[0], expected.masks[0])
-        torch.testing.assert_close(batch.condition.states[0].float(), expected.states[0] * expected.masks[0][..., None], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(
+            batch.condition.states[0].float(), expected.states[0] * expected.masks[0][..., None], rtol=1e-3, atol=2e-3
+        )
     del parts[0]["text_cache"]
     with pytest.raises(UserError, match="either all sources of a mixture have a text cache, or none"):
         CaptionedImages(parts, 8, 8).train_dataloader()
@@ -304,7 +311,9 @@ def test_training_from_the_cache_is_training_without_it(recipe, tmp_path, stored
 
 def test_captions_that_do_not_fit_are_told_in_training_from_the_cache_too(recipe, tmp_path):
     short = "--model.init_args.text.init_args.max_length=4"
-    (tmp_path / "short.yaml").write_text('{"extends": "text.yaml", "model": {"init_args": {"text": {"init_args": {"max_length": 4}}}}}')
+    (tmp_path / "short.yaml").write_text(
+        '{"extends": "text.yaml", "model": {"init_args": {"text": {"init_args": {"max_length": 4}}}}}'
+    )
     assert command.main([recipe, "short.yaml", "text"]) == 0
     manifest = json.loads((tmp_path / "text/text.json").read_text())
     line = ["--data.init_args.text_cache=text", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", short]

@@ -277,7 +277,9 @@ def test_several_crops_and_mirrored_images(wide, tmp_path):
 def test_a_run_takes_each_view_as_often_and_validation_the_one_in_the_middle(wide, tmp_path):
     encode_tokens(ErringCodec(KINDS[0]), ShardSource(wide), tmp_path / "cache", crops=3, flips=True, errors=True)
     cache, opened = str(tmp_path / "cache"), TokenCache(str(tmp_path / "cache"))
-    data = CaptionedImages(wide, 8, 6, cache=cache, validation=wide, validation_cache=cache, crop="random", flip=True, flip_safe=True)
+    data = CaptionedImages(
+        wide, 8, 6, cache=cache, validation=wide, validation_cache=cache, crop="random", flip=True, flip_safe=True
+    )
     taken = np.zeros(6, dtype=int)
     for batch, _ in zip(data.train_dataloader(), range(100)):
         assert torch.allclose(batch.errors, batch.tokens / 7, rtol=1e-3)

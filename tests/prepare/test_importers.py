@@ -231,8 +231,16 @@ def test_file_names_that_no_file_can_have_cost_a_picture(tmp_path):
     assert stored(tmp_path / "table") == {0: ["good"]} and len(summary.dropped) == 1
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"images": [{}], "annotations": []}', '{"images": []}',
-                                     '{"images": [{"id": 1, "file_name": "a"}, {"id": "2", "file_name": "b"}], "annotations": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"images": [{}], "annotations": []}',
+        '{"images": []}',
+        '{"images": [{"id": 1, "file_name": "a"}, {"id": "2", "file_name": "b"}], "annotations": []}',
+    ],
+)
 def test_broken_coco_files_are_one_clear_error(tmp_path, content, capsys):
     (tmp_path / "c.json").write_text(content)
     assert coco.main([str(tmp_path / "c.json"), str(tmp_path), str(tmp_path / "out")]) == 2
@@ -351,7 +359,15 @@ def test_a_coco_caption_of_none_is_none_and_linked_images_are_read(tmp_path):
 
 def test_rows_with_other_fields_than_the_table_are_told(tmp_path):
     root = images(tmp_path / "in", 5)
-    rows = ["path,caption", "im0.png,good", "inner/im1.png,a cat, on a mat", 'im2.png,"a cat, on a mat"', "inner/im3.png", "", 'im4.png,"a "cat" sits"']
+    rows = [
+        "path,caption",
+        "im0.png,good",
+        "inner/im1.png,a cat, on a mat",
+        'im2.png,"a cat, on a mat"',
+        "inner/im3.png",
+        "",
+        'im4.png,"a "cat" sits"',
+    ]
     (root / "t.csv").write_text("\n".join(rows))
     summary = table.import_table(root / "t.csv", tmp_path / "out")
     assert stored(tmp_path / "out") == {0: ["good"], 2: ["a cat, on a mat"]}
@@ -364,7 +380,13 @@ def test_rows_with_other_fields_than_the_table_are_told(tmp_path):
 
 def test_quotes_in_a_tsv_take_no_rows(tmp_path):
     root = images(tmp_path / "in", 4)
-    rows = ["path\tcaption", 'im0.png\t"Star Wars poster', "inner/im1.png\ta cat", 'im2.png\tsays hi"', 'inner/im3.png\t"the ""best"" one"']
+    rows = [
+        "path\tcaption",
+        'im0.png\t"Star Wars poster',
+        "inner/im1.png\ta cat",
+        'im2.png\tsays hi"',
+        'inner/im3.png\t"the ""best"" one"',
+    ]
     (root / "t.tsv").write_text("\n".join(rows))
     summary = table.import_table(root / "t.tsv", tmp_path / "out")
     assert stored(tmp_path / "out") == {0: ['"Star Wars poster'], 1: ["a cat"], 2: ['says hi"'], 3: ['the "best" one']}
@@ -454,10 +476,13 @@ def test_odd_files_cost_a_picture_and_are_told(tmp_path):
     os.mkfifo(root / "waits.png")
     summary = import_folder(root, tmp_path / "out")
     assert summary.kept == 2 and {dropped.name: dropped.reason for dropped in summary.dropped} == {
-        "alone.txt": "caption without an image", "folder.png": "no caption file", "linked.png": "caption cannot be read: Too many levels of symbolic links",
-        "phone.heic": ".heic is not read; convert it to JPEG, PNG or WebP", "pipe.png": "caption cannot be read: it is no regular file",
+        "alone.txt": "caption without an image",
+        "folder.png": "no caption file",
+        "linked.png": "caption cannot be read: Too many levels of symbolic links",
+        "phone.heic": ".heic is not read; convert it to JPEG, PNG or WebP",
+        "pipe.png": "caption cannot be read: it is no regular file",
         "waits.png": "image file cannot be read: it is no regular file",
-    }  # fmt: skip
+    }
 
 
 def test_a_shard_that_cannot_be_finished_leaves_nothing(tmp_path):
@@ -473,6 +498,10 @@ def test_tables_with_a_column_twice_or_in_utf_16(tmp_path):
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     (tmp_path / "twice.csv").write_text("path,caption,caption\na,b,c\n")
     (tmp_path / "wide.csv").write_text("path,caption\na,b\n", encoding="utf-16")
-    for name, words in (("twice.parquet", "several columns caption"), ("twice.csv", "several columns caption"), ("wide.csv", "is in UTF-16")):
+    for name, words in (
+        ("twice.parquet", "several columns caption"),
+        ("twice.csv", "several columns caption"),
+        ("wide.csv", "is in UTF-16"),
+    ):
         with pytest.raises(UserError, match=words):
             table.find_items(tmp_path / name)

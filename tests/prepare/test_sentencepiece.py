@@ -66,7 +66,9 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_a_vocabulary_is_of_what_the_encoder_reads(tmp_path):
-    captions = [f"{a} {b} over the {c}" for a in ("Red", "Green", "Blue") for b in ("Tower", "Bridge", "Castle") for c in ("River", "Ocean")] * 20
+    captions = [
+        f"{a} {b} over the {c}" for a in ("Red", "Green", "Blue") for b in ("Tower", "Bridge", "Castle") for c in ("River", "Ocean")
+    ] * 20
     train_sentencepiece([caption.title() for caption in captions], tmp_path / "title.model", 400)
     train_sentencepiece([caption.lower() for caption in captions], tmp_path / "lower.model", 400)
     assert (tmp_path / "title.model").read_bytes() == (tmp_path / "lower.model").read_bytes()

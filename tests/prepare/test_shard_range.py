@@ -73,7 +73,9 @@ def commands(tmp_path):
         save_part(VQGAN(16, channels=[16, 16], patch=2, quantizer=VectorQuantizer(8, 4)), tmp_path / "codec")
         assert scenes.main([str(tmp_path / "shards"), "--count", "25", "--samples-per-shard", "10", "--image-size", "16"]) == 0
     return {
-        "scenes": lambda out, *more: scenes.main([str(out), "--count", "25", "--samples-per-shard", "10", "--image-size", "16", *more]),
+        "scenes": lambda out, *more: scenes.main(
+            [str(out), "--count", "25", "--samples-per-shard", "10", "--image-size", "16", *more]
+        ),
         "folder": lambda out, *more: from_folder.main([str(images), str(out), "--samples-per-shard", "10", *more]),
         "tokens": lambda out, *more: tokens.main([str(tmp_path / "shards"), str(tmp_path / "codec"), str(out), *more]),
     }
@@ -98,7 +100,17 @@ def test_parts_give_what_one_process_gives(tmp_path, monkeypatch, capsys, comman
 
 def test_two_writers_of_the_same_shards_do_not_corrupt_them(tmp_path):
     assert commands(tmp_path)["scenes"](tmp_path / "whole") == 0
-    line = [sys.executable, ROOT / "data_prep/render_scenes.py", tmp_path / "both", "--count", "25", "--samples-per-shard", "10", "--image-size", "16"]
+    line = [
+        sys.executable,
+        ROOT / "data_prep/render_scenes.py",
+        tmp_path / "both",
+        "--count",
+        "25",
+        "--samples-per-shard",
+        "10",
+        "--image-size",
+        "16",
+    ]
     writers = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     for writer in writers:
         _, error = writer.communicate()

@@ -60,7 +60,10 @@ def test_a_generator_trains(tmp_path, monkeypatch, name):
     line = ["--data.init_args.global_batch_size=4", *SHORT]
     assert main(["fit", "--config", f"emoji/{tokenizer}", *line, "--trainer.max_steps=1"]) == 0
     train_sentencepiece(captions_of(ShardSource(data["train"])), "runs/emoji/vocabulary.model", 600)
-    for shards, tokens, states in ((data["train"], "cache", "text_cache"), (data["validation"], "validation_cache", "validation_text_cache")):
+    for shards, tokens, states in (
+        (data["train"], "cache", "text_cache"),
+        (data["validation"], "validation_cache", "validation_text_cache"),
+    ):
         assert encode_tokens([shards, f"runs/emoji/{tokenizer}/model", data[tokens]]) == 0
         if states in data:
             assert encode_text([shards, f"emoji/{name}", data[states]]) == 0

@@ -91,7 +91,11 @@ class Unasked(TorchDispatchMode):
     """Nothing is read from the device, whose work would have to end first."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.is_nonzero.default,
+        )
         return func(*args, **(kwargs or {}))
 
 

@@ -29,9 +29,15 @@ def test_the_longest_captions_of_an_encoder(tmp_path):
 
 def test_what_cannot_be_compiled_is_told():
     def on(device, accumulated=1, **strategy):
-        return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device), **strategy), accumulate_grad_batches=accumulated)
+        return SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device(device), **strategy), accumulate_grad_batches=accumulated
+        )
 
-    assert can_compile("kernels", on("cuda", 4)) and can_compile("kernels and graphs", on("cuda")) and can_compile("kernels and graphs", on("cpu", 4))
+    assert (
+        can_compile("kernels", on("cuda", 4))
+        and can_compile("kernels and graphs", on("cuda"))
+        and can_compile("kernels and graphs", on("cpu", 4))
+    )
     assert can_compile("kernels", on("cuda", stage=2))
     with pytest.raises(UserError, match="model.init_args.compile: .*accumulate"):
         can_compile("kernels and graphs", on("cuda", 4))

@@ -49,20 +49,26 @@ def test_overrides_count(capsys):
     assert int(re.search(r"([\d,]+) trained", out)[1].replace(",", "")) > 50_000
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--nodes", "3"], "wrong        global_batch_size 16"),
-    (["--nodes", "4", "--data.init_args.validation.init_args.count=3"], "wrong        validation has 3 samples for 4 ranks"),
-    (["--data.init_args.train=nowhere"], "nowhere"),
-    (["--model.init_args.network.init_args.width=2048", "--gpu-memory-gib", "0.1"], "MiB of 102: set data.init_args.micro_batch_size"),
-    (["--model.init_args.ema_decay=often"], "ema_decay: expected float"),
-    # Beside a part that is only complete once it is called with more.
-    (["--model.init_args.sample_prompts=[a, null]"], "key model.init_args.sample_prompts: expected str or null, got None"),
-    (["--init_from=nowhere"], "init_from: nowhere does not exist"),
-    (["--data.init_args.flip=true"], "flip: true needs flip_safe"),
-    (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
-    (["--gpu-memory-gib", "-3"], "--gpu-memory-gib: must be above 0, not -3"),
-    (["--data.init_args.image_size=24"], "data.init_args.image_size 24: the tokenizer is one of 16 px"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "3"], "wrong        global_batch_size 16"),
+        (["--nodes", "4", "--data.init_args.validation.init_args.count=3"], "wrong        validation has 3 samples for 4 ranks"),
+        (["--data.init_args.train=nowhere"], "nowhere"),
+        (
+            ["--model.init_args.network.init_args.width=2048", "--gpu-memory-gib", "0.1"],
+            "MiB of 102: set data.init_args.micro_batch_size",
+        ),
+        (["--model.init_args.ema_decay=often"], "ema_decay: expected float"),
+        # Beside a part that is only complete once it is called with more.
+        (["--model.init_args.sample_prompts=[a, null]"], "key model.init_args.sample_prompts: expected str or null, got None"),
+        (["--init_from=nowhere"], "init_from: nowhere does not exist"),
+        (["--data.init_args.flip=true"], "flip: true needs flip_safe"),
+        (["--nodes", "0"], "--nodes: must be at least 1, not 0"),
+        (["--gpu-memory-gib", "-3"], "--gpu-memory-gib: must be above 0, not -3"),
+        (["--data.init_args.image_size=24"], "data.init_args.image_size 24: the tokenizer is one of 16 px"),
+    ],
+)
 def test_what_is_wrong_is_said(capsys, arguments, message):
     assert main(["doctor", "tiny.yaml", *arguments]) == 2
     said = capsys.readouterr()

@@ -71,8 +71,14 @@ def loader(batches):
 def trainer(tmp_path, *callbacks, **kwargs):
     kwargs = {"max_epochs": 1, "enable_checkpointing": False, **kwargs}
     return Trainer(
-        accelerator="cpu", logger=False, callbacks=list(callbacks), enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, **kwargs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        **kwargs,
     )
 
 
@@ -122,8 +128,12 @@ def test_averages_trainable_parameters_and_float_buffers_of_the_named_submodules
     ema = EMA(0.5, submodules=["network"])
     trainer(tmp_path, ema).fit(Toy(), loader(1))
     assert set(ema.average) == {
-        "network.0.weight", "network.0.bias", "network.1.weight", "network.1.bias",
-        "network.1.running_mean", "network.1.running_var",
+        "network.0.weight",
+        "network.0.bias",
+        "network.1.weight",
+        "network.1.bias",
+        "network.1.running_mean",
+        "network.1.running_var",
     }
     everything = EMA(0.5)
     trainer(tmp_path, everything).fit(Toy(), loader(1))

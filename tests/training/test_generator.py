@@ -371,8 +371,12 @@ def test_words_are_not_taken_over_from_another_vocabulary(tmp_path):
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "run.ckpt")
-    for text, refused in ((reading(tmp_path / "b").text, False), (reading(tmp_path / "c", captions=others).text, True), (ToyText(), False),
-                          (BertTextEncoder(tiny_bert(tmp_path / "bert"), max_length=16), False)):  # fmt: skip
+    for text, refused in (
+        (reading(tmp_path / "b").text, False),
+        (reading(tmp_path / "c", captions=others).text, True),
+        (ToyText(), False),
+        (BertTextEncoder(tiny_bert(tmp_path / "bert"), max_length=16), False),
+    ):
         start = made(Untrained, text=text, codec=module.codec)
         report = load_weights(start, tmp_path / "run.ckpt")
         assert report.loaded

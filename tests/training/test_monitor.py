@@ -124,7 +124,9 @@ def test_goodput_counts_from_the_first_start(folder):
 
 def test_the_progress_bar_shows_the_loss_whenever_it_is_logged(folder):
     """Not in every step, for which the host would wait for the device."""
-    trainer = tiny.trainer("auto", 1, 5, default_root_dir=folder, callbacks=[Monitor(folder), shown := Shown()], log_every_n_steps=2)
+    trainer = tiny.trainer(
+        "auto", 1, 5, default_root_dir=folder, callbacks=[Monitor(folder), shown := Shown()], log_every_n_steps=2
+    )
     trainer.fit(tiny.Generator(), datamodule=tiny.data())
     losses = [float(loss) for loss in shown.losses]
     assert shown.on_bar == [None, losses[1], losses[1], losses[3], losses[3]]
@@ -144,5 +146,5 @@ def test_rates_are_of_whole_steps_however_many_micro_batches_they_take(folder, m
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *arguments, **more: (time.sleep(4 * STEP), step(*arguments, **more))[1])
     assert fit(f"--data.init_args.micro_batch_size={micro_batch}", "--trainer.max_steps=10", "--trainer.val_check_interval=10") == 0
-    first, *rates = logged(folder, "images_per_second").values()
+    _, *rates = logged(folder, "images_per_second").values()
     assert len(rates) == 1 and 16 / (24 * STEP) < rates[0] < 16 / (4 * STEP)  # of a micro-batch alone it would be below 10

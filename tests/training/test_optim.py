@@ -33,9 +33,7 @@ def test_groups_decay_matrices_only():
     model = Model()
     decayed, undecayed = parameter_groups(model, 0.1, learning_rate_scale=0.5)
     assert names(model, decayed) == {"conv.weight", "linear.weight"} and decayed["weight_decay"] == 0.1
-    assert names(model, undecayed) == {
-        "embedding.weight", "conv.bias", "linear.bias", "norm.weight", "norm.bias", "position"
-    }
+    assert names(model, undecayed) == {"embedding.weight", "conv.bias", "linear.bias", "norm.weight", "norm.bias", "position"}
     assert undecayed["weight_decay"] == 0.0
 
 
@@ -76,7 +74,11 @@ def test_a_run_that_goes_on_takes_the_rates_of_its_recipe(kind):
     def made(**changed):
         torch.manual_seed(0)
         net = nn.Linear(20, 20)
-        return net, *build(OptimizerConfig(kind=kind, warmup_steps=2, clip_norm=0, **changed), parameter_groups(net, changed.get("weight_decay", 0.05)), 12)
+        return net, *build(
+            OptimizerConfig(kind=kind, warmup_steps=2, clip_norm=0, **changed),
+            parameter_groups(net, changed.get("weight_decay", 0.05)),
+            12,
+        )
 
     def stepped(net, optimizer, scheduler, steps):
         for _ in range(steps):
@@ -97,7 +99,9 @@ def test_a_run_that_goes_on_takes_the_rates_of_its_recipe(kind):
 
 
 def test_restored_counts_lie_where_the_update_looks_for_them():
-    """Under ZeRO they are read on the host, and partitions take the place of the weights; meta stands for a GPU, to which no test can go."""
+    """Under ZeRO they are read on the host, and partitions take the place of the weights; meta stands for a GPU, to which no
+    test can go.
+    """
     partition = nn.Parameter(torch.zeros(8, device="meta"))
     optimizer, schedule = build(OptimizerConfig(fused=False), [{"params": [partition], "weight_decay": 0.0, "matrices": False}], 12)
     saved = copy.deepcopy(schedule.state_dict())

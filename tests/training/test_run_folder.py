@@ -64,7 +64,9 @@ def test_a_history_that_cannot_be_written_anew_stays(tmp_path, monkeypatch, what
 
 
 def hold(folder, seconds):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder / "lock"), str(seconds)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder / "lock"), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 

@@ -26,14 +26,25 @@ from tests.toys import ToyCodec
 READ, COPIED, COUNTED = "a number is read", "something is copied", "slots are counted"
 
 
-# Lightning does not wait for a batch's copy to a GPU; what torch's clipping moves is on the device already; data are read, and captions
-# made into tokens, on the host; and what the guard reads has reached it (see below).
-ASIDE = {"move_data_to_device", "_get_total_norm", "_clip_grads_with_norm_", "__getitem__", "__getitems__", "tokenize", "_ask", "_read"}
+# Lightning does not wait for a batch's copy to a GPU; what torch's clipping moves is on the device already; data are read, and
+# captions made into tokens, on the host; and what the guard reads has reached it (see below).
+ASIDE = {
+    "move_data_to_device",
+    "_get_total_norm",
+    "_clip_grads_with_norm_",
+    "__getitem__",
+    "__getitems__",
+    "tokenize",
+    "_ask",
+    "_read",
+}
 BY_METHOD = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.item, torch.Tensor.__array__}
 
 
 class Copies(TorchFunctionMode):
-    """Counts what is made on the host and copied to a device, and waited for, and what is read by methods that a CPU has no operation for."""
+    """Counts what is made on the host and copied to a device, and waited for, and what is read by methods that a CPU has no
+    operation for.
+    """
 
     def __init__(self):
         super().__init__()
@@ -88,8 +99,13 @@ def stalls(folder, steps=4, **settings):
     data = CaptionedImages(scenes, tiny.SIZE, tiny.GLOBAL_BATCH, cache=str(folder / "tokens"))
     watched = Watched(steps)
     trainer = tiny.trainer(
-        "auto", 1, steps + 3, default_root_dir=folder, callbacks=[Guard(GuardConfig()), Monitor(folder), watched], log_every_n_steps=100,
-    )  # fmt: skip
+        "auto",
+        1,
+        steps + 3,
+        default_root_dir=folder,
+        callbacks=[Guard(GuardConfig()), Monitor(folder), watched],
+        log_every_n_steps=100,
+    )
     trainer.fit(tiny.Generator(**settings), datamodule=data)
     found = sum((mode.found for mode in watched.modes), Counter())
     return {what: count / steps for what, count in found.items()}
@@ -107,7 +123,9 @@ def scratch(folder):
 @pytest.mark.parametrize(("learning", "passes"), [(Masked(regions=0.5), 1), (Unrolled(2), 2), (SelfConditioned(), 2)])
 def test_a_step_waits_only_to_count_the_slots_that_are_read(tmp_path, text, of_captions, learning, passes):
     def network(spec, widths):
-        return tiny.with_head(EncoderDecoder(spec, widths, width=16, depth=1, heads=2, self_conditioning=isinstance(learning, SelfConditioned)))
+        return tiny.with_head(
+            EncoderDecoder(spec, widths, width=16, depth=1, heads=2, self_conditioning=isinstance(learning, SelfConditioned))
+        )
 
     found = stalls(tmp_path, text=text(tmp_path), learning=learning, network=network)
     counted = 1 if isinstance(learning, SelfConditioned) else passes  # by the noise, before each pass that reads other slots
@@ -140,8 +158,16 @@ def test_what_reads_a_loss_or_copies_a_number_is_seen(tmp_path):
 def test_the_guard_reads_a_step_when_the_next_has_been_computed(tmp_path, monkeypatch):
     asked, read = Guard._ask, Guard._read
     order = []
-    monkeypatch.setattr(Guard, "_ask", lambda self, trainer, optimizer: (order.append(("ask", trainer.global_step)), asked(self, trainer, optimizer))[1])
-    monkeypatch.setattr(Guard, "_read", lambda self: (self._asked and order.append(("read", self._asked.step, self._asked.trainer.global_step)), read(self))[1])
+    monkeypatch.setattr(
+        Guard,
+        "_ask",
+        lambda self, trainer, optimizer: (order.append(("ask", trainer.global_step)), asked(self, trainer, optimizer))[1],
+    )
+    monkeypatch.setattr(
+        Guard,
+        "_read",
+        lambda self: (self._asked and order.append(("read", self._asked.step, self._asked.trainer.global_step)), read(self))[1],
+    )
     trainer = tiny.trainer("auto", 1, 4, default_root_dir=tmp_path, callbacks=[Guard(GuardConfig())])
     trainer.fit(tiny.Generator(), datamodule=tiny.data())
     assert order == [("ask", 0), ("read", 0, 1), ("ask", 1), ("read", 1, 2), ("ask", 2), ("read", 2, 3), ("ask", 3), ("read", 3, 4)]

@@ -160,11 +160,27 @@ def test_micro_batches_do_not_matter(tmp_path):
 def test_curves_count_optimizer_steps_and_are_of_the_global_batch(tmp_path):
     curves = []
     for micro in (16, 4):
-        trainer = Trainer(max_steps=3, log_every_n_steps=1, accelerator="cpu", logger=RunLogger(tmp_path / str(micro)), enable_checkpointing=False, limit_val_batches=0,
-                          enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path)  # fmt: skip
+        trainer = Trainer(
+            max_steps=3,
+            log_every_n_steps=1,
+            accelerator="cpu",
+            logger=RunLogger(tmp_path / str(micro)),
+            enable_checkpointing=False,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=tmp_path,
+        )
         trainer.fit(made(discriminator=False), datamodule=data(micro))
         with open(tmp_path / str(micro) / "metrics.csv", newline="") as file:
-            curves.append([(int(row["step"]), float(row["reconstruction_loss"])) for row in csv.DictReader(file) if row["reconstruction_loss"]])
+            curves.append(
+                [
+                    (int(row["step"]), float(row["reconstruction_loss"]))
+                    for row in csv.DictReader(file)
+                    if row["reconstruction_loss"]
+                ]
+            )
     assert [step for step, _ in curves[0]] == [0, 1, 2]
     assert [x for row in curves[1] for x in row] == pytest.approx([x for row in curves[0] for x in row], rel=1e-4)
 
@@ -236,9 +252,21 @@ def test_validation_comes_after_as_many_steps_whatever_the_micro_batches(tmp_pat
         def on_validation_start(self, trainer, module):
             steps.append(trainer.global_step)
 
-    trainer = Trainer(max_steps=6, val_check_interval=2, check_val_every_n_epoch=None, accelerator="cpu", logger=False, default_root_dir=tmp_path,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                      limit_val_batches=1, use_distributed_sampler=False, callbacks=[Validated()])  # fmt: skip
+    trainer = Trainer(
+        max_steps=6,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        use_distributed_sampler=False,
+        callbacks=[Validated()],
+    )
     trainer.fit(made(discriminator=False), datamodule=data(micro))
     assert steps == [2, 4, 6]
 

@@ -64,7 +64,9 @@ class Kid(Metric):
     def check(self, drawn: int, real: int | None) -> None:
         super().check(drawn, real)
         if self.subsets and not 2 <= self.subset_size <= min(drawn, real):
-            raise UserError(f"kid: subset_size {self.subset_size} must be between 2 and the {min(drawn, real)} samples that there are")
+            raise UserError(
+                f"kid: subset_size {self.subset_size} must be between 2 and the {min(drawn, real)} samples that there are"
+            )
 
     def numbers(self, found: Compared) -> dict[str, float]:
         if not self.subsets:
@@ -83,7 +85,9 @@ class Cmmd(Metric):
 
     name: ClassVar[str] = "cmmd"
     features: ClassVar[str] = "clip"
-    about: ClassVar[str] = "1000 × squared MMD of CLIP's image embeddings of unit length, Gaussian kernel of σ = 10, biased estimate"
+    about: ClassVar[str] = (
+        "1000 × squared MMD of CLIP's image embeddings of unit length, Gaussian kernel of σ = 10, biased estimate"
+    )
 
     def numbers(self, found: Compared) -> dict[str, float]:
         return {"value": max(SCALE * biased_mmd(found.drawn, found.real, gaussian), 0.0)}

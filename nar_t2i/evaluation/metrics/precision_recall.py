@@ -39,7 +39,9 @@ class PrecisionRecall(Metric):
     def check(self, drawn: int, real: int | None) -> None:
         super().check(drawn, real)
         if not 1 <= self.neighbours < min(drawn, real):
-            raise UserError(f"precision_recall: {self.neighbours} neighbours need more than the {min(drawn, real)} samples that there are")
+            raise UserError(
+                f"precision_recall: {self.neighbours} neighbours need more than the {min(drawn, real)} samples that there are"
+            )
 
     def numbers(self, found: Compared) -> dict[str, float]:
         return {

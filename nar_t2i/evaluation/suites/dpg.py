@@ -1,9 +1,9 @@
 """DPG-Bench (Hu et al. 2024, arXiv 2403.05135). Formats as in dpg_bench/ of github.com/TencentQQGYLab/ELLA:
 
-    prompts   a folder of texts, a prompt each: 0.txt, partiprompts12.txt, …
-    pictures  four of a prompt as one picture of 2 × 2, named like the text: 0.png
-    results   the text that compute_dpg_bench.py writes: a line a picture (path, a score each, their mean), then scores by
-              category and "DPG-Bench score"
+prompts   a folder of texts, a prompt each: 0.txt, partiprompts12.txt, …
+pictures  four of a prompt as one picture of 2 × 2, named like the text: 0.png
+results   the text that compute_dpg_bench.py writes: a line a picture (path, a score each, their mean), then scores by
+          category and "DPG-Bench score"
 """
 
 from __future__ import annotations

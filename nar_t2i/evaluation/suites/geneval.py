@@ -47,7 +47,9 @@ class GenEval(Suite):
         scores = {"overall": sum(tags.values()) / len(tags), **tags, "images": sum(images) / len(images),
                   "prompts": sum(prompts.values()) / len(prompts)}  # fmt: skip
         counts = {"images": len(images), "prompts": len(prompts), **{tag: len(right) for tag, right in correct.items()}}
-        return Scores(scores, counts, "shares of right pictures; overall: the mean of the tasks; prompts: with at least one right picture")
+        return Scores(
+            scores, counts, "shares of right pictures; overall: the mean of the tasks; prompts: with at least one right picture"
+        )
 
 
 def _rows(path: Path, needed: set[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,9 +1,9 @@
 """HPSv2's benchmark (Wu et al. 2023, arXiv 2306.09341). Formats as in the README and evaluation.py of github.com/tgxs002/HPSv2:
 
-    prompts   a folder of anime.json, concept-art.json, paintings.json, photo.json, a list of 800 prompts each; or one of them
-    pictures  anime/00000.jpg to 00799.jpg, …
-    results   what hpsv2.evaluate prints, kept as text: "<model> anime 27.34  0.1512" a style, and "Average"; or, where scores
-              were taken one by one with hpsv2.score, JSON: {"anime": [0.27, …], …}
+prompts   a folder of anime.json, concept-art.json, paintings.json, photo.json, a list of 800 prompts each; or one of them
+pictures  anime/00000.jpg to 00799.jpg, …
+results   what hpsv2.evaluate prints, kept as text: "<model> anime 27.34  0.1512" a style, and "Average"; or, where scores
+          were taken one by one with hpsv2.score, JSON: {"anime": [0.27, …], …}
 """
 
 from __future__ import annotations

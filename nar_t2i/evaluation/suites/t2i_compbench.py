@@ -52,4 +52,6 @@ class T2ICompBench(Suite):
             scores[name], counts[name] = sum(answers) / len(answers), len(answers)
         if not scores:
             raise UserError(f"{path}: holds no annotation_*/{RESULT}")
-        return Scores(scores, counts, "means over pictures, 0 to 1, by category and way of judging; these do not compare with each other")
+        return Scores(
+            scores, counts, "means over pictures, 0 to 1, by category and way of judging; these do not compare with each other"
+        )
