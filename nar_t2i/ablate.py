@@ -28,10 +28,20 @@ from PIL import Image
 
 from nar_t2i import recipe as recipes
 from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError
+from nar_t2i.evaluation.comparison import write_comparison
+from nar_t2i.evaluation.drawing import draw_prompts
+from nar_t2i.evaluation.report_curves import read_curves
+from nar_t2i.evaluation.scene_accuracy import verdicts
+from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.files import write_json
 from nar_t2i.folders import check_same, flat
+from nar_t2i.generate import decode_by
 from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
-from nar_t2i.parts import build, resolve, with_defaults
+from nar_t2i.parts import build, resolve
+from nar_t2i.pictures import contact_sheet, save_whole
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.training.checkpoints import latest, step_of
+from nar_t2i.training.command import RecipeCLI, quieten, run
 
 SHOWN = 8  # pictures of a sheet
 DECODING = ("inference", "guidance", "sample_prompts", "scene_prompts")  # arguments of a generator that train nothing
@@ -61,7 +71,7 @@ class Entry:
     @property
     def passes(self) -> float:
         """Forward passes of a training step."""
-        return build(with_defaults(self.config["model"]["init_args"]["learning"])).passes
+        return build(self.config["model"]["init_args"]["learning"]).passes
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -98,7 +108,6 @@ def main(arguments: argparse.Namespace) -> int:
         names = ", ".join(f"{entry.name} (seed {entry.seed})" for entry in failed)
         raise UserError(f"not done: {names}; why is said above. The same command goes on with them, and one without their recipes "
                         "compares the others")  # fmt: skip
-    from nar_t2i.evaluation.comparison import write_comparison
 
     judged: dict[str, list[Path]] = {}
     for entry in (entry for entry in entries if entry.draws):
@@ -174,7 +183,6 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
     Runs of one seed lie side by side, as they do under a recipe's own run_dir: a recipe that builds on another's run finds
     it at `${run_dir}/../NAME`.
     """
-    from nar_t2i.training.command import RecipeCLI, quieten
 
     quieten()
     entries: list[Entry] = []
@@ -208,8 +216,6 @@ def trained(entry: Entry) -> bool:
 
 def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
     """Train the run of an entry, or go on with it; the exit status."""
-    from nar_t2i.training.command import run
-
     steps = entry.config["trainer"]["max_steps"]
     if trained(entry):
         return 0
@@ -233,13 +239,6 @@ def train(entry: Entry, equal: str, overrides: Sequence[str]) -> int:
 
 def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
     """Draw and judge all prompts with the entry's way to decode."""
-    from nar_t2i.evaluation.drawing import draw_prompts
-    from nar_t2i.evaluation.scene_accuracy import verdicts
-    from nar_t2i.evaluation.scene_prompts import committed, take
-    from nar_t2i.generate import decode_by
-    from nar_t2i.pictures import contact_sheet, save_whole
-    from nar_t2i.pipeline import TextToImage
-
     t2i, model = TextToImage.from_pretrained(entry.run / "model").to(best_device()), entry.config["model"]["init_args"]
     decode_by(t2i, entry.config)
     found: dict[str, Any] = {}
@@ -269,9 +268,6 @@ def judge(entry: Entry, folder: Path, prompts_a_category: int) -> None:
 
 def _steps(run: Path) -> int:
     """Optimizer steps that a run has taken: those of its newest checkpoint or, where it has none left, the last that it logged."""
-    from nar_t2i.evaluation.report_curves import read_curves
-    from nar_t2i.training.checkpoints import latest, step_of
-
     if newest := latest(run):
         return step_of(newest)
     curves = read_curves(run / "metrics.csv")

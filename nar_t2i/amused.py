@@ -10,8 +10,6 @@ prompt's states, 77 tokens of them, which a training that starts from it goes on
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nar_t2i.errors import UserError
-from nar_t2i.files import read_json
+from nar_t2i.files import read_json, whole_folder
 from nar_t2i.folders import first_difference
 from nar_t2i.inference import AmusedConfidence
 from nar_t2i.networks.uvit import UVit
@@ -41,13 +39,8 @@ def main(arguments: argparse.Namespace) -> int:
     folder, model = Path(arguments.folder), Path(arguments.model)
     if model.exists() and (not model.is_dir() or any(model.iterdir())):
         raise UserError(f"{model} is not an empty folder; import into a new one")
-    beside = model.with_name(f"{model.name}.{os.getpid()}.part")
-    try:
-        with imported(folder) as t2i:
-            t2i.save_pretrained(beside)
-        beside.replace(model)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with whole_folder(model) as beside, imported(folder) as t2i:
+        t2i.save_pretrained(beside)
     parameters = sum(p.numel() for p in t2i.network.parameters())
     print(f"{model}: {parameters / 1e6:,.0f}M parameters, {t2i.tokenizer.image_size} px, {t2i.network.spec.length} tokens")
     return 0

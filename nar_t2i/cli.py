@@ -250,13 +250,13 @@ def _recipe(arguments: list[str]) -> tuple[list[str], list[str], bool]:
         if argument == "--print_config":
             print_config = True
             continue
-        if not argument.startswith("--") and argument != "-c":
+        if not argument.startswith("--"):
             raise UserError(f"command line: unexpected argument {argument!r}; overrides are --KEY VALUE")
         if not equals:
             if not arguments or arguments[0].startswith("--"):
                 raise UserError(f"command line: {argument} needs a value")
             value = arguments.pop(0)
-        if argument == "-c" or name == "config":
+        if name == "config":
             configs.append(value)
         else:
             overrides.append(f"{name}={value}")

@@ -3,6 +3,7 @@
 import errno
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+TERMINATED = 143  # after SIGTERM, as shells have it
 REQUEUE = 85  # saved, and to be started again; slurm/train.sh does so
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from nar_t2i import __version__
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation import drawing, scene_accuracy
+from nar_t2i.evaluation import scene_accuracy
 from nar_t2i.evaluation.chosen import RESIZE, Chosen, open_data
 from nar_t2i.evaluation.detector import MIN_SIDE, DetectedObject, Detection
+from nar_t2i.evaluation.drawing import Sampler
 from nar_t2i.evaluation.features import ClipFeatures, Features, InceptionFeatures, SceneFeatures
 from nar_t2i.evaluation.metrics import Compared
 from nar_t2i.evaluation.pieces import Piece, Pieces, work_folder
@@ -37,7 +37,8 @@ from nar_t2i.hardware import describe_machine, exact_fp32
 from nar_t2i.hashing import text_hash
 from nar_t2i.pictures import contact_sheet, save_whole
 from nar_t2i.pipeline import TextToImage
-from nar_t2i.training.opening import Opened, open_models
+from nar_t2i.pixels import to_arrays, to_pil
+from nar_t2i.training.models import Opened, open_models
 
 FORMAT = 1
 SHOWN = 32  # pictures of a sheet
@@ -90,38 +91,6 @@ def read_plan(arguments: argparse.Namespace) -> Protocol:
     return protocol
 
 
-@dataclass
-class Drawing:
-    """A model as it is asked to draw. facts: how it did."""
-
-    t2i: TextToImage
-    arguments: argparse.Namespace
-    seed: int
-
-    def __call__(self, prompts: Sequence[str], samples: range) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Pictures (B, 3, S, S) uint8 of samples by number, and facts for the notes."""
-        encoded, truncated = self.t2i.text.encoded, self.t2i.text.truncated
-        asked = self.arguments
-        with torch.autocast(self.t2i.device.type, torch.bfloat16, enabled=self.bf16):
-            drawn = self.t2i.sample(
-                prompts, asked.steps, asked.guidance_scale, seed=[self.seed + i for i in samples],
-                batch_size=asked.batch_size, candidates=asked.candidates,
-            )  # fmt: skip
-        facts = {"passes": drawn.passes, "rows": drawn.rows, "encoded": self.t2i.text.encoded - encoded,
-                 "truncated": self.t2i.text.truncated - truncated}  # fmt: skip
-        return drawn.images, facts
-
-    def settings(self) -> dict[str, Any]:
-        """How it is drawn. UserError where the model cannot draw so."""
-        asked = self.arguments
-        self.t2i.decoding(asked.steps, asked.guidance_scale, None, asked.candidates)
-        return drawing.settings(self.t2i, asked.steps, asked.guidance_scale, asked.candidates, self.seed, self.bf16)
-
-    @property
-    def bf16(self) -> bool:
-        return self.arguments.precision == "bf16-mixed"
-
-
 class Evaluation:
     """What is evaluated, and how far it is."""
 
@@ -146,8 +115,8 @@ class Evaluation:
         self.features = self.group.together(self._open_features)
         for number, model in enumerate(self.models):
             t2i = self.group.together(lambda: TextToImage.from_pretrained(model.folder)).to(self.group.device)
-            draw = Drawing(t2i, self.arguments, self.protocol.seed)
-            self.decoding[model.name] = self.group.together(draw.settings)
+            draw = self.group.together(lambda: self._sampler(t2i))
+            self.decoding[model.name] = draw.settings(self.protocol.seed)
             if number == 0:
                 self.group.together(lambda: self._open_data(t2i.tokenizer.image_size))
                 self.group.on_first(self._check_settings)
@@ -239,16 +208,34 @@ class Evaluation:
         self.pieces[name] = Pieces(self.folder / name, len(samples), self.arguments.batch_size, make)
         self.pieces[name].work(self.group)
 
-    def _scene_piece(self, draw: Drawing, prompts: list[ScenePrompt], samples: range, name: str) -> Piece:
+    def _sampler(self, t2i: TextToImage) -> Sampler:
+        asked = self.arguments
+        bf16 = asked.precision == "bf16-mixed"
+        return Sampler(t2i, asked.steps, asked.guidance_scale, asked.candidates, bf16, asked.batch_size)
+
+    def _draw(self, draw: Sampler, prompts: Sequence[str], samples: range) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Pictures (B, 3, S, S) uint8 of samples by number, and facts for the notes."""
+        text = draw.t2i.text
+        encoded, truncated = text.encoded, text.truncated
+        drawn = draw(prompts, [self.protocol.seed + i for i in samples])
+        facts = {
+            "passes": drawn.passes,
+            "rows": drawn.rows,
+            "encoded": text.encoded - encoded,
+            "truncated": text.truncated - truncated,
+        }
+        return drawn.images, facts
+
+    def _scene_piece(self, draw: Sampler, prompts: list[ScenePrompt], samples: range, name: str) -> Piece:
         texts = [prompts[i].prompt for i in samples]
-        images, facts = draw(texts, samples)
+        images, facts = self._draw(draw, texts, samples)
         self._sheet(name, "scenes", images, texts, samples)
-        found = scene_accuracy.detect_all(images.permute(0, 2, 3, 1).cpu().numpy())
+        found = scene_accuracy.detect_all(to_arrays(images))
         return Piece({"samples": torch.tensor(samples)}, {**facts, "found": [asdict(detection) for detection in found]})
 
-    def _caption_piece(self, draw: Drawing, samples: range, name: str) -> Piece:
+    def _caption_piece(self, draw: Sampler, samples: range, name: str) -> Piece:
         texts = self.drawn.captions(samples)
-        images, facts = draw(texts, samples)
+        images, facts = self._draw(draw, texts, samples)
         self._sheet(name, "captions", images, texts, samples)
         tensors = {features.name: features.of_images(images) for features in self.features}
         tensors |= {f"{features.name}-texts": features.of_texts(texts) for features in self.features if features.has_texts}
@@ -260,8 +247,7 @@ class Evaluation:
 
     def _sheet(self, name: str, kind: str, images: torch.Tensor, texts: list[str], samples: range) -> None:
         if samples.start == 0:
-            shown = [Image.fromarray(image) for image in images[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()]
-            save_whole(contact_sheet(shown, texts[:SHOWN]), self.folder / f"sheet-{name}-{kind}.png")
+            save_whole(contact_sheet(to_pil(images[:SHOWN]), texts[:SHOWN]), self.folder / f"sheet-{name}-{kind}.png")
 
     # Numbers
 

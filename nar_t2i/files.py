@@ -7,7 +7,9 @@ import glob
 import json
 import os
 import resource
+import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_new(path: Path, value: Any) -> bool:
     """As `write_json`, where there is no such file yet; whether this process wrote it, of all that try at once."""
-    whole = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.new")
+    whole = path.with_name(f".{path.name}.{socket.gethostname()}.{_writer()}.new")
     write_json(whole, value)
     try:
         os.link(whole, path)
@@ -71,14 +73,20 @@ def write_text(path: Path, text: str) -> None:
 def whole_file(path: Path, work: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file under a temporary name and rename it once it is complete and on disk.
 
-    Two processes that write the same file, on whichever nodes, do not mix their bytes; the last one's stand. work: a folder of the
-    same file system for the temporary file, where the file's own may hold no other.
+    Two writers of the same file, on whichever nodes, do not mix their bytes; the last one's stand. work: a folder of the same
+    file system for the temporary file, where the file's own may hold no other.
     """
-    temporary = temporary_name(path) if work is None else work / f"{socket.gethostname()}.{os.getpid()}.part"
+    with whole_path(path, work) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+@contextmanager
+def whole_path(path: Path, work: Path | None = None) -> Iterator[Path]:
+    """As `whole_file`, for writers that open their file by its name."""
+    temporary = temporary_name(path) if work is None else work / f"{socket.gethostname()}.{_writer()}.part"
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -86,13 +94,30 @@ def whole_file(path: Path, work: Path | None = None) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole_file`, for a folder, which must not be there yet, or be empty: make the one that this gives."""
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{_writer()}.part")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other running process takes. What killed ones of this node left there is deleted."""
+    """A name beside `path` that no other thread of a running process takes. What killed processes of this node left there is
+    deleted."""
     node = socket.gethostname()
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(node)}.*.tmp"):
-        if not Path("/proc", left.suffixes[-2][1:]).exists() and Path("/proc/self").exists():
+        process = left.suffixes[-2][1:].partition("-")[0]
+        if not Path("/proc", process).exists() and Path("/proc/self").exists():
             left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{node}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{node}.{_writer()}.tmp")
+
+
+def _writer() -> str:
+    return f"{os.getpid()}-{threading.get_ident()}"
 
 
 def sync_folder(folder: Path) -> None:

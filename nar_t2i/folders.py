@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nar_t2i.errors import UserError
-from nar_t2i.files import read_json, write_json
+from nar_t2i.files import read_json, whole_path, write_json
 from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.parts import build, describe, resolve
 
@@ -56,12 +56,11 @@ def save_part(part: nn.Module, folder: str | Path, dtype: torch.dtype | None = N
         name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in part.state_dict().items()
     }
-    beside = folder / (WEIGHTS + ".tmp")
     try:
-        save_file(state, beside)
+        with whole_path(folder / WEIGHTS) as temporary:
+            save_file(state, temporary)
     except SafetensorError as error:  # a disk that is full, too
         raise UserError(f"{folder / WEIGHTS}: could not be written: {error}") from error
-    os.replace(beside, folder / WEIGHTS)
     write_json(folder / CONFIG, config)
 
 

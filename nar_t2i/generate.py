@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from nar_t2i import recipe as recipes
@@ -22,9 +21,10 @@ from nar_t2i.folders import CONFIG, folder_hash
 from nar_t2i.hardware import best_device
 from nar_t2i.hashing import file_hash
 from nar_t2i.noise import Noise
-from nar_t2i.parts import build, describe, with_defaults
+from nar_t2i.parts import build, describe
 from nar_t2i.pictures import Films, Picture, contact_sheet, save_whole
 from nar_t2i.pipeline import TextToImage, seeds_of
+from nar_t2i.pixels import to_pil
 from nar_t2i.schedules import Guidance
 from nar_t2i.types import InferenceStrategy, Known
 
@@ -51,38 +51,34 @@ def main(arguments: argparse.Namespace) -> int:
         decode_by(t2i, config)
     if arguments.compile:
         t2i.compile()
-    inference, guidance = t2i.decoding(arguments.steps, arguments.guidance_scale, arguments.temperature, arguments.candidates)
-    if arguments.negative_prompt is not None and guidance.scale == 1:
+    t2i = t2i.with_decoding(arguments.steps, arguments.guidance_scale, arguments.temperature, arguments.candidates)
+    if arguments.negative_prompt is not None and t2i.guidance.scale == 1:
         print("nar-t2i: a guidance scale of 1 is no guidance, so that --negative-prompt changes nothing", file=sys.stderr)
     films = Films(t2i.tokenizer) if arguments.film != "none" else None
     edit, known = _edit(arguments, t2i, len(prompts))
     seeds = seeds_of(arguments.seed, len(prompts)).tolist()
-    drawn = _drawn_from(arguments, inference, guidance)
+    drawn = _drawn_from(arguments, t2i.inference, t2i.guidance)
     out = Path(arguments.out)
     pictures = [Picture(out / f"{seed:04d}-{_slug(prompt)}.png", {"prompt": prompt, "seed": seed, **drawn})
                 for prompt, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
     missing = [i for i, picture in enumerate(pictures) if not picture.is_there(arguments.film)]
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    at_once = max(1, AT_ONCE // getattr(inference, "candidates", 1))
+    at_once = max(1, AT_ONCE // getattr(t2i.inference, "candidates", 1))
     starts = range(0, len(missing), at_once)
     for start in tqdm(starts, desc="pictures", unit="batch", mininterval=0.5, disable=len(starts) < 2):
         rows = missing[start : start + at_once]
         samples = t2i.sample(
             [prompts[i] for i in rows],
-            steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
-            temperature=arguments.temperature,
             seed=[seeds[i] for i in rows],
             negative_prompts=arguments.negative_prompt,
             known=known and Known(known.mask[rows], known.tokens[rows]),
             on_step=films,
-            candidates=arguments.candidates,
         )
         pixels = samples.images if edit is None else composited(samples.images, edit)
         with _writing(out):  # what is drawn is on disk, should the rest be interrupted
-            for i, image in zip(rows, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                pictures[i].save(Image.fromarray(image))
+            for i, image in zip(rows, to_pil(pixels), strict=True):
+                pictures[i].save(image)
             if films:
                 films.save([pictures[i].path for i in rows], arguments.film)
     with _writing(out):
@@ -134,7 +130,7 @@ def decode_by(t2i: TextToImage, config: Mapping[str, Any]) -> None:
     model = config.get("model", {}).get("init_args", {})
     try:
         if "inference" in model:
-            t2i.inference = build(with_defaults(model["inference"]))
+            t2i.inference = build(model["inference"])
         if "guidance" in model:
             t2i.guidance = Guidance(**model["guidance"])
     except (TypeError, ValueError, AttributeError) as error:
@@ -165,22 +161,24 @@ def _read_prompts(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {error}") from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    prompts = [*lines.values()]
     if Path(path).suffix == ".jsonl":
-        prompts = [_prompt_of(line, path) for line in prompts]
+        prompts = [_prompt_of(line, f"--prompts {path}, line {number}") for number, line in lines.items()]
     if not prompts:
         raise UserError(f"--prompts {path}: holds no prompt")
     return prompts
 
 
-def _prompt_of(line: str, path: str) -> str:
+def _prompt_of(line: str, where: str) -> str:
     try:
         content = json.loads(line)
     except ValueError as error:
-        raise UserError(f"--prompts {path}: {line[:40]!r} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise UserError(f"--prompts {path}: {line[:40]!r} is no object with a prompt")
-    return content["prompt"].strip()
+        raise UserError(f"{where}: {line[:40]!r} is not JSON: {error}") from error
+    prompt = content.get("prompt") if isinstance(content, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: {line[:40]!r} is no object with a prompt")
+    return prompt.strip()
 
 
 def _slug(prompt: str) -> str:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def fast_precision() -> str:
     """Lightning's name of the faster precision of this machine: "bf16-mixed" or "32-true".
 
-    A GPU takes bf16. A CPU takes it where its bf16 matrix product, measured here once, beats fp32 clearly: those with
-    bf16 instructions are several times faster, those without are slower.
+    A GPU takes bf16 if it computes in it; those before Ampere only imitate it. A CPU takes it where its bf16 matrix product,
+    measured here once, beats fp32 clearly: those with bf16 instructions are several times faster, those without are slower.
     """
     if torch.cuda.is_available():
-        return "bf16-mixed"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if _seconds(torch.bfloat16) < 0.8 * _seconds(torch.float32) else "32-true"
 
 

@@ -79,8 +79,9 @@ class Noise:
         return same
 
     def copies(self, count: int) -> Noise:
-        """The noise of `count` draws of every image, side by side: (B · count) rows, of which each image's first is as here
-        and the others are independent of it."""
+        """(B · count) rows: `count` draws of every image, side by side. The first repeats this noise, the others are independent
+        of it.
+        """
         copied, number = self.repeated(count), torch.arange(count, device=self.ids.device).repeat(len(self.ids))
         other = _fold(_fold(copied._keys, _stream_key(self._copies)), number)
         copied._copies += " of a copy"

@@ -66,14 +66,14 @@ def changed(part: Any, **changes: Any) -> Any:
 
 
 def build(description: Any, trusted: Sequence[str] = ()) -> Any:
-    """The inverse of `describe`.
+    """The inverse of `describe`. Without "init_args" a part is built from its defaults.
 
     trusted: further package names whose classes may be built. Raises UserError for any other class.
     """
     if isinstance(description, Mapping):
-        if set(description) == {"class_path", "init_args"}:
+        if "class_path" in description and set(description) <= {"class_path", "init_args"}:
             cls = resolve(description["class_path"], trusted)
-            return cls(**{k: build(v, trusted) for k, v in description["init_args"].items()})
+            return cls(**{k: build(v, trusted) for k, v in (description.get("init_args") or {}).items()})
         return {k: build(v, trusted) for k, v in description.items()}
     if isinstance(description, list):
         return [build(v, trusted) for v in description]

@@ -29,8 +29,8 @@ def save_whole(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 class Picture(NamedTuple):
-    """A picture's file, which says what it was drawn from, as a text of its own: what is there is not drawn again, and no
-    picture is overwritten by another.
+    """A PNG with a text chunk that says what it was drawn from. A picture that is there is not drawn again, and never overwritten
+    by another one.
     """
 
     path: Path

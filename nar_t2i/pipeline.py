@@ -7,9 +7,11 @@ model/
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from nar_t2i.inference.best_of import BestOf
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build, changed, describe
-from nar_t2i.pixels import to_uint8
+from nar_t2i.pixels import to_pil, to_uint8
 from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
 from nar_t2i.types import Condition, InferenceStrategy, Known, Step, TextEncoder, TokenCodec, TokenNetwork
@@ -138,7 +140,7 @@ class TextToImage:
         samples = self.sample(
             prompts, steps, guidance_scale, temperature, seed, negative_prompts, known, on_step, batch_size, candidates
         )
-        return [Image.fromarray(image) for image in samples.images.permute(0, 2, 3, 1).cpu().numpy()]
+        return to_pil(samples.images)
 
     @torch.no_grad()
     def sample(
@@ -178,8 +180,8 @@ class TextToImage:
         if known is not None and len(known.mask) != len(prompts):
             raise UserError(f"known tokens of {len(known.mask)} images for {len(prompts)} prompts")
         inference, guidance = self.decoding(steps, guidance_scale, temperature, candidates)
-        for part in (self.tokenizer, self.text, self.null, self.network):
-            part.eval()
+        for name in PARTS:
+            getattr(self, name).eval()
         images, tokens = [], []
         passes = rows_an_image = 0
         at_once = max(1, batch_size // getattr(inference, "candidates", 1))
@@ -201,13 +203,28 @@ class TextToImage:
     def _null(self, condition: Condition, negative_prompts: list[str] | None) -> Condition:
         return self.text(negative_prompts) if negative_prompts else self.null(condition)
 
+    def with_decoding(
+        self,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        candidates: int | None = None,
+    ) -> TextToImage:
+        """This pipeline, with the same parts, that decodes so where it is not asked otherwise. See `sample` for the arguments.
+
+        Other settings make another strategy, which may read a critic's folder: for many calls of `sample`, made once.
+        """
+        other = copy.copy(self)
+        other.inference, other.guidance = self.decoding(steps, guidance_scale, temperature, candidates)
+        return other
+
     def decoding(
         self, steps: int | None, guidance_scale: float | None, temperature: float | None, candidates: int | None
     ) -> tuple[InferenceStrategy, Guidance]:
         """The default strategy and guidance, or those of their kind with other settings. UserError where there are none such."""
         guidance, inference = self.guidance, self.inference
         if guidance_scale is not None:
-            guidance = Guidance(guidance_scale, guidance.start, guidance.stop, guidance.ramp)
+            guidance = replace(guidance, scale=guidance_scale)
         if candidates == 1 and isinstance(inference, BestOf):
             inference = inference.first
         elif candidates is not None and hasattr(inference, "candidates"):

@@ -22,18 +22,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
+from nar_t2i.data.captions import RenderedScenes, ShuffledCaptions
+from nar_t2i.data.shards import ShardSource
 from nar_t2i.errors import INTERRUPTED, UserError
+from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
+from nar_t2i.evaluation.report import write_report
+from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, Kinds, ScenePrompt, committed, take
+from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
 from nar_t2i.files import read_json, write_json
-from nar_t2i.hardware import describe_machine, fast_precision, usable_cores
-
-if TYPE_CHECKING:
-    from nar_t2i.pipeline import TextToImage
+from nar_t2i.folders import load_part
+from nar_t2i.generate import shipped_model
+from nar_t2i.hardware import best_device, describe_machine, fast_precision, usable_cores
+from nar_t2i.pictures import contact_sheet, save_whole
+from nar_t2i.pipeline import TextToImage
+from nar_t2i.prepare.rendering import write_source
+from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
+from nar_t2i.prepare.tokens import encode_tokens
+from nar_t2i.training.command import run
 
 
 @dataclass(frozen=True)
@@ -133,13 +144,9 @@ class Quickstart:
     def __init__(self, folder: Path, scale: Scale, shuffled_captions: bool):
         self.folder, self.scale, self.shuffled_captions = folder, scale, shuffled_captions
         self.workers = usable_cores()
+        self.device = best_device()
 
     def make_data(self) -> None:
-        from nar_t2i.data.captions import RenderedScenes, ShuffledCaptions
-        from nar_t2i.data.shards import ShardSource
-        from nar_t2i.prepare.rendering import write_source
-        from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
-
         data = self.folder / "data"
         for split, count in (("train", self.scale.train_scenes), ("validation", self.scale.validation_scenes)):
             scenes = RenderedScenes(split, count, most_objects=self.scale.most_objects)
@@ -155,14 +162,11 @@ class Quickstart:
         )
 
     def encode(self) -> None:
-        from nar_t2i.data.shards import ShardSource
-        from nar_t2i.folders import load_part
-        from nar_t2i.prepare.tokens import encode_tokens
-
         codec = load_part(self.folder / "tokenizer/model")
         for split in ("train", "validation"):
+            source = ShardSource(str(self.folder / "data" / split))
             with self._autocast():
-                encode_tokens(codec, ShardSource(str(self.folder / "data" / split)), self.folder / "tokens" / split, 256)
+                encode_tokens(codec, source, self.folder / "tokens" / split, 256, device=self.device)
 
     def train_text(self) -> None:
         self._fit("text", f"model.init_args.budget_minutes={self.scale.text_minutes}", *self._tokens_and_captions())
@@ -186,13 +190,8 @@ class Quickstart:
         ]
 
     def evaluate(self) -> None:
-        from nar_t2i.evaluation.drawing import generator_metrics
-        from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
-        from nar_t2i.generate import shipped_model
-        from nar_t2i.pipeline import TextToImage
-
-        t2i = TextToImage.from_pretrained(self.folder / "generator/model")
-        shipped = TextToImage.from_pretrained(shipped_model())
+        t2i = TextToImage.from_pretrained(self.folder / "generator/model").to(self.device)
+        shipped = TextToImage.from_pretrained(shipped_model()).to(self.device)
         with self._autocast():
             tokenizer = evaluate_tokenizer(t2i.tokenizer, self.scale.tokenizer_images, workers=self.workers)
         prompts = {which: self._prompts(which) for which in ("seen", "held_out")}
@@ -218,9 +217,6 @@ class Quickstart:
         self, t2i: TextToImage, model: str, which: str, prompts: list[ScenePrompt], pictures: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Scores of one model on one set of prompts; some pictures of each category go into the report's list."""
-        from nar_t2i.evaluation.drawing import evaluate_prompts
-        from nar_t2i.evaluation.scene_accuracy import verdicts
-
         title = f"{model}, {which}"
         result, images = evaluate_prompts(t2i, prompts, steps=16, batch_size=32, bf16=self._bf16, workers=self.workers, name=title)
         shown = {id(prompt) for prompt in take(prompts, PICTURES // 6)}
@@ -237,16 +233,12 @@ class Quickstart:
 
     def _write_sheet(self, pictures: list[dict[str, Any]]) -> None:
         """evaluation/sheet.png: what the trained model drew for seen combinations, as it came."""
-        from nar_t2i.pictures import contact_sheet, save_whole
-
         shown = [entry for entry in pictures if entry["model"] == "quickstart" and entry["set"] == "seen"]
         images = [Image.open(self.folder / "evaluation" / entry["file"]) for entry in shown]
         save_whole(contact_sheet(images, [entry["prompt"] for entry in shown]), self.folder / "evaluation/sheet.png")
 
     def finish(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Write metrics.json and the report, say where to look; returns the metrics."""
-        from nar_t2i.evaluation.report import write_report
-
         scores = read_json(self.folder / "evaluation/scores.json")
         install = install_seconds()
         wall = {
@@ -278,11 +270,9 @@ class Quickstart:
         return fast_precision() == "bf16-mixed"
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
     def _fit(self, stage: str, *overrides: str) -> None:
-        from nar_t2i.training.command import run
-
         always = [f"run_dir={self.folder / stage}", f"trainer.precision={fast_precision()}"]
         status = run("fit", [f"quickstart/{stage}"], [*always, *overrides])
         if status == INTERRUPTED:

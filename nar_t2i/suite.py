@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from nar_t2i.errors import UserError
+from nar_t2i.evaluation.drawing import Sampler
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.suites import SUITES, Suite
 from nar_t2i.evaluation.suites.suite import Item
@@ -28,7 +28,8 @@ from nar_t2i.folders import check_same
 from nar_t2i.hardware import exact_fp32
 from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.pipeline import TextToImage
-from nar_t2i.training.opening import open_models
+from nar_t2i.pixels import to_pil
+from nar_t2i.training.models import open_models
 
 FORMAT = 1
 JPEG_QUALITY = 95  # our choice
@@ -66,7 +67,7 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     items = suite.read(Path(arguments.prompts))
     out = Path(arguments.out)
     work = out.with_name(f"{out.name}.work")
-    files = [suite.files(item, number, pictures) for number, item in enumerate(items)]
+    files = [suite.files(item, index, pictures) for index, item in enumerate(items)]
     group.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
     (model,) = open_models(Path(arguments.model), arguments.weights, work, group)
     settings = {
@@ -76,6 +77,14 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     }  # fmt: skip
     group.on_first(lambda: _settle(work / "settings.json", settings, out))
     t2i = group.together(lambda: TextToImage.from_pretrained(model.folder)).to(group.device)
+    sampler = Sampler(
+        t2i,
+        arguments.steps,
+        arguments.guidance_scale,
+        arguments.candidates,
+        bf16=arguments.precision == "bf16-mixed",
+        batch_size=arguments.batch_size,
+    )
     missing = group.agreed(
         [n for n in range(len(items)) if not all((out / f).exists() for f in (*files[n], *suite.texts(items[n])))]
     )
@@ -87,12 +96,7 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
             chosen = mine[start : start + at_once]
             prompts = [items[n].prompt for n in chosen for _ in range(pictures)]
             seeds = [arguments.seed + n * pictures + picture for n in chosen for picture in range(pictures)]
-            with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.precision == "bf16-mixed"):
-                drawn = t2i.sample(
-                    prompts, arguments.steps, arguments.guidance_scale, seed=seeds, batch_size=arguments.batch_size,
-                    candidates=arguments.candidates,
-                )  # fmt: skip
-            images = [Image.fromarray(image) for image in drawn.images.permute(0, 2, 3, 1).cpu().numpy()]
+            images = to_pil(sampler(prompts, seeds).images)
             for row, n in enumerate(chosen):
                 _write(suite, out, work, items[n], files[n], images[row * pictures : (row + 1) * pictures])
 

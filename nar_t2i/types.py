@@ -132,8 +132,14 @@ class Prediction(Protocol):
         """`u + s·(c − u)` in the prediction's own parameters; s = 1 is this prediction."""
         ...
 
-    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0) -> Sampled:
-        """One draw a slot; every random number comes from `noise`. Temperature 0 takes the mode."""
+    def tempered(self, temperature: float) -> Prediction:
+        """The prediction from which `sample` draws at this temperature, above 0. Where likelihoods are known."""
+        ...
+
+    def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
+        """One draw a slot; every random number comes from `noise`. Temperature 0 takes the mode. top_k, top_p: see `Categorical`,
+        for tokens that are codes.
+        """
         ...
 
 
@@ -146,6 +152,10 @@ class KVCache(Protocol):
         """Store (B, heads, new, d) and return all keys and values of the layer so far."""
         ...
 
+    def append_states(self, layer: int, x: Tensor) -> Tensor:
+        """Store (B, new, D), such as what a convolution reads beside attention, and return all of the layer so far."""
+        ...
+
     def crop(self, length: int) -> None:
         """Forget what lies behind `length`."""
         ...
@@ -155,12 +165,23 @@ class KVCache(Protocol):
         ...
 
 
+def grid_places(shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """(N, dimensions) where each slot of a grid, or of a sequence, lies."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shape)).view(-1, len(shape))
+
+
+def over_values(of_slots: Tensor, values: Tensor) -> Tensor:
+    """What is said of slots, (…), so that it broadcasts over their values, (…, *value_shape)."""
+    return of_slots.view(*of_slots.shape, *[1] * (values.ndim - of_slots.ndim))
+
+
 class TokenNetwork(nn.Module):
     """Tokens + text → a prediction.
 
     spec: of the tokens.
     causal: whether slot i sees only slots before it.
     judges: whether it says of each token if it is wrong, instead of which it is.
+    staged: whether it draws in stages, each from those before it, and has a `lesson` of all of them.
     self_conditioning: whether it reads `TokenState.guess`.
     static: whether its shapes follow from those of its inputs, so that a call can be recorded (see InferenceStrategy).
     """
@@ -168,6 +189,7 @@ class TokenNetwork(nn.Module):
     spec: TokenSpec
     causal: bool = False
     judges: bool = False
+    staged: bool = False
     self_conditioning: bool = False
     static: bool = True
 
@@ -184,9 +206,11 @@ class TokenNetwork(nn.Module):
     def forward(self, state: TokenState, prepared: Any, read: Tensor | None = None, cache: KVCache | None = None) -> Prediction:
         """Predict the slots in `read`.
 
-        read: None = all slots, (B, N); integers (B, M) = those slots; booleans (B, N) = the True ones, flattened
-        in row order to (R,); integers (R,) = places in the flattened (B, N), for which no device is asked how many they are
-        (`SlotNoise.places`). The head is evaluated for these alone; `nar_t2i.networks.tokens.select` takes any of the four.
+        read: the slots for which alone the head is evaluated, in one of four forms (`nar_t2i.networks.tokens.select`):
+            None            all slots, (B, N)
+            integers (B, M) those slots of each row
+            booleans (B, N) the True ones, flattened in row order to (R,)
+            integers (R,)   places in the flattened (B, N), for which no device is asked how many they are (`SlotNoise.places`)
 
         A causal network shifts by itself: slot i is predicted from the values before it. With `cache`, `state` holds
         only new slots: `positions` says which are predicted, `values` what stands before each (slot 0: anything).

@@ -30,7 +30,10 @@ from nar_t2i import cli, inference, learning, networks
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.editing import Edit, composited, known_outside, known_share
+from nar_t2i.evaluation.drawing import draw_prompts
 from nar_t2i.evaluation.features import SceneFeatures
+from nar_t2i.evaluation.scene_prompts import committed, take
+from nar_t2i.evaluation.tokenizer import evaluate_tokenizer
 from nar_t2i.noise import Noise
 from nar_t2i.prepare.text import encode_text
 from nar_t2i.prepare.tokens import encode_tokens
@@ -278,6 +281,20 @@ def judged(folder: Path) -> None:
     torch.testing.assert_close(far, near)
 
 
+def scored(folder: Path) -> None:
+    """A tokenizer's scores, and pictures of prompts."""
+    torch.manual_seed(0)
+    tokenizer, t2i = VQGAN(64, (8, 16), 1, 4, quantizer=VectorQuantizer(16, 4)), tiny_pipeline(folder)
+    prompts, found = take(committed("seen"), 1), {}
+    for device in ("cpu", "far"):
+        with far_device.present() if device == "far" else nullcontext():
+            scores = evaluate_tokenizer(tokenizer.to(device), 8, batch_size=4)
+            found[device] = scores, draw_prompts(t2i.to(device), prompts, steps=2, batch_size=4).images
+    (near, here), (far, there) = found["cpu"], found["far"]
+    torch.testing.assert_close(far, near)
+    assert here.shape == (len(prompts), 16, 16, 3) and np.array_equal(here, there)
+
+
 plain = net(networks.EncoderDecoder)
 CASES: dict[str, Case] = {
     "masked": generator(
@@ -339,6 +356,7 @@ CASES: dict[str, Case] = {
     "varied": varied,
     "encoded": encoded,
     "judged": judged,
+    "scored": scored,
 }
 
 

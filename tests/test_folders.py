@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from nar_t2i.errors import UserError
-from nar_t2i.files import read_json, write_json
+from nar_t2i.files import read_json, whole_folder, write_json
 from nar_t2i.folders import load_part, save_part
 from nar_t2i.parts import part
 from tests.full_disk import files_of_at_most
@@ -173,3 +174,30 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(tmp_path / "a.json", {"x": object()})
     assert read_json(tmp_path / "a.json") == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    """Threads of one process, too."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: write_json(tmp_path / "a.json", {"x": [n] * 20_000}), range(40)))
+    assert len(set(read_json(tmp_path / "a.json")["x"])) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def make(folder, fails):
+        with whole_folder(folder) as beside:
+            beside.mkdir()
+            (beside / "first").write_text("1")
+            assert not (folder / "first").exists()
+            if fails:
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make(tmp_path / "new", fails=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        make(tmp_path / name, fails=False)
+        assert (tmp_path / name / "first").read_text() == "1"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "new"]

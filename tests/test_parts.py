@@ -130,3 +130,11 @@ def test_a_refused_package_is_not_even_imported(tmp_path):
         env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"},
     )  # fmt: skip
     assert done.stdout == "UserError\n", done.stdout + done.stderr
+
+
+def test_a_part_without_arguments_is_built_from_its_defaults():
+    path = f"{HERE}.Box"
+    for description in ({"class_path": path}, {"class_path": path, "init_args": None}):
+        assert isinstance(build(description, TRUSTED), Box)
+        assert isinstance(build({"class_path": path, "init_args": {"inner": description}}, TRUSTED).inner, Box)
+    assert build({"class_path": path, "other": 1}, TRUSTED) == {"class_path": path, "other": 1}

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nar_t2i.errors import UserError
-from nar_t2i.inference import BestOf, Confidence, EntropyBounded, GibbsSweeps, Likelihood, OneStep
+from nar_t2i.evaluation.drawing import Sampler
+from nar_t2i.inference import BestOf, Confidence, CriticGuided, EntropyBounded, GibbsSweeps, Likelihood, OneStep, critic_guided
+from nar_t2i.networks import TokenCritic
 from nar_t2i.pipeline import PARTS, TextToImage
 from nar_t2i.types import Known
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -314,3 +316,25 @@ def test_wrong_arguments_are_named(t2i: TextToImage, prompts: list[str], seed: o
 @pytest.mark.parametrize("prompt", ["", "   ", "word " * 200, "ein großes 🎈 ЦВЕТ", "a\nb\tc"])
 def test_any_text_is_a_prompt(t2i: TextToImage, prompt: str) -> None:
     assert t2i.sample(prompt).images.shape == (1, 3, 16, 16)
+
+
+def test_with_decoding_is_the_same_pipeline_that_decodes_otherwise(tmp_path):
+    t2i = tiny_pipeline(tmp_path)
+    other = t2i.with_decoding(steps=3, guidance_scale=1.5, temperature=0.7, candidates=2)
+    asked = {"steps": 3, "guidance_scale": 1.5, "temperature": 0.7, "candidates": 2}
+    assert torch.equal(other.sample("a red star").images, t2i.sample("a red star", **asked).images)
+    assert other.network is t2i.network and t2i.inference.steps != 3 and t2i.guidance.scale != 1.5
+
+
+def test_a_critic_is_read_once_for_many_batches(tmp_path, monkeypatch):
+    t2i = tiny_pipeline(tmp_path)
+    critic = TokenCritic(t2i.network.spec, t2i.text.widths, width=16, depth=1, heads=2)
+    t2i.network, network = critic, t2i.network
+    t2i.save_pretrained(tmp_path / "critic")
+    t2i.network, t2i.inference = network, CriticGuided(str(tmp_path / "critic"), steps=2)
+    loads = []
+    monkeypatch.setattr(critic_guided, "frozen_network", lambda given: loads.append(given) or critic.eval())
+    sampler = Sampler(t2i, steps=3, batch_size=2)
+    for seed in range(3):
+        sampler(["a star", "a circle"], [seed, seed])
+    assert len(loads) == 1

@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Fitted(NamedTuple):
-    """pixels: (size, size, 3) uint8. top, left: where the crop lies, in pixels of the resized image."""
+    """pixels: (size, size, 3) uint8. top, left: where the crop lies, in pixels of the resized image, mirrored where that is."""
 
     pixels: np.ndarray
     top: float
@@ -89,5 +89,5 @@ def fit(pixels: np.ndarray, size: int, place: tuple[float, float] = (0.5, 0.5), 
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
         pixels = np.asarray(image)
     if flip:
-        pixels = pixels[:, ::-1]
+        pixels, left = pixels[:, ::-1], width - side - left
     return Fitted(pixels, top * size / side, left * size / side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from nar_t2i.data.order import MixedOrder, Order
 from nar_t2i.data.source import LostSample, Sample, Source, Texts, Tokens
 from nar_t2i.data.text_cache import merge_conditions
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash
 from nar_t2i.types import Condition, TokenSpec
 
 
@@ -104,7 +104,7 @@ class Mixture(Source):
         parts = [
             f"{weight / total:.6g} {source.fingerprint()}" for source, weight in zip(self._sources, self._weights, strict=True)
         ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return text_hash("\n".join(parts))
 
     @property
     def lost(self) -> list[LostSample]:

@@ -44,7 +44,7 @@ def open_source(
         if cache is not None or text_cache is not None:
             raise UserError("a mixture has one cache a part: name it beside each source, not for the whole")
         parts = [Weighted(**part) if isinstance(part, Mapping) else part for part in given]
-        return Mixture([open_source(p.source, p.cache, p.text_cache) for p in parts], [p.weight for p in parts])
+        return Mixture([open_source(p.source, p.cache, p.text_cache, index_folder) for p in parts], [p.weight for p in parts])
     if isinstance(given, str):
         if is_remote(given):
             raise UserError(f"{given} can only be streamed as the one training source, not mixed, cached or validated")

@@ -210,7 +210,7 @@ def make_batch(samples: list[Sample], ids: torch.Tensor, view: View, choice: Cho
         fitted = fit(sample.image, view.size, place, bool(choice.flip[row]))
         pixels.append(fitted.pixels)
         height, width = (
-            _or(sample.scalars.get(f"original_{side}"), pixels) for side, pixels in zip(("height", "width"), sample.image.shape)
+            _or(sample.scalars.get(f"original_{side}"), here) for side, here in zip(("height", "width"), sample.image.shape)
         )
         rows.append(
             {

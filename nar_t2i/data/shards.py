@@ -91,7 +91,7 @@ class ShardSource(Source):
 
     @property
     def lost_count(self) -> int:
-        """Of a damaged shard as many as others held more than it."""
+        """Those that are known, and for each damaged shard as many as it holds fewer than a whole one usually does."""
         held, damaged = np.array(self._held), np.array(self._damaged)
         usual = int(np.median(held[~damaged])) if not damaged.all() else 0
         return len(self._lost) + int((usual - held[damaged]).clip(min=0).sum())

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nar_t2i.data.order import Order, ShuffledOrder
+from nar_t2i.hashing import text_hash
 from nar_t2i.types import Condition, TokenSpec
 
 BLOCK = 1024  # samples a block, for sources that have no shards of their own
@@ -24,14 +25,12 @@ class Sample:
     image: (H, W, 3) uint8 RGB, or None when only the text was read or tokens come from a cache.
     captions: at least one.
     scalars: numbers about the sample, such as original_width in pixels.
-    tokens: (N, *value_shape) from a cache, or None.
     """
 
     key: str
     image: np.ndarray | None
     captions: list[str]
     scalars: dict[str, float] = field(default_factory=dict)
-    tokens: np.ndarray | None = None
 
 
 class LostSample(NamedTuple):
@@ -141,14 +140,14 @@ class Source:
 
     def identity(self, block: int) -> str:
         """A hash of what the block holds: a token cache made from another block is refused by it."""
-        return hashlib.sha256(f"{self.name}:{block}:{self.blocks[block]}".encode()).hexdigest()
+        return text_hash(f"{self.name}:{block}:{self.blocks[block]}")
 
     def fingerprint(self) -> str:
         """A hash of the samples and of their order, but for the order's seed and window; not of where they lie."""
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for block, length in enumerate(self.blocks):
-            told.update(f"{self.identity(block)}:{length}".encode())
-        return told.hexdigest()
+            digest.update(f"{self.identity(block)}:{length}".encode())
+        return digest.hexdigest()
 
     @property
     def lost(self) -> list[LostSample]:

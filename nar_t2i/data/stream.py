@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import braceexpand
@@ -170,12 +171,17 @@ def _raw_samples(urls: list[str], counts: _Counts) -> Iterator[dict[str, Any]]:
         found = 0
         try:
             stream = gopen(url)
-            watched = _Watched(stream)
-            # One shard at a time, so that a sample that was cut off is never completed from the next shard.
-            files = tar_file_expander([{"url": url, "stream": watched}], handler=handler, select_files=_wanted)
-            for raw in group_by_keys(files, handler=handler):
-                found += 1
-                yield raw
+            try:
+                watched = _Watched(stream)
+                # One shard at a time, so that a sample that was cut off is never completed from the next shard.
+                files = tar_file_expander([{"url": url, "stream": watched}], handler=handler, select_files=_wanted)
+                for raw in group_by_keys(files, handler=handler):
+                    found += 1
+                    yield raw
+            except BaseException:  # a reader that wants no more, too
+                with suppress(OSError):
+                    stream.close()
+                raise
             stream.close()  # a command that failed says so here
             if not watched.complete:
                 problems.append("the tar is cut off")

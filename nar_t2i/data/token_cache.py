@@ -204,14 +204,10 @@ class CachedSource(SourceAround):
             raise UserError(f"the cache {self.cache.folder} holds no quantisation errors; make another one with "
                             "data_prep/encode_tokens.py SHARDS TOKENIZER FOLDER --errors, and name it in its place")  # fmt: skip
 
-    def read(self, index: int) -> Sample:
-        original = self._original(np.array([index]))
-        sample = self._source.read_text(int(original[0]))
-        middle = self.cache.view(np.array([0.5]), np.array([False]))
-        sample.tokens = self.cache.tokens(original, middle)[0].numpy()
-        return sample
+    def read_text(self, index: int) -> Sample:
+        return self._source.read_text(int(self._original(np.array([index]))[0]))
 
-    read_text = read
+    read = read_text  # of an image there are the tokens alone: see `read_tokens`
 
     def read_texts(self, indices: np.ndarray, pick: np.ndarray) -> Texts:
         return self._source.read_texts(self._original(np.asarray(indices, dtype=np.int64)), pick)

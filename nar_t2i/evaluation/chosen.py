@@ -36,7 +36,7 @@ def open_data(given: str, count: int | None, image_size: int) -> Source:
             raise UserError(f"--data {given}: key data.init_args.validation: names no validation data")
         if isinstance(validation, list):  # a cache's samples have no pictures
             validation = [{key: value for key, value in part.items() if not key.endswith("cache")} for part in validation]
-        return open_source(build({"init_args": {}, **validation}) if isinstance(validation, dict) else validation)
+        return open_source(build(validation) if isinstance(validation, dict) else validation)
     return open_source(given)
 
 

@@ -23,7 +23,7 @@ import matplotlib.ticker
 import numpy as np
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table
+from nar_t2i.evaluation.report_html import embedded, figure, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_accuracy import Z95, wilson
 from nar_t2i.files import read_json, write_json
 from nar_t2i.folders import flat
@@ -77,8 +77,11 @@ class Row(NamedTuple):
 
 
 def share_interval(passed: np.ndarray) -> Interval:
-    """passed: (seeds, prompts), 0 or 1. Wilson's interval of their mean over the sampling of prompts, for as many prompts as are
-    as uncertain apart as the means over seeds are, at most one a picture."""
+    """Wilson's interval of a mean over the sampling of prompts. passed: (seeds, prompts), 0 or 1.
+
+    Each prompt has a mean over its seeds. The interval is that of the number of independent prompts with one picture each
+    whose share would vary as much as the mean of these means does: at least the prompts, at most the pictures.
+    """
     means = passed.mean(0)
     share, spread = float(means.mean()), float(((means - means.mean()) ** 2).sum())
     certain = share in (0, 1)
@@ -259,6 +262,7 @@ def as_html(rows: Sequence[Row], machine: str, pictures: dict[str, Path]) -> str
     strategies = [[row.name, json.dumps(row.strategy)] for row in rows]
     return page(
         "nar_t2i: comparison",
+        tag("h1", "Comparison"),
         section("Table", table(HEAD, map(cells, rows)), machine),
         section("Accuracy against cost", embedded(plot(rows), "image/png", "accuracy against decoder passes and time")),
         section("The same prompts and seeds", *[sheet for sheet in sheets if sheet is not None]),

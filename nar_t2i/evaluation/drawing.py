@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nar_t2i.evaluation import scene_accuracy
 from nar_t2i.evaluation.scene_prompts import ScenePrompt
 from nar_t2i.pipeline import Samples, TextToImage
+from nar_t2i.pixels import to_arrays
 
 
 class Drawn(NamedTuple):
@@ -27,6 +28,41 @@ class Drawn(NamedTuple):
     seconds: float
     truncated: float
     settings: dict[str, Any]
+
+
+class Sampler:
+    """A pipeline that draws as it is asked to.
+
+    steps, guidance_scale, candidates: None keeps the pipeline's; UserError where it has no such setting. bf16: draw under
+    autocast. batch_size: pictures at once, candidates counted.
+    """
+
+    def __init__(
+        self,
+        t2i: TextToImage,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        candidates: int | None = None,
+        bf16: bool = False,
+        batch_size: int = 64,
+    ):
+        self.t2i = t2i.with_decoding(steps, guidance_scale, candidates=candidates)
+        self._steps, self._bf16, self._batch_size = steps, bf16, batch_size
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Samples:
+        with torch.autocast(self.t2i.device.type, torch.bfloat16, enabled=self._bf16):
+            return self.t2i.sample(prompts, seed=seeds, batch_size=self._batch_size)
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """How it draws, as it was asked to or by itself, from `seed` on."""
+        inference = self.t2i.inference
+        return {
+            "precision": "bf16" if self._bf16 else "fp32",
+            "steps": getattr(getattr(inference, "first", inference), "steps", None) if self._steps is None else self._steps,
+            "candidates": getattr(inference, "candidates", 1),
+            "guidance_scale": self.t2i.guidance.scale,
+            "seed": seed,
+        }
 
 
 def draw_prompts(
@@ -47,23 +83,23 @@ def draw_prompts(
     """
     start = time.perf_counter()
     encoded, truncated = t2i.text.encoded, t2i.text.truncated
+    sampler = Sampler(t2i, steps, guidance_scale, candidates, bf16, batch_size)
 
     def draw(first: int) -> Samples:
         texts = [p.prompt for p in prompts[first : first + batch_size]]
-        with torch.autocast(t2i.device.type, torch.bfloat16, enabled=bf16):
-            return t2i.sample(texts, steps, guidance_scale, seed=seed + first, batch_size=batch_size, candidates=candidates)
+        return sampler(texts, range(seed + first, seed + first + len(texts)))
 
     starts = range(0, len(prompts), batch_size)
     bar = {"desc": name, "unit": "batch", "mininterval": 0.5, "total": len(starts)}
     with side_by_side(workers if t2i.device.type == "cpu" else 1) as map_each:
         drawn = list(tqdm(map_each(draw, starts), **bar))
     return Drawn(
-        np.concatenate([sampled.images.permute(0, 2, 3, 1).cpu().numpy() for sampled in drawn]),
+        np.concatenate([to_arrays(sampled.images) for sampled in drawn]),
         max(sampled.passes for sampled in drawn),
         max(sampled.rows for sampled in drawn),
         time.perf_counter() - start,
         (t2i.text.truncated - truncated) / max(1, t2i.text.encoded - encoded),
-        settings(t2i, steps, guidance_scale, candidates, seed, bf16),
+        sampler.settings(seed),
     )
 
 
@@ -86,20 +122,6 @@ def evaluate_prompts(
         **drawn.settings,
     }
     return result, drawn.images
-
-
-def settings(
-    t2i: TextToImage, steps: int | None, guidance_scale: float | None, candidates: int | None, seed: int, bf16: bool
-) -> dict[str, Any]:
-    """How a model draws: what was asked for, or its own where nothing was (None)."""
-    inference = t2i.inference
-    return {
-        "precision": "bf16" if bf16 else "fp32",
-        "steps": getattr(getattr(inference, "first", inference), "steps", None) if steps is None else steps,
-        "candidates": getattr(inference, "candidates", 1) if candidates is None else candidates,
-        "guidance_scale": t2i.guidance.scale if guidance_scale is None else guidance_scale,
-        "seed": seed,
-    }
 
 
 @contextmanager

@@ -19,12 +19,16 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.scene_features import SIDE, shipped_network
 from nar_t2i.files import read_json
 from nar_t2i.hashing import file_hash, weights_hash
+from nar_t2i.pixels import to_arrays
 
 FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in ("bilinear", "bicubic", "lanczos")}
 
 
 class Features:
-    """name: by which metrics ask for it. protocol: plain values. has_texts: whether captions have such features, too."""
+    """A network that turns pictures, and perhaps captions, into vectors.
+
+    name: by which metrics ask for it. protocol: plain values. has_texts: whether captions have such features, too.
+    """
 
     name: str
     protocol: dict[str, Any]
@@ -161,7 +165,7 @@ class ClipFeatures(Features):
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:
-        rows = [self._seen(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        rows = [self._seen(image) for image in to_arrays(images)]
         pixels = (torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
         states = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
         return _finite(F.normalize(self._model.visual_projection(states), dim=-1).cpu(), f"--clip {self._folder}")

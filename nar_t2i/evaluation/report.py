@@ -23,9 +23,12 @@ from typing import Any
 import yaml
 
 from nar_t2i.errors import UserError
+from nar_t2i.evaluation.comparison import merge_comparisons
 from nar_t2i.evaluation.report_curves import charts, read_curves
 from nar_t2i.evaluation.report_html import Markup, figure, join, meter, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
+from nar_t2i.evaluation.side_by_side import read_entries, write_side_by_side
+from nar_t2i.evaluation.values import is_number, mapping_at, value_at
 from nar_t2i.files import read_json, write_json, write_text
 
 STAGES = ("tokenizer", "text", "generator")  # run folders of a quickstart
@@ -39,8 +42,6 @@ def main(arguments: argparse.Namespace) -> int:
     """A report of each run; of several things, or of an evaluation's file, one table; of ablations alone, one comparison."""
     paths = [Path(name) for name in arguments.runs]
     if all((path / "comparison.json").exists() for path in paths):
-        from nar_t2i.evaluation.comparison import merge_comparisons
-
         if arguments.out is not None:
             raise UserError(f"--out: the comparison of ablations is written into the first of them, {paths[0]}")
         print(merge_comparisons(paths))
@@ -53,8 +54,6 @@ def main(arguments: argparse.Namespace) -> int:
             write_json(folder / "metrics.json", collect_metrics(folder))
         print(f"{write_report(folder)}\n{folder / 'metrics.json'}")
     if len(paths) > 1 or not folders or arguments.out is not None:
-        from nar_t2i.evaluation.side_by_side import read_entries, write_side_by_side
-
         out = paths[0].resolve().parent / SIDE_BY_SIDE if arguments.out is None else Path(arguments.out)
         print(write_side_by_side([entry for path in paths for entry in read_entries(path)], out))
     return 0
@@ -89,7 +88,7 @@ def write_report(folder: Path) -> Path:
 def _goes_on(folder: Path) -> bool:
     """Whether there may be more than when a report was written: of a run always, of a quickstart until it has ended."""
     stages = folder / "stages.json"
-    done = _mapping(read_json(stages)).get("done") if stages.exists() else None
+    done = mapping_at(read_json(stages)).get("done") if stages.exists() else None
     is_run = (folder / "metrics.csv").exists() or (folder / "config.yaml").exists()
     return is_run or (isinstance(done, list) and "evaluation" not in done)
 
@@ -101,10 +100,10 @@ def collect_metrics(folder: Path) -> dict[str, Any]:
         last = {name: float(values[-1]) for name, (_, values) in curves.items()}
         return {"steps": int(max((steps[-1] for steps, _ in curves.values()), default=0)), "last": last}
     scores, stages = folder / "evaluation/scores.json", folder / "stages.json"
-    metrics = dict(_mapping(read_json(scores))) if scores.exists() else {}
-    seconds = _mapping(read_json(stages), "seconds") if stages.exists() else {}
+    metrics = dict(mapping_at(read_json(scores))) if scores.exists() else {}
+    seconds = mapping_at(read_json(stages), "seconds") if stages.exists() else {}
     if seconds:
-        metrics["wall_seconds"] = {name: round(value, 1) for name, value in seconds.items() if _is_number(value)}
+        metrics["wall_seconds"] = {name: round(value, 1) for name, value in seconds.items() if is_number(value)}
     return metrics
 
 
@@ -127,7 +126,7 @@ class Run:
             config = yaml.safe_load(self.config_text or "")
         except yaml.YAMLError:
             return []
-        prompts = _of(config, "model", "init_args", "sample_prompts")
+        prompts = value_at(config, "model", "init_args", "sample_prompts")
         return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
 
@@ -148,7 +147,7 @@ def _check(folder: Path) -> list[Run]:
 
 def _subtitle(folder: Path) -> Markup:
     stages = folder / "stages.json"
-    if settings := _mapping(read_json(stages), "settings") if stages.exists() else {}:
+    if settings := mapping_at(read_json(stages), "settings") if stages.exists() else {}:
         flags = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]
         scale = str(settings.get("scale", "full"))
         start = {"full": "nar-t2i quickstart", "shortened": "nar-t2i quickstart --shortened"}
@@ -158,19 +157,19 @@ def _subtitle(folder: Path) -> Markup:
 
 
 def _headline(metrics: Mapping[str, Any]) -> Markup | None:
-    accuracy = _mapping(metrics, "generator", "scene_accuracy")
+    accuracy = mapping_at(metrics, "generator", "scene_accuracy")
     tiles = [
         _accuracy_tile("single object, seen", accuracy, "seen", "single_object"),
         _accuracy_tile("overall, seen", accuracy, "seen", "overall"),
         _accuracy_tile("overall, held out", accuracy, "held_out", "overall"),
-        _tile("shuffled prompts", _share(_of(accuracy, "shuffled", "overall")), _chance_note(accuracy)),
-        _tile("tokenizer", _text(_of(metrics, "tokenizer", "psnr"), "{:.1f} dB"), "PSNR, held-out scenes"),
-        _tile("codebook use", _text(_of(metrics, "tokenizer", "codebook_use"), "{:.0%}"), "of the codes occur"),
-        _tile("detector ratio", _share(_of(metrics, "tokenizer", "detector_ratio")), "reconstructions / originals"),
-        _tile("decoder passes", _text(_of(metrics, "generator", "decoder_passes"), "{:.0f}"), "calls a picture"),
-        _tile("wall time", _duration(_of(metrics, "wall_seconds", "total")), "installation included"),
+        _tile("shuffled prompts", _share(value_at(accuracy, "shuffled", "overall")), _chance_note(accuracy)),
+        _tile("tokenizer", _text(value_at(metrics, "tokenizer", "psnr"), "{:.1f} dB"), "PSNR, held-out scenes"),
+        _tile("codebook use", _text(value_at(metrics, "tokenizer", "codebook_use"), "{:.0%}"), "of the codes occur"),
+        _tile("detector ratio", _share(value_at(metrics, "tokenizer", "detector_ratio")), "reconstructions / originals"),
+        _tile("decoder passes", _text(value_at(metrics, "generator", "decoder_passes"), "{:.0f}"), "calls a picture"),
+        _tile("wall time", _duration(value_at(metrics, "wall_seconds", "total")), "installation included"),
     ]
-    last = _mapping(metrics, "last")
+    last = mapping_at(metrics, "last")
     tiles += [_tile(name.replace("_", " "), _text(value, "{:.4g}"), "last value") for name, value in last.items()]
     shown = [tile for tile in tiles if tile]
     return tag("div", shown, class_="tiles") if shown else None
@@ -183,23 +182,23 @@ def _tile(name: str, value: str | None, note: str | None) -> Markup | None:
 
 
 def _accuracy_tile(name: str, accuracy: Any, which: str, category: str) -> Markup | None:
-    return _tile(name, _share(_of(accuracy, which, category)), _range(_of(accuracy, which, "interval", category)))
+    return _tile(name, _share(value_at(accuracy, which, category)), _range(value_at(accuracy, which, "interval", category)))
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> Markup | None:
     """Categories down, sets of prompts across."""
-    accuracy = _of(metrics, "generator", "scene_accuracy")
+    accuracy = value_at(metrics, "generator", "scene_accuracy")
     if not isinstance(accuracy, Mapping):
         return None
-    shipped = _mapping(metrics, "shipped", "scene_accuracy")
+    shipped = mapping_at(metrics, "shipped", "scene_accuracy")
     columns = [(SETS.get(name, name), value, False) for name, value in accuracy.items() if name != "shuffled"]
     columns += [("Shuffled prompts", accuracy.get("shuffled"), True)]
     columns += [(f"Shipped model: {SETS[name].lower()}", shipped[name], False) for name in SETS if name in shipped]
     columns = [(title, value, quiet) for title, value, quiet in columns if isinstance(value, Mapping)]
-    chance = _mapping(accuracy, "shuffled", "chance", "derangement")
+    chance = mapping_at(accuracy, "shuffled", "chance", "derangement")
     present = [c for c in (*CATEGORIES, "overall") if any(c in value for _, value, _ in columns)]
     rows = [
-        [c.replace("_", " "), *(_cell(value, c, quiet) for _, value, quiet in columns), _share(_of(chance, c)) or "–"]
+        [c.replace("_", " "), *(_cell(value, c, quiet) for _, value, quiet in columns), _share(value_at(chance, c)) or "–"]
         for c in present
     ]
     if not rows:
@@ -218,10 +217,10 @@ def _accuracy(metrics: Mapping[str, Any]) -> Markup | None:
 
 def _cell(scores: Mapping[str, Any], category: str, quiet: bool) -> Any:
     value = scores.get(category)
-    if not _is_number(value):
+    if not is_number(value):
         return "–"
-    interval, count = _of(scores, "interval", category), _of(scores, "count", category)
-    note = tag("span", _range(interval) or "", f", n={count}" if _is_number(count) else "", class_="small")
+    interval, count = value_at(scores, "interval", category), value_at(scores, "count", category)
+    note = tag("span", _range(interval) or "", f", n={count}" if is_number(count) else "", class_="small")
     return join([_share(value), note, meter(value, quiet)])
 
 
@@ -309,7 +308,7 @@ def _step_of(path: Path) -> str:
 
 
 def _wall_time(metrics: Mapping[str, Any]) -> Markup | None:
-    seconds = {k: v for k, v in _mapping(metrics, "wall_seconds").items() if _is_number(v)}
+    seconds = {k: v for k, v in mapping_at(metrics, "wall_seconds").items() if is_number(v)}
     total = seconds.pop("total", sum(seconds.values()))
     if not total:
         return None
@@ -331,7 +330,7 @@ def _decoding(metrics: Mapping[str, Any]) -> Markup | None:
         "precision": "precision",
         "seed": "seed",
     }
-    generator = _mapping(metrics, "generator")
+    generator = mapping_at(metrics, "generator")
     rows = [[title, _plain(generator[key])] for key, title in names.items() if generator.get(key) is not None]
     return section("Decoding", table([], rows, class_="plain")) if rows else None
 
@@ -367,27 +366,8 @@ def _flattened(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _of(value: Any, *keys: str) -> Any:
-    """value[key][key]…, or None where one is missing."""
-    for key in keys:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def _mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """value[key][key]…, or an empty mapping where there is none."""
-    found = _of(value, *keys)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _text(value: Any, form: str) -> str | None:
-    return form.format(value) if _is_number(value) else None
+    return form.format(value) if is_number(value) else None
 
 
 def _share(value: Any) -> str | None:
@@ -399,17 +379,17 @@ def _plain(value: Any) -> str:
 
 
 def _range(interval: Any) -> str | None:
-    if isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)):
+    if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
         return f"{interval[0]:.3f} to {interval[1]:.3f}"
     return None
 
 
 def _chance_note(accuracy: Any) -> str | None:
-    chance = _share(_of(accuracy, "shuffled", "chance", "derangement", "overall"))
+    chance = _share(value_at(accuracy, "shuffled", "chance", "derangement", "overall"))
     return chance and f"chance {chance}"
 
 
 def _duration(seconds: Any) -> str | None:
-    if not _is_number(seconds):
+    if not is_number(seconds):
         return None
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

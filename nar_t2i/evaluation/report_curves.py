@@ -93,7 +93,7 @@ def _chart(title: str, curves: dict[str, Curve]) -> Markup:
         axes.tick_params(colors="#667085", width=0.6)
         axes.grid(alpha=0.6, linewidth=0.5, color="#e4e7ec")
         everything = np.concatenate([values for _, values in curves.values()])
-        if "oss" in title and everything.min() > 0 and everything.max() > 20 * everything.min():
+        if "loss" in title.lower() and everything.min() > 0 and everything.max() > 20 * everything.min():
             axes.set_yscale("log")
         else:
             axes.ticklabel_format(axis="y", scilimits=(-2, 4))

@@ -34,20 +34,20 @@ def verdicts(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePr
     return [matches(d, p.groups, p.relation) for d, p in _pairs(images, prompts, workers)]
 
 
-def score(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int = 1) -> dict[str, Any]:
+def score(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt]) -> dict[str, Any]:
     """Accuracy by category, and "overall": the mean of the categories that occur.
 
     images: (n, S, S, 3) uint8, any iterable of such pictures, or what `detect_all` found in them; one a prompt.
     Returns {category: share, …, "overall": share, "passed": {category: number}, "count": {category: number},
     "interval": {category: [low, high], …, "overall": [low, high]}}, the intervals being Wilson's at 95%.
     """
-    return _summary(verdicts(images, prompts, workers), prompts)
+    return _summary(verdicts(images, prompts), prompts)
 
 
-def shuffled(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int = 1) -> dict[str, Any]:
+def shuffled(images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt]) -> dict[str, Any]:
     """As `score`, with each picture against another prompt of the same category (`derangement`)."""
     partners = derangement(prompts)
-    found = [(d, j) for (d, _), j in zip(_pairs(images, prompts, workers), partners, strict=True) if j is not None]
+    found = [(d, j) for (d, _), j in zip(_pairs(images, prompts), partners, strict=True) if j is not None]
     asked = [prompts[j] for _, j in found]
     return _summary([matches(d, p.groups, p.relation) for (d, _), p in zip(found, asked, strict=True)], asked)
 
@@ -93,7 +93,7 @@ def wilson(passed: float, count: float) -> list[float]:
 
 
 def _pairs(
-    images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int
+    images: Iterable[np.ndarray | Detection], prompts: Sequence[ScenePrompt], workers: int = 1
 ) -> list[tuple[Detection, ScenePrompt]]:
     images = list(images)
     if len(images) != len(prompts):

@@ -16,6 +16,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.pieces import work_folder
 from nar_t2i.evaluation.report_html import figure, join, page, picture, section, table, tag
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
+from nar_t2i.evaluation.values import is_number, mapping_at, numbers_of
 from nar_t2i.files import read_json, write_text
 from nar_t2i.folders import flat
 
@@ -158,37 +159,38 @@ def _named_apart(entries: Sequence[Entry]) -> list[Entry]:
 def _run(path: Path, content: Any) -> Entry:
     """A run or a quickstart, by its metrics.json."""
     content = content if isinstance(content, Mapping) else {}
-    generator = _mapping(content.get("generator"))
+    generator = mapping_at(content.get("generator"))
     numbers = dict(_scene_accuracy(generator.get("scene_accuracy"), generator.get("seed")))
-    numbers |= {f"tokenizer: {name}": Number(value) for name, value in _numbers(content.get("tokenizer"))}
-    numbers |= {name.replace("_", " "): Number(value) for name, value in _numbers(generator) if name in DECODING}
-    numbers |= {f"wall seconds: {name}": Number(value) for name, value in _numbers(content.get("wall_seconds")) if name == "total"}
-    numbers |= {f"last: {name}": Number(value) for name, value in _numbers(content.get("last"))}
+    numbers |= {f"tokenizer: {name}": Number(value) for name, value in numbers_of(content.get("tokenizer"))}
+    numbers |= {name.replace("_", " "): Number(value) for name, value in numbers_of(generator) if name in DECODING}
+    seconds = numbers_of(content.get("wall_seconds"))
+    numbers |= {f"wall seconds: {name}": Number(value) for name, value in seconds if name == "total"}
+    numbers |= {f"last: {name}": Number(value) for name, value in numbers_of(content.get("last"))}
     return Entry(path.resolve().name, str(path), numbers, content.get("machine"))
 
 
 def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
-    told = _mapping(content.get("protocol"))
+    told = mapping_at(content.get("protocol"))
     entries = []
-    for name, result in _mapping(content.get("results")).items():
-        result = _mapping(result)
+    for name, result in mapping_at(content.get("results")).items():
+        result = mapping_at(result)
         numbers = dict(_scene_accuracy(result.get("scene_accuracy"), told.get("seed"), told.get("scene_prompts")))
         for metric, values in result.items():
-            values = _mapping(values)
+            values = mapping_at(values)
             if metric in ("scene_accuracy", "decoding"):
                 continue
             compared = ("real",) if values.get("real_samples") is not None else ()  # with real pictures
             protocol = {key: told.get(key) for key in ("data", *compared, "features", "seed")}
-            protocol["features"] = _mapping(protocol["features"]).get(str(values.get("features")))
+            protocol["features"] = mapping_at(protocol["features"]).get(str(values.get("features")))
             protocol |= {
                 "metric": values.get("protocol"),
                 "samples": values.get("samples"),
                 "real_samples": values.get("real_samples"),
             }
-            for key, value in _numbers(values):
+            for key, value in numbers_of(values):
                 if key not in ("samples", "real_samples"):
                     numbers[metric if key == "value" else f"{metric}: {key}"] = Number(value, protocol=protocol)
-        numbers |= {key.replace("_", " "): Number(value) for key, value in _numbers(result.get("decoding")) if key in DECODING}
+        numbers |= {key.replace("_", " "): Number(value) for key, value in numbers_of(result.get("decoding")) if key in DECODING}
         label = path.stem if len(content["results"]) == 1 else f"{path.stem} ({name})"
         sheets = sorted(work_folder(path).glob(f"sheet-{name}-*.png"))
         about = {key: content.get(key) for key in ("model", "protocol", "machine", "versions")} | {
@@ -203,13 +205,13 @@ def _evaluation(path: Path, content: Mapping[str, Any]) -> list[Entry]:
 def _suite(path: Path, content: Mapping[str, Any]) -> Entry:
     name = str(content.get("suite"))
     counts = {"counts": content.get("counts")}
-    numbers = {f"{name}: {key}": Number(value, protocol=counts) for key, value in _numbers(content.get("scores"))}
+    numbers = {f"{name}: {key}": Number(value, protocol=counts) for key, value in numbers_of(content.get("scores"))}
     return Entry(path.stem, str(path), numbers, {key: content.get(key) for key in ("about", "counts", "source")})
 
 
 def _ablation(path: Path) -> list[Entry]:
     content, entries = read_json(path / "comparison.json"), []
-    prompts = _mapping(content.get("prompts"))
+    prompts = mapping_at(content.get("prompts"))
     told = {
         which: {"prompts": prompts[which], "seed": 0, "hash": None} if which in prompts else None for which in ("seen", "held_out")
     }
@@ -222,24 +224,12 @@ def _ablation(path: Path) -> list[Entry]:
 
 def _scene_accuracy(found: Any, seed: Any, hashes: Any = None) -> Iterator[tuple[str, Number]]:
     """hashes: of the texts of prompts that do not travel with the package, by the names of their sets."""
-    for which, scores in _mapping(found).items():
-        scores = _mapping(scores)
-        protocol = {"prompts": scores.get("count"), "seed": seed, "hash": _mapping(hashes).get(which)}
+    for which, scores in mapping_at(found).items():
+        scores = mapping_at(scores)
+        protocol = {"prompts": scores.get("count"), "seed": seed, "hash": mapping_at(hashes).get(which)}
         for category in ("overall", *(() if which == "shuffled" else CATEGORIES)):
-            if _is_number(scores.get(category)):
-                interval = _mapping(scores.get("interval")).get(category)
+            if is_number(scores.get(category)):
+                interval = mapping_at(scores.get("interval")).get(category)
                 low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
                 name = f"scene accuracy, {which.replace('_', ' ')}: {category.replace('_', ' ')}"
                 yield name, Number(scores[category], low, high, protocol)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _numbers(value: Any) -> Iterator[tuple[str, float]]:
-    yield from ((key, inner) for key, inner in _mapping(value).items() if _is_number(inner))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")

@@ -17,7 +17,7 @@ from nar_t2i.networks.predictions import truncation
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, pass_progress
-from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Step, TokenNetwork, TokenState, over_values
 
 
 @part
@@ -43,7 +43,7 @@ class Autoregressive(InferenceStrategy):
         known: Known | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Decoded:
-        if hasattr(network, "stages"):
+        if network.staged:
             raise UserError(f"{type(network).__name__} has an order in stages: Particles decodes it, not Autoregressive")
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)
@@ -68,7 +68,7 @@ class Autoregressive(InferenceStrategy):
             state = TokenState(tokens[:, previous], masked[:, previous], positions=here)
             prediction = guided(state, pass_progress(slot, last + 1), cache=cache)
             sampled = prediction.sample(noise.at(slot, here), self.temperature, **self.truncation)
-            drawn = torch.where(masked[:, slot].view(-1, *[1] * (tokens.ndim - 2)), sampled.values[:, 0], tokens[:, slot])
+            drawn = torch.where(over_values(masked[:, slot], tokens[:, slot]), sampled.values[:, 0], tokens[:, slot])
             tokens, masked = tokens.clone(), masked.clone()
             tokens[:, slot], masked[:, slot] = drawn, False
             if on_step:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.schedules import Guidance
-from nar_t2i.types import Condition, Known, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
+from nar_t2i.types import Condition, Known, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState, over_values
 
 
 def start_state(spec: TokenSpec, batch: int, device: torch.device, known: Known | None) -> tuple[Tensor, Tensor]:
@@ -19,8 +19,7 @@ def start_state(spec: TokenSpec, batch: int, device: torch.device, known: Known 
     masked = torch.ones(batch, spec.length, dtype=torch.bool, device=device)
     if known is None:
         return tokens, masked
-    given = known.mask.view(*known.mask.shape, *[1] * len(spec.value_shape))
-    return torch.where(given, known.tokens, tokens), ~known.mask
+    return torch.where(over_values(known.mask, tokens), known.tokens, tokens), ~known.mask
 
 
 def paired(condition: Condition, null: Condition) -> Condition:

@@ -1,4 +1,4 @@
-"""Decoding in an order that no prediction changes: at random."""
+"""Decoding in an order that no prediction changes: what such strategies share, and an order at random."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Ordered(Scheduled):
 
 @part
 class RandomOrder(Ordered):
-    """Each image in an order of its own: what confidence is worth is told by the difference."""
+    """Each image in a random order of its own: the baseline that shows what confidence is worth."""
 
     def order(self, spec: TokenSpec, noise: Noise) -> Tensor:
         return noise.uniform("order", shape=(spec.length,))

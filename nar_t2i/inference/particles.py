@@ -11,11 +11,10 @@ from nar_t2i.errors import UserError
 from nar_t2i.inference.guided import GuidedNetwork, start_state
 from nar_t2i.networks.attention import StaticCache
 from nar_t2i.networks.predictions import truncation
-from nar_t2i.networks.prefix import PrefixDecoder
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import Guidance, pass_progress
-from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Step, TokenNetwork, TokenState
+from nar_t2i.types import Condition, Decoded, InferenceStrategy, Known, Prediction, Step, TokenNetwork, TokenState, over_values
 
 
 @part
@@ -66,7 +65,7 @@ class Particles(InferenceStrategy):
         on_step: Callable[[Step], None] | None = None,
     ) -> Decoded:
         images, count, length = len(noise.ids), self.candidates, network.spec.length
-        if not isinstance(network, PrefixDecoder):
+        if not network.staged:
             raise UserError(f"Particles decodes a PrefixDecoder; {type(network).__name__} has no order in stages")
         stages = [*network.stages, length - sum(network.stages)]
 
@@ -102,7 +101,7 @@ class Particles(InferenceStrategy):
                 self.final_temperature if last else self.temperature,
                 **self.truncation,
             )
-            free = unknown[:, here].view(len(tokens), size, *[1] * (tokens.ndim - 2))
+            free = over_values(unknown[:, here], sampled.values)
             if last:  # which no later pass weighs: given tokens there are told by what stands before
                 told = (self._log_prob(said, tokens[:, here]) * ~unknown[:, here]).sum(1)
                 likelihood, weights = likelihood + told, weights + told
@@ -124,7 +123,7 @@ class Particles(InferenceStrategy):
 
     def _log_prob(self, said: Prediction, tokens: Tensor) -> Tensor:
         """(*slots) of the tempered prediction."""
-        return -type(said)(said.logits / self.temperature).nll(tokens)
+        return -said.tempered(self.temperature).nll(tokens)
 
     @staticmethod
     def _tell(on_step: Callable[[Step], None], order: Tensor, stages: list[int], tokens: Tensor, known: Known | None) -> None:

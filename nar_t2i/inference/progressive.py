@@ -40,16 +40,18 @@ class ProgressiveStages(Scheduled):
             raise UserError(f"ProgressiveStages: revise must be 0 to 1, not {revise}")
         self.revise = revise
 
-    @torch.no_grad()
-    def decode(
+    def passes(self, unknown: int) -> int:
+        return self.steps  # to revise what stands, where little is unknown, too
+
+    def _decode(
         self,
         network: TokenNetwork,
         condition: Condition,
         null: Condition,
         noise: Noise,
         guidance: Guidance,
-        known: Known | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        known: Known | None,
+        on_step: Callable[[Step], None] | None,
     ) -> Decoded:
         guided = GuidedNetwork(network, condition, null, guidance)
         tokens, masked = start_state(network.spec, len(noise.ids), noise.ids.device, known)

@@ -24,6 +24,7 @@ from nar_t2i.types import (
     Step,
     TokenNetwork,
     TokenState,
+    over_values,
 )
 
 
@@ -181,6 +182,6 @@ def guessed(guess: Tensor | None, slots: Tensor, values: Tensor) -> Tensor | Non
 def fill(tokens: Tensor, masked: Tensor, slots: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
     """Write `values` where `filled`, leave every other slot as it is."""
     masked = masked.scatter(1, slots, masked.gather(1, slots) & ~filled)
-    place = slots.view(*slots.shape, *[1] * (values.ndim - 2)).expand_as(values)
-    keep = filled.view(*filled.shape, *[1] * (values.ndim - 2))
-    return tokens.scatter(1, place, torch.where(keep, values, tokens.gather(1, place))), masked
+    place = over_values(slots, values).expand_as(values)
+    kept = torch.where(over_values(filled, values), values, tokens.gather(1, place))
+    return tokens.scatter(1, place, kept), masked

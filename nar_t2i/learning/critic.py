@@ -12,7 +12,7 @@ from nar_t2i.learning.terms import draw_masks, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
-from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState, beside
+from nar_t2i.types import LearningStrategy, Term, TokenBatch, TokenNetwork, TokenState, beside, over_values
 
 
 @part
@@ -57,7 +57,7 @@ class CriticOf(LearningStrategy):
         draws = noise.at(0, read)
         prediction = generator(TokenState(batch.tokens, masked), generator.prepare(batch.condition), read=draws.places)
         values = prediction.sample(draws, self.temperature).values
-        return batch.tokens.masked_scatter(read.view(*read.shape, *[1] * (batch.tokens.ndim - 2)), values)
+        return batch.tokens.masked_scatter(over_values(read, batch.tokens), values)
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         if self._generator[0].spec != network.spec:

@@ -18,8 +18,8 @@ class Prefixes(LearningStrategy):
     """The mean negative log-likelihood of a PrefixDecoder's lesson, in one pass: of each token given all that come before it,
     as far as tokens are read, and given what stood before its stage.
 
-    most: so many slots of a stage are asked about from what stood before it, others at each step and the same for all images,
-    which stand for all of the stage: later stages are large, and easy. Validation asks about all.
+    most: at most this many slots of each stage are asked about, from what stood before it, in a step: others in each step, the
+    same for all images, and weighted to stand for the whole stage. Later stages are large, and easy. Validation asks about all.
     """
 
     causal = True
@@ -31,7 +31,7 @@ class Prefixes(LearningStrategy):
         self.most = most
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
-        if not hasattr(network, "lesson"):
+        if not network.staged:
             raise UserError(f"Prefixes teaches a PrefixDecoder; {type(network).__name__} has no order in stages")
         entries, weights = self._chosen(network.lesson, progress)
         lesson = network.lesson.take(entries)

@@ -11,7 +11,7 @@ from nar_t2i.learning.terms import term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
-from nar_t2i.types import Term, TokenBatch, TokenNetwork, TokenSpec, TokenState
+from nar_t2i.types import Term, TokenBatch, TokenNetwork, TokenSpec, TokenState, over_values
 
 
 def random_values(noise: Noise, spec: TokenSpec, stream: str) -> Tensor:
@@ -56,7 +56,7 @@ class Replaced(Masked):
         wrong = chosen & (share < self.replaced)
         masked = chosen & (share >= self.replaced + self.kept)
         other = random_values(noise, spec, "replacement") if self.replaced else batch.tokens
-        return TokenState(torch.where(wrong.view(*wrong.shape, *[1] * len(spec.value_shape)), other, batch.tokens), masked)
+        return TokenState(torch.where(over_values(wrong, batch.tokens), other, batch.tokens), masked)
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         chosen = self.masks(noise, network.spec, progress)

@@ -11,7 +11,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.noise import Noise, SlotNoise
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian, mask_ratio
-from nar_t2i.types import Prediction, Term
+from nar_t2i.types import Prediction, Term, grid_places
 
 
 def draw_masks(
@@ -44,7 +44,7 @@ def draw_masks(
 
 def distances(center: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B, N) distances, in slots, of all slots from a point. center: (B, dimensions), 0 to 1 along each."""
-    places = torch.cartesian_prod(*(torch.arange(n, device=center.device) for n in shape)).view(-1, len(shape))
+    places = grid_places(shape, center.device)
     size = places[-1] + 1
     return (places - (center * size - 0.5)[:, None]).square().sum(-1).sqrt()
 

@@ -12,7 +12,7 @@ from nar_t2i.learning.terms import draw_masks, image_means, term
 from nar_t2i.noise import Noise
 from nar_t2i.parts import part
 from nar_t2i.schedules import FixedRatio, MaskSchedule, TruncatedGaussian
-from nar_t2i.types import Term, TokenBatch, TokenNetwork, TokenState
+from nar_t2i.types import Term, TokenBatch, TokenNetwork, TokenState, over_values
 
 
 @part
@@ -60,6 +60,6 @@ class Unrolled(Masked):
             if stage + 1 < self.stages:
                 with torch.no_grad():
                     drawn = prediction.sample(draws, 0.0 if self.fill == "mode" else 1.0).values
-                values = values.masked_scatter(read.view(*read.shape, *[1] * (values.ndim - 2)), drawn)
+                values = values.masked_scatter(over_values(read, values), drawn)
         total = sum(value.total for value in terms.values())
         return {"loss": Term(total, terms["loss_1"].weight), **(terms if self.stages > 1 else {})}

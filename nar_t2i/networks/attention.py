@@ -110,11 +110,11 @@ class Words:
 class SelfAttention(nn.Module):
     """Multi-head self-attention on (B, L, D)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = checked(heads, width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.out = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.out(self.mix(self.qkv(x), mask))
@@ -133,12 +133,12 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from tokens, keys and values from text; these are made once by `keys_and_values`."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = checked(heads, width)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = nn.Linear(width, width, bias)
+        self.kv = nn.Linear(width, 2 * width, bias)
+        self.out = nn.Linear(width, width, bias)
 
     def keys_and_values(self, text: Tensor, words: Words | None = None) -> tuple[Tensor, Tensor]:
         """text: (B, L, D), or with `words` the rows of these."""
@@ -170,14 +170,14 @@ class StaticCache:
 
     def __init__(self, length: int):
         self._longest = length
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._filled: dict[int, int] = {}
+        self._layers: dict[int | tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._filled: dict[int | tuple[str, int], int] = {}
 
     @property
     def length(self) -> int:
         return self._filled.get(0, 0)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int | tuple[str, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._layers:
             self._layers[layer] = tuple(x.new_empty(*x.shape[:2], self._longest, x.shape[-1]) for x in (k, v))
         start = self._filled.get(layer, 0)
@@ -185,6 +185,10 @@ class StaticCache:
         keys, values = self._layers[layer]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
+
+    def append_states(self, layer: int, x: Tensor) -> Tensor:
+        x = x.unsqueeze(1)
+        return self.append(("states", layer), x, x[..., :0])[0].squeeze(1)
 
     def crop(self, length: int) -> None:
         self._filled = {layer: min(length, filled) for layer, filled in self._filled.items()}

@@ -8,15 +8,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.networks.attention import attend, merge_heads
 from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, GridConvolution, PreparedText
+from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
 from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState
-
-_CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions read
 
 
 class CausalGridConvolution(GridConvolution):
@@ -79,10 +77,7 @@ class CausalDecoder(EncoderDecoder):
         x = self.embedding(TokenState(before, slots == 0, slots))
         for layer, (block, keys_and_values) in enumerate(zip(self.blocks, prepared.keys_and_values, strict=True)):
             arguments = (block, layer, x, keys_and_values, prepared.mask, slots, cache)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(_block, *arguments, use_reentrant=False)
-            else:
-                x = _block(*arguments)
+            x = recomputed(_block, *arguments, active=self.activation_checkpointing)
         return self.head(select(x, read))
 
 
@@ -93,7 +88,7 @@ def _block(
     """A block whose self-attention sees the slots up to its own, of which all rows hold the same."""
     if isinstance(block.local, CausalGridConvolution):
         new = x.shape[1]
-        before = x if cache is None else cache.append(_CONVOLVED + layer, x.unsqueeze(1), x.unsqueeze(1)[..., :0])[0].squeeze(1)
+        before = x if cache is None else cache.append_states(layer, x)
         x = block.local(before)[:, -new:]
     attention = block.self_attention
     q, k, v = attention.heads_of(attention.qkv(block.norm_self(x)))

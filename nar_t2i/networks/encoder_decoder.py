@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import MLP, CrossAttention, SelfAttention, mask_for
+from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import CodeVectors, TokenEmbedding, TokenHead, select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
@@ -24,7 +24,7 @@ class PreparedText(NamedTuple):
 
 
 class GridConvolution(nn.Module):
-    """A depthwise 3×3 convolution over the token grid, added to the tokens.
+    """A depthwise 3×3 convolution over the token grid, added to the tokens, (B, N, width).
 
     Positions relative to one's neighbours without learning each pair of places (conditional positional encodings,
     Chu et al., arXiv 2102.10882; in every block and trained from zero: our choice).
@@ -43,7 +43,7 @@ class GridConvolution(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Grid convolution where there is a grid; then, pre-norm: self-attention, cross-attention, MLP."""
+    """(B, N, width) → the same: grid convolution where there is a grid; then, pre-norm, self-attention, cross-attention, MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, grid: tuple[int, int] | None):
         super().__init__()
@@ -152,8 +152,5 @@ class EncoderDecoder(TokenNetwork):
         self.check_positions(state)
         x = self.embedding(state)
         for block, keys_and_values in zip(self.blocks, prepared.keys_and_values, strict=True):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, keys_and_values, prepared.mask, use_reentrant=False)
-            else:
-                x = block(x, keys_and_values, prepared.mask)
+            x = recomputed(block, x, keys_and_values, prepared.mask, active=self.activation_checkpointing)
         return self.head(select(x, read))

@@ -31,7 +31,7 @@ _compiled: list[Callable[[Tensor, Tensor], Tensor]] = []  # made when it is firs
 
 
 @contextmanager
-def compiled() -> Iterator[None]:
+def compiled_cross_entropy() -> Iterator[None]:
     """Inside, the cross-entropy is compiled: it reads logits in the network's own precision and its gradient is written in
     that, where otherwise both, and the log-probabilities between them, are written out in fp32. One compilation serves any
     number of slots.
@@ -75,6 +75,9 @@ class Categorical:
     def guide(self, unconditional: Categorical, scale: float | Tensor) -> Categorical:
         return Categorical(unconditional.logits + scale * (self.logits - unconditional.logits))
 
+    def tempered(self, temperature: float) -> Categorical:
+        return Categorical(self.logits / temperature)
+
     def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
         """Inverse distribution function: one uniform number a slot, whatever V.
 
@@ -111,11 +114,12 @@ def _truncated(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor,
     """(…, V) probabilities with zeros at the codes that are not to be drawn, not normalised, and whether any were cut off. Of
     equals the first stay.
     """
-    if not 0 < top_k < probabilities.shape[-1] and top_p >= 1:
+    cuts_k, cuts_p = 0 < top_k < probabilities.shape[-1], top_p < 1
+    if not (cuts_k or cuts_p):
         return probabilities, False
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = ordered.cumsum(dim=-1) - ordered < top_p
-    if top_k:
+    if cuts_k:
         keep[..., top_k:] = False
     return probabilities * torch.zeros_like(keep).scatter(-1, order, keep), True
 
@@ -134,6 +138,9 @@ class Bernoulli:
 
     def guide(self, unconditional: Bernoulli, scale: float | Tensor) -> Bernoulli:
         return Bernoulli(unconditional.logits + scale * (self.logits - unconditional.logits))
+
+    def tempered(self, temperature: float) -> Bernoulli:
+        return Bernoulli(self.logits / temperature)
 
     def sample(self, noise: SlotNoise, temperature: float | Tensor = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampled:
         """One uniform number a bit. UserError with top_k or top_p, which are for codes."""

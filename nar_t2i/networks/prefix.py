@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import attend, merge_heads
 from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, PreparedText
+from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
-from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState
+from nar_t2i.types import KVCache, Prediction, TokenSpec, TokenState, grid_places
 
 
 def lattice_order(shape: tuple[int, ...]) -> list[int]:
@@ -33,7 +33,7 @@ def lattice_order(shape: tuple[int, ...]) -> list[int]:
             number = number << len(digits) | digit
         return number
 
-    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist()
+    places = grid_places(shape).tolist()
     return sorted(range(len(places)), key=lambda slot: rank(tuple(places[slot])))
 
 
@@ -73,9 +73,6 @@ def training_layout(order: Sequence[int], stages: Sequence[int]) -> Layout:
             ranks += range(start - size, start)
             asked += [False] * size
     return Layout(torch.tensor([order[rank] for rank in ranks]), torch.tensor(asked), tuple(questions))
-
-
-_CONVOLVED = 1000  # from here on a cache's layers hold what the convolutions read
 
 
 class Places(NamedTuple):
@@ -134,7 +131,7 @@ class PrefixBlock(DecoderBlock):
         if self.local is not None:
             tokens = x if places.told is None else x[:, places.told]
             if cache is not None:
-                tokens = cache.append(_CONVOLVED + layer, tokens.unsqueeze(1), tokens.unsqueeze(1)[..., :0])[0].squeeze(1)
+                tokens = cache.append_states(layer, tokens)
             x = self.local(x, tokens, places.near)
         attention = self.self_attention
         q, k, v = attention.heads_of(attention.qkv(self.norm_self(x)))
@@ -150,7 +147,7 @@ class PrefixBlock(DecoderBlock):
 
 def offsets(shape: tuple[int, ...]) -> Tensor:
     """(N, N, sides) how far slot i lies behind slot j along each side."""
-    places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
+    places = grid_places(shape)
     return places[:, None] - places[None]
 
 
@@ -172,11 +169,11 @@ class PrefixDecoder(EncoderDecoder):
     training asks about every slot from the prefix that it is drawn from and from all that comes before it. Like CausalDecoder's,
     positions are those of the slots that are asked about. Order, stages and biases: our choice.
 
-    stages: slots of each stage but the last, which is the rest; None = see `lattice_stages`. What those of the last stage are, is
-    taken to follow from the others: they are never read. The other arguments are EncoderDecoder's.
+    stages: slots of each stage but the last, which is the rest; None = see `lattice_stages`. Tokens of the last stage are
+    never read: each is drawn from the earlier stages alone. The other arguments are EncoderDecoder's.
     """
 
-    causal = True
+    causal = staged = True
     stack = ()  # what its blocks read grows from pass to pass
 
     def __init__(
@@ -260,10 +257,7 @@ class PrefixDecoder(EncoderDecoder):
         x = self.embedding(state._replace(positions=about))
         for layer, (block, keys_and_values) in enumerate(zip(self.blocks, prepared.keys_and_values, strict=True)):
             arguments = (x, keys_and_values, prepared.mask, places, cache, layer)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+            x = recomputed(block, *arguments, active=self.activation_checkpointing)
         return x
 
     def _places(self, slots: Tensor, asked: Tensor, about: Tensor, old: int, told: Tensor | None) -> Places:

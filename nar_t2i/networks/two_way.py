@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.networks.attention import MLP, CrossAttention, Words
 from nar_t2i.networks.encoder_decoder import DecoderBlock, EncoderDecoder, initialise, states_and_mask
+from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenSpec, TokenState
@@ -95,10 +94,7 @@ class TwoWayDecoder(EncoderDecoder):
         text_blocks = [*self.text_blocks, None]
         for block, norm, text_block in zip(self.blocks, norms, text_blocks, strict=True):
             arguments = (block, norm, text_block, x, text, prepared.words, prepared.mask)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, text = checkpoint(_both, *arguments, use_reentrant=False)
-            else:
-                x, text = _both(*arguments)
+            x, text = recomputed(_both, *arguments, active=self.activation_checkpointing)
         return self.head(select(x, read))
 
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import mask_for
 from nar_t2i.networks.encoder_decoder import initialise, states_and_mask
 from nar_t2i.networks.predictions import Categorical
+from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import select
 from nar_t2i.networks.uvit_blocks import (
     Doubling,
@@ -197,9 +197,7 @@ class UVit(TokenNetwork):
         return self.head(select(x, read))
 
     def _run(self, module: nn.Module, *arguments: object) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *arguments, use_reentrant=False)
-        return module(*arguments)
+        return recomputed(module, *arguments, active=self.activation_checkpointing)
 
 
 def waves(value: Tensor, width: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_t2i.networks.attention import attend, attend_among, merge_heads, split_heads
+from nar_t2i.networks.attention import CrossAttention, SelfAttention
 
 EPS = 1e-6  # of all norms
 
@@ -81,38 +81,6 @@ class ScaleAndShift(nn.Module):
         return Affine(1 + scale, shift.contiguous())
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on (B, N, C)."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.out(merge_heads(attend_among(q, k, v)))
-
-
-class CrossAttention(nn.Module):
-    """Queries from tokens (B, N, C); keys and values from text (B, L, text_width), by `prepare`."""
-
-    def __init__(self, channels: int, heads: int, text_width: int):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(text_width, 2 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
-
-    def prepare(self, text: Tensor) -> KeysAndValues:
-        k, v = (split_heads(y, self.heads) for y in self.kv(text).chunk(2, dim=-1))
-        return k, v
-
-    def forward(self, x: Tensor, keys_and_values: KeysAndValues, mask: Tensor) -> Tensor:
-        return self.out(merge_heads(attend(split_heads(self.q(x), self.heads), *keys_and_values, mask)))
-
-
 class GatedMLP(nn.Module):
     """value · GELU(gate), from one width to another and back (GEGLU, arXiv 2002.05202)."""
 
@@ -141,13 +109,13 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
         self.norm_self, self.norm_cross, self.norm_mlp = (AdaptiveNorm(width, width) for _ in range(3))
-        self.self_attention = SelfAttention(width, heads)
-        self.cross_attention = CrossAttention(width, heads, width)
+        self.self_attention = SelfAttention(width, heads, bias=False)
+        self.cross_attention = CrossAttention(width, heads, bias=False)
         self.mlp = GatedMLP(width, mlp_width)
 
     def prepare(self, text: Tensor, vector: Tensor) -> PreparedLayer:
         norms = (norm(vector) for norm in (self.norm_self, self.norm_cross, self.norm_mlp))
-        return PreparedLayer(*norms, self.cross_attention.prepare(text))
+        return PreparedLayer(*norms, self.cross_attention.keys_and_values(text))
 
     def forward(self, x: Tensor, prepared: PreparedLayer, mask: Tensor) -> Tensor:
         x = x + self.self_attention(prepared.norm_self(rms_normalised(x)))
@@ -216,11 +184,12 @@ class Stage(nn.Module):
         self.convolution = ConvolutionBlock(channels, width)
         self.text = nn.Sequential(nn.SiLU(), nn.Linear(width, channels, bias=False)) if width != channels else nn.Identity()
         self.norm_first, self.norm_second = RMSNorm(channels), RMSNorm(channels)
-        self.first, self.second = (CrossAttention(channels, heads, channels) for _ in range(2))
+        self.first, self.second = (CrossAttention(channels, heads, bias=False) for _ in range(2))
 
     def prepare(self, text: Tensor, vector: Tensor) -> PreparedStage:
         text = self.text(text)
-        return PreparedStage(self.convolution.scale_and_shift(vector), self.first.prepare(text), self.second.prepare(text))
+        read = [attention.keys_and_values(text) for attention in (self.first, self.second)]
+        return PreparedStage(self.convolution.scale_and_shift(vector), *read)
 
     def forward(self, x: Tensor, prepared: PreparedStage, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         x = self.convolution(x, prepared.affine, grid)

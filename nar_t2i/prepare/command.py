@@ -13,18 +13,24 @@ from nar_t2i.errors import INTERRUPTED, UserError, unwritable
 
 
 def run(work: Callable[[], object]) -> int:
-    """Do the work and print what it returns. Exit status: 0; 2 for bad input; 130 when interrupted."""
+    """Do the work and print what it returns. Exit status: 0; 2 for bad input; 130 when interrupted.
+
+    With NAR_T2I_TRACEBACK=1 in the environment, a mistake shows where it was noticed.
+    """
+    traceback = os.environ.get("NAR_T2I_TRACEBACK") == "1"
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         # Names of files need not be text.
         print(str(work()).encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         told = unwritable(error)
-        if told is None:
+        if told is None or traceback:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 2
     except UserError as error:
+        if traceback:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -72,8 +78,9 @@ def add_device(arguments: argparse.ArgumentParser) -> None:
 def add_shard_range(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
         "--shard-range", metavar="FIRST:LAST", default="0:",
-        help="only these shards, LAST apart; `array`: this task's share of them in a Slurm array (default: all). What an "
-        "earlier run has finished is not done again, and the run that finishes the last shard writes the manifest",
+        help="only the shards from FIRST up to, not including, LAST; `array`: this task's share of them in a Slurm array "
+        "(default: all). What an earlier run has finished is not done again, and the run that finishes the last shard "
+        "writes the manifest",
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
 
 Needs Debian's fonts-noto-color-emoji, unicode-data and unicode-cldr-core (or the same files, by --font, --unicode and
 --cldr). The splits are fixed: `train`; `held_out`, people of whom every part (person, profession, skin tone, hair) was
-seen in training, but not together; and `unseen`, things and flags of whose names no training caption has a word, a floor.
+seen in training, but not together; and `unseen`, things and flags of whose names no training caption has a word: the
+lowest score to expect.
 Run the same command again after an interruption.
 """
 
@@ -15,7 +16,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from nar_t2i.data.images import fit
 from nar_t2i.data.source import LostSample, Sample, SampleError, Source
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import file_hash, text_hash
 from nar_t2i.prepare.command import add_shard_range, at_least, parser, run
 from nar_t2i.prepare.rendering import write_source
 
@@ -129,8 +131,12 @@ class EmojiPictures(Source):
         return len(self._emoji)
 
     def identity(self, block: int) -> str:
-        told = "\n".join(caption for e in self._emoji for caption in e.captions)
-        return hashlib.sha256(f"{self.name}:{block}:{told}".encode()).hexdigest()
+        drawn = "\n".join("\t".join((e.text, *e.captions)) for e in self._emoji)
+        return text_hash(f"{self.name}:{self._font_hash}:{block}:{drawn}")
+
+    @cached_property
+    def _font_hash(self) -> str:
+        return file_hash(Path(self.font))
 
     def read_text(self, index: int) -> Sample:
         emoji = self._emoji[index]

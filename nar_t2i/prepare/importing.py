@@ -31,7 +31,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 _STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MANIFEST = "manifest.json"
 NEWEST = "last_changed"  # in it: when the last of the files did, in seconds since 1970
-MAX_CAPTIONS = MAX_TEXT // 8  # bytes, of which JSON makes up to six times as many
+MAX_CAPTION_BYTES = MAX_TEXT // 8  # bytes, of which JSON makes up to six times as many
 SUMMARY = "summary.json"
 
 
@@ -53,8 +53,9 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """samples_per_shard: items of a chunk. max_size: larger images are shrunk to this shorter side, in pixels.
+    """How to import.
 
+    samples_per_shard: items of a chunk. max_size: larger images are shrunk to this shorter side, in pixels.
     workers: threads that read and check images. shards: those to write (see `shard_range`).
     """
 
@@ -77,6 +78,11 @@ class Summary:
         """How many were dropped for each kind of reason, the most frequent first."""
         return dict(Counter(d.reason.split(":")[0].split(" (")[0] for d in self.dropped).most_common())
 
+    def write(self, folder: Path) -> None:
+        """Beside the shards, as `summary.json`."""
+        told = {"kept": self.kept, "shards": self.shards, "reasons": self.reasons, "dropped": self.dropped}
+        write_json(folder / SUMMARY, told)
+
     def __str__(self) -> str:
         lines = [f"kept {self.kept} samples in {self.shards} shards, dropped {len(self.dropped)}"]
         lines += [f"  {count:>8}  {reason}" for reason, count in self.reasons.items()]
@@ -88,8 +94,8 @@ def text_problem(captions: Sequence[str]) -> str:
     """Why these captions cannot be used, or empty."""
     if not any(c.strip() for c in captions):
         return "empty caption"
-    if sum(len(c.encode("utf-8", "surrogatepass")) for c in captions) > MAX_CAPTIONS:
-        return f"captions are longer than {MAX_CAPTIONS} bytes"
+    if sum(len(c.encode("utf-8", "surrogatepass")) for c in captions) > MAX_CAPTION_BYTES:
+        return f"captions are longer than {MAX_CAPTION_BYTES} bytes"
     # Readers below let bytes that are not UTF-8 through as surrogates, to be found here, by item.
     if any("\ud800" <= character <= "\udfff" for c in captions for character in c):
         return "caption is not UTF-8"
@@ -125,7 +131,7 @@ def import_items(items: Sequence[Item], folder: str | Path, options: Options = O
             lost = _dropped_from(folder, shard)
             kept, dropped = kept + len(chunk) - len(lost), dropped + lost
     summary = Summary(kept, dropped, len(starts))
-    write_json(folder / SUMMARY, {"kept": kept, "shards": len(starts), "reasons": summary.reasons, "dropped": dropped})
+    summary.write(folder)
     if not kept:
         raise UserError(f"not one of {len(items)} images could be imported:\n{summary}")
     return summary

@@ -13,7 +13,7 @@ from nar_t2i.data.source import Sample, SampleError, Source
 from nar_t2i.errors import UserError
 from nar_t2i.files import read_json, write_json
 from nar_t2i.prepare.command import shard_range
-from nar_t2i.prepare.importing import SUMMARY, Dropped, Summary, claim_folder, encode_png
+from nar_t2i.prepare.importing import Dropped, Summary, claim_folder, encode_png
 from nar_t2i.prepare.shards import ShardFile, is_finished
 
 
@@ -45,7 +45,7 @@ def write_source(
     if len(dropped) == len(source):
         raise UserError(f"{source.name} has no readable samples")
     summary = Summary(len(source) - len(dropped), dropped, len(chunks))
-    write_json(folder / SUMMARY, {"kept": summary.kept, "shards": summary.shards, "dropped": dropped})
+    summary.write(folder)
     return summary
 
 

@@ -30,12 +30,13 @@ from nar_t2i.data.text_cache import FORMAT, MANIFEST, Packed, Stored, pack_state
 from nar_t2i.errors import UserError
 from nar_t2i.files import read_json, whole_file, write_json
 from nar_t2i.folders import load_part
+from nar_t2i.hashing import text_hash
 from nar_t2i.parts import build
 from nar_t2i.prepare.command import add_device, add_shard_range, add_shards, at_least, parser, run, shard_range
 from nar_t2i.text import ScratchTextEncoder
 from nar_t2i.types import Condition, TextEncoder
 
-SHARD = 8192  # captions a file
+CAPTIONS_A_FILE = 8192  # captions a file
 
 
 @torch.inference_mode()
@@ -47,12 +48,12 @@ def encode_text(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     shards: str = "0:",
-    shard: int = SHARD,
+    captions_a_file: int = CAPTIONS_A_FILE,
 ) -> dict[str, Any] | None:
     """Encode every caption of a source once; files that are finished are kept, so it can be interrupted.
 
     stored: how states are kept; the error that this makes is measured and noted. batch_size: captions a pass. shards:
-    the files of the cache to do (see `shard_range`). shard: captions a file. Returns the manifest, or None while other
+    the files of the cache to do (see `shard_range`). Returns the manifest, or None while other
     files are to be done. Raises UserError when the folder holds the states of another encoder or of other data.
     """
     if any(p.requires_grad for p in text.parameters()):
@@ -65,17 +66,17 @@ def encode_text(
         for number, length in enumerate(source.blocks)
     ]
     made_by = {
-        "format": FORMAT, "encoder": text.fingerprint(), "stored": stored, "shard": shard,
+        "format": FORMAT, "encoder": text.fingerprint(), "stored": stored, "shard": captions_a_file,
         "widths": list(text.widths), "pooled_width": text.pooled_width,
-        "blocks_hash": hashlib.sha256("".join(block["identity"] for block in blocks).encode()).hexdigest(),
+        "blocks_hash": text_hash("".join(block["identity"] for block in blocks)),
     }  # fmt: skip
     _refuse_others(folder, made_by)
     places = _numbered(source, folder, [block["name"] for block in blocks], made_by["blocks_hash"])
-    names = [f"{number:05d}.text" for number in range(-(-len(places) // shard))]
+    names = [f"{number:05d}.text" for number in range(-(-len(places) // captions_a_file))]
     chosen = shard_range(shards, len(names))
-    with tqdm(total=min(len(places), len(chosen) * shard), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
+    with tqdm(total=min(len(places), len(chosen) * captions_a_file), desc=f"→ {folder}", unit="caption", mininterval=0.5) as bar:
         for number in chosen:
-            name, own = names[number], places[number * shard : (number + 1) * shard]
+            name, own = names[number], places[number * captions_a_file : (number + 1) * captions_a_file]
             record = folder / f"{name}.json"
             if not (record.exists() and _opens(folder / f"{name}.safetensors")):
                 truncated = text.truncated
@@ -239,9 +240,14 @@ def main(argv: list[str] | None = None) -> int:
     parsed = arguments.parse_args(argv)
 
     def work() -> str:
-        options = parsed.dtype, parsed.batch_size, parsed.device, parsed.shard_range
         manifest = encode_text(
-            find_text(parsed.model), open_source(parsed.shards, index_folder=parsed.index_folder), parsed.out, *options
+            find_text(parsed.model),
+            open_source(parsed.shards, index_folder=parsed.index_folder),
+            parsed.out,
+            stored=parsed.dtype,
+            batch_size=parsed.batch_size,
+            device=parsed.device,
+            shards=parsed.shard_range,
         )
         if manifest is None:
             return f"{parsed.out}: these files are done; others are not yet"

@@ -227,9 +227,19 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> str:
         codec = load_part(find_tokenizer(parsed.tokenizer))
         source = open_source(parsed.shards, index_folder=parsed.index_folder)
-        options = (parsed.batch_size, parsed.workers, parsed.device, parsed.float_dtype, parsed.shard_range, parsed.crops,
-                   parsed.flip_safe, parsed.errors)  # fmt: skip
-        manifest = encode_tokens(codec, source, parsed.out, *options)
+        manifest = encode_tokens(
+            codec,
+            source,
+            parsed.out,
+            batch_size=parsed.batch_size,
+            workers=parsed.workers,
+            device=parsed.device,
+            float_dtype=parsed.float_dtype,
+            shards=parsed.shard_range,
+            crops=parsed.crops,
+            flips=parsed.flip_safe,
+            errors=parsed.errors,
+        )
         if manifest is None:
             return f"{parsed.out}: these shards are done; others are not yet"
         lost = sum(len(block["lost"]) for block in manifest["blocks"])

@@ -27,6 +27,11 @@ def choose_trained(trainable: str, model: nn.Module, layers: Sequence[nn.Module]
             module.requires_grad_(True)
 
 
+def readable(caption: str) -> str:
+    """Without the lone surrogates by which command lines bring bytes that are no UTF-8, and which no tokenizer takes."""
+    return caption.encode("utf-8", "replace").decode()
+
+
 def copied(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """What the host made, on `device`, without waiting for what a GPU does: copies of other memory than pinned are waited for."""
     if device.type == "cuda":

@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import text_hash, weights_hash
-from nar_t2i.text.layers import choose_trained, copied, mean_state
+from nar_t2i.text.layers import choose_trained, copied, mean_state, readable
 from nar_t2i.types import Condition, TextEncoder
 
 SAVED = "pretrained"  # the folder inside of a saved part
@@ -139,8 +140,7 @@ class PretrainedTextEncoder(TextEncoder):
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, or `max_length`."""
         rows = self._tokenizer(
-            # Command lines bring bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
-            [caption.encode("utf-8", "replace").decode() for caption in captions],
+            [readable(caption) for caption in captions],
             padding="longest" if self.mask_padding else "max_length",
             truncation=True, max_length=self.max_length, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
@@ -159,19 +159,16 @@ class PretrainedTextEncoder(TextEncoder):
 
         That is the configuration and the tokenizer, and a frozen model's weights.
         """
-        beside = folder / (SAVED + ".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        with _quiet_transformers():
+        (folder / SAVED).mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{SAVED}.") as beside, _quiet_transformers():
             self._tokenizer.save_pretrained(beside)
             if not self._frozen:
                 self.network.config.save_pretrained(beside)
             else:
                 state = {name: value.to(dtype or value.dtype) for name, value in self.network.state_dict().items()}
                 self.network.save_pretrained(beside, state_dict=self._as_transformers_names(state))
-        (folder / SAVED).mkdir(exist_ok=True)
-        for file in beside.iterdir():
-            os.replace(file, folder / SAVED / file.name)
-        beside.rmdir()
+            for file in Path(beside).iterdir():
+                os.replace(file, folder / SAVED / file.name)
         return {"folder": SAVED, "pretrained": bool(self._frozen), "layer": self._saved_layer}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PretrainedTextEncoder:
@@ -290,7 +287,6 @@ def _quiet_transformers() -> Iterator[None]:
 @contextmanager
 def _readable(folder: str) -> Iterator[None]:
     """What goes wrong inside is one UserError."""
-    from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():

@@ -13,7 +13,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.hashing import text_hash, weights_hash
 from nar_t2i.networks.attention import MLP, SelfAttention, Words
 from nar_t2i.parts import part
-from nar_t2i.text.layers import choose_trained, copied, mean_state
+from nar_t2i.text.layers import choose_trained, copied, mean_state, readable
 from nar_t2i.types import Condition, TextEncoder
 
 ALIGNMENT = 32
@@ -124,8 +124,7 @@ class ScratchTextEncoder(TextEncoder):
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L) codes and the mask of real ones; L is the longest caption's length, rounded up to a multiple of 32
         (a softmax over 32 bf16 numbers takes a quarter of the time of one over 24) or to `max_length`."""
-        # Command lines bring bytes that are no UTF-8 as lone surrogates, which SentencePiece refuses.
-        rows = self._pieces.encode([c.lower().encode("utf-8", "replace").decode() for c in captions], add_eos=True)
+        rows = self._pieces.encode([readable(caption.lower()) for caption in captions], add_eos=True)
         self.count(len(rows), sum(len(row) > self.max_length for row in rows))
         rows = [row if len(row) <= self.max_length else row[: self.max_length - 1] + row[-1:] for row in rows]
         longest = max(map(len, rows)) if self.mask_padding else self.max_length

@@ -19,7 +19,7 @@ GROUPS = 16  # of every GroupNorm
 
 
 class ResidualBlock(nn.Module):
-    """SiLU, 3×3, SiLU, 3×3 (starts at zero), plus the input; a GroupNorm before, where asked for."""
+    """(B, C, H, W) → the same: SiLU, 3×3, SiLU, 3×3 (starts at zero), plus the input; a GroupNorm before, where asked for."""
 
     def __init__(self, channels: int, normalised: bool = False):
         super().__init__()
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention over all positions of a feature map, at the coarsest resolution."""
+    """(B, C, H, W) → the same: self-attention over all positions of a feature map, at the coarsest resolution."""
 
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()

@@ -70,8 +70,9 @@ class TimeBudget(Callback):
 
 
 class TrainedModule(lightning.LightningModule):
-    """optimizer: AdamW and its schedule. ema_decay: of the weight average that is judged and exported; 0 = none.
+    """A LightningModule with an optimizer, an average of its weights, and perhaps a budget of time.
 
+    optimizer: AdamW or Muon, and its schedule. ema_decay: of the weight average that is judged and exported; 0 = none.
     budget_minutes: a time budget (see TimeBudget), beside `trainer.max_steps`.
 
     A generator's training step reads from the device only how many slots (and, where padding is left out, words) there are, and
@@ -103,8 +104,9 @@ class TrainedModule(lightning.LightningModule):
         super().cpu()
 
     def cpu(self) -> TrainedModule:
-        """Where it is, while a fit ends: Lightning moves the module away before `on_fit_end`, and averages, ZeRO's buffers and the
-        batches of a validation that is made up for would stay behind. `on_fit_end` does it afterwards."""
+        """Stays where it is while a fit ends. Lightning would move the module before `on_fit_end`, but neither the averages nor
+        ZeRO's buffers nor the batches of a validation that is still owed; `on_fit_end` moves it afterwards.
+        """
         trainer = self._trainer
         ending = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
         return self if ending else super().cpu()

@@ -18,7 +18,6 @@ import os
 import pickle
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +31,9 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from nar_t2i.errors import UserError
 from nar_t2i.files import sync_folder, write_json
+from nar_t2i.hashing import file_hash
 from nar_t2i.training import fragments
+from nar_t2i.training.collectives import distributed, gather, say
 
 FORMAT = 1
 MANIFEST, RUN = "manifest.json", "run.pt"
@@ -93,8 +94,7 @@ def read_file(folder: Path, name: str) -> Any:
         raise Broken(f"{folder / MANIFEST} names no {name}")
     path = folder / name
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_hash(path)
     except OSError as error:
         raise Broken(f"{path}: {error.strerror}") from error
     if digest != facts["sha256"]:
@@ -146,7 +146,7 @@ def latest(run_dir: str | Path) -> Path | None:
         try:
             manifest(path)
         except Broken as error:
-            _say(f"{error}; trying the checkpoint before")
+            say(f"{error}; trying the checkpoint before")
         else:
             return path
     return None
@@ -158,7 +158,7 @@ def newest(run_dir: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
         try:
             return path, read(path)
         except Broken as error:
-            _say(f"{error}; trying the checkpoint before")
+            say(f"{error}; trying the checkpoint before")
     return None
 
 
@@ -199,7 +199,7 @@ def first_whole(path: Path, read: Callable[[Path], T]) -> tuple[Path, T]:
         problems = [problem for problem in gather(problem) if problem is not None]
         if not problems:
             return candidate, result
-        _say(f"{problems[0]}; trying the checkpoint before")
+        say(f"{problems[0]}; trying the checkpoint before")
     raise UserError(f"{path.parent}: no whole checkpoint is left; ckpt_path=fresh starts over")
 
 
@@ -288,33 +288,8 @@ class FolderIO(TorchCheckpointIO):
         if not Path(path).is_dir():
             return super().load_checkpoint(path, *args, **kwargs)
         used, (checkpoint, self.random) = first_whole(Path(path), lambda folder: (read(folder), own_random_state(folder)))
-        say_going_on(used)
+        say(f"going on from {used}")
         return checkpoint
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def gather(value: T) -> list[T]:
-    """The values of all ranks, in their order."""
-    if not _distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def say_going_on(folder: Path) -> None:
-    _say(f"going on from {folder}")
-
-
-def _say(text: str) -> None:
-    if not _distributed() or dist.get_rank() == 0:
-        print(f"nar-t2i: {text}", file=sys.stderr)
 
 
 # ---- random states -----------------------------------------------------------------------------------------------------
@@ -322,7 +297,7 @@ def _say(text: str) -> None:
 
 def own_random_state(folder: Path) -> dict[str, Any] | None:
     """This rank's random states in a checkpoint, if it was written by as many ranks as there are. Raises Broken."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
     return read_file(folder, rank_file(rank))["random"] if manifest(folder)["world_size"] == ranks else None
 
 

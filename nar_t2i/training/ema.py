@@ -23,6 +23,13 @@ def ema_decay(decay: float, updates: int, warmup: bool) -> float:
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
 
+def averages_of(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """What the EMA callbacks of a checkpoint have saved: averages by the names of the weights."""
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name.startswith("EMA") and isinstance(state, Mapping) and "average" in state:
+            yield state["average"]
+
+
 class EMA(Callback):
     """Average trainable parameters and float buffers after each optimizer step: `average += (1 − d)·(value − average)`.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nar_t2i.errors import UserError
+from nar_t2i.training.ema import averages_of
 
 KEY = "fragments"  # of what run.pt says about them
 WEIGHT, AVERAGE, START = "weight", "average", "start"
@@ -95,7 +96,7 @@ def divide(engine: Any, checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]
                 own[name][key] = value.narrow(0, offset, len(weight)).cpu().clone()
             else:
                 scalars[key] = value
-    for average in _averages(checkpoint):
+    for average in averages_of(checkpoint):
         for name in set(average) & set(own):
             own[name][AVERAGE] = average.pop(name).cpu()
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.optimizer.param_groups]
@@ -151,7 +152,7 @@ def undivide(checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Mapping[st
     """Complete Lightning's checkpoint with whole weights and averages, from the parts of all ranks."""
     shapes = checkpoint[KEY]["shapes"]
     checkpoint["optimizer_states"] = []
-    averages = list(_averages(checkpoint))
+    averages = list(averages_of(checkpoint))
     for name, shape in shapes.items():
         sources = [part[name] for part in parts if name in part]
         count = torch.Size(shape).numel()
@@ -163,14 +164,8 @@ def undivide(checkpoint: dict[str, Any], parts: Sequence[Mapping[str, Mapping[st
 
 def put_averages(checkpoint: dict[str, Any], found: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give the averages of this rank's fragments back to the callback that keeps them."""
-    for average in _averages(checkpoint):
+    for average in averages_of(checkpoint):
         average.update({name: values[AVERAGE] for name, values in found.items() if AVERAGE in values})
-
-
-def _averages(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("EMA"):
-            yield state[AVERAGE]
 
 
 def _cut(name: str, start: int, count: int, sources: Sequence[tuple[int, Tensor]]) -> Tensor:

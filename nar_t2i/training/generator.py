@@ -22,14 +22,14 @@ from nar_t2i.inference.confidence import Confidence
 from nar_t2i.networks import predictions
 from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
-from nar_t2i.pixels import to_float
+from nar_t2i.pixels import to_arrays, to_float
 from nar_t2i.schedules import Guidance
 from nar_t2i.text.null import NullCaption
 from nar_t2i.training import checkpoints, optim
 from nar_t2i.training.base import TrainedModule
 from nar_t2i.training.compiling import Compiled, can_compile, compiled, is_watched, longest, of_one_length
+from nar_t2i.training.logged_pictures import log_picture, rows_of
 from nar_t2i.training.optim import OptimizerConfig
-from nar_t2i.training.pictures import log_picture, rows_of
 from nar_t2i.types import (
     Batch,
     Condition,
@@ -91,6 +91,10 @@ class GeneratorModule(TrainedModule):
         compile: Compiled | None = None,
     ):
         super().__init__(optimizer, ema_decay, budget_minutes)
+        if not 0 <= caption_dropout <= 1:
+            raise UserError(f"caption_dropout must be from 0 to 1, a share of the captions, not {caption_dropout}")
+        if scene_prompts < 0:
+            raise UserError(f"scene_prompts must be at least 0, not {scene_prompts}")
         codec = load_part(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self._codec = [codec.eval().requires_grad_(False)]  # in a list: frozen, so no part of the checkpoint
         self.text = text
@@ -206,7 +210,7 @@ class GeneratorModule(TrainedModule):
         nothing = torch.zeros(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
         condition = self.null(condition, self.dropped(noise) if training else nothing)
         fused = training and self._compiled and not is_watched()
-        with predictions.compiled() if fused else nullcontext():
+        with predictions.compiled_cross_entropy() if fused else nullcontext():
             return self.learning.loss(
                 self._compiled[0] if fused else self.network, TokenBatch(tokens, condition, error), noise, progress
             )
@@ -250,7 +254,7 @@ class GeneratorModule(TrainedModule):
         prompts = [self.scene_prompts[i] for i in indices]
         images = self.pipeline().sample([prompt.prompt for prompt in prompts], seed=indices).images
         right = torch.full((total,), -1.0, device=self.device)
-        right[indices] = torch.tensor(verdicts(images.permute(0, 2, 3, 1).cpu().numpy(), prompts), device=self.device).float()
+        right[indices] = torch.tensor(verdicts(to_arrays(images), prompts), device=self.device).float()
         right = self.all_gather(right).view(ranks, total).amax(0).tolist()
         categories = [prompt.category for prompt in self.scene_prompts]
         of_each = [mean(r for r, c in zip(right, categories, strict=True) if c == known) for known in sorted(set(categories))]

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from nar_t2i.errors import UserError
-from nar_t2i.training import checkpoints
-from nar_t2i.training.collectives import mean_over_ranks
+from nar_t2i.training.collectives import gather, mean_over_ranks
 from nar_t2i.types import Batch
 
 NOT_FINITE = "a gradient is not finite"
@@ -188,7 +187,7 @@ class Guard(Callback):
     def _refuse(self, trainer: Trainer, problem: str, own: float, step: int, keys: list[str]) -> None:
         """Raise BadStep, or say that the step is skipped, on all ranks alike. own, keys: this rank's loss and samples."""
         self.skipped += 1
-        told = checkpoints.gather((own, keys))
+        told = gather((own, keys))
         samples = "; ".join(f"rank {rank} ({loss:.4g}): {', '.join(keys)}" for rank, (loss, keys) in enumerate(told))
         message = f"step {step}: {problem}; samples of {samples}"
         if self.config.policy == "stop":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nar_t2i.errors import UserError
 from nar_t2i.folders import WEIGHTS
 from nar_t2i.training import checkpoints
+from nar_t2i.training.ema import averages_of
 
 MOST_NAMES = 5
 VOCABULARY = "model.init_args.text"  # of what is read
@@ -181,11 +182,7 @@ def _read_checkpoint(path: Path, averaged: bool) -> Weights:
 
 def _weights(content: Mapping[str, Any], averaged: bool) -> Weights:
     tensors = {_plain(k): v for k, v in content.get("state_dict", content).items() if isinstance(v, Tensor)}
-    averages = [
-        state["average"]
-        for name, state in content.get("callbacks", {}).items()
-        if averaged and name.startswith("EMA") and isinstance(state, Mapping) and state.get("average")
-    ]
+    averages = [average for average in averages_of(content) if averaged and average]
     for average in averages:
         tensors.update({_plain(k): v for k, v in average.items()})
     return Weights(tensors, bool(averages), content.get(checkpoints.READS, {}))

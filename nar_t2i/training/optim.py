@@ -59,10 +59,17 @@ class OptimizerConfig:
     fused: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "muon_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not rate >= 0:
-                raise UserError(f"optimizer: {name} must be at least 0, not {rate}")
+        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"optimizer: {name} must be at least 0, not {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer: {name} must be from 0 to below 1, not {getattr(self, name)}")
+        if not 0 <= self.final_ratio <= 1:
+            raise UserError(f"optimizer: final_ratio must be from 0 to 1, a share of the peak, not {self.final_ratio}")
+        if not self.eps > 0:
+            raise UserError(f"optimizer: eps must be above 0, not {self.eps}")
         if self.kind == "muon" and not self.learning_rate:
             raise UserError("optimizer: learning_rate 0 with muon, whose rate follows from it; freeze what is not to be trained")
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nar_t2i import liveness
-from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError
+from nar_t2i.errors import INTERRUPTED, REQUEUE, TERMINATED, UserError
 
 # In rising order: where ranks got different ones, the last counts. The exit statuses tell a batch script what to do.
-STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE, signal.SIGTERM: 143}
+STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE, signal.SIGTERM: TERMINATED}
 _ORDER = list(STATUS)
-_MEANING = {INTERRUPTED: "interrupted", REQUEUE: "asked to make room", 143: "asked to end"}
+_MEANING = {INTERRUPTED: "interrupted", REQUEUE: "asked to make room", TERMINATED: "asked to end"}
 
 
 class Signals(Callback):

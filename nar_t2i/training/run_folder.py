@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import errno
 import fcntl
-import hashlib
 import io
 import os
 import platform
@@ -38,6 +37,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import nar_t2i
 from nar_t2i.errors import UserError
 from nar_t2i.files import write_json, write_text
+from nar_t2i.hashing import text_hash
 from nar_t2i.liveness import going_on
 from nar_t2i.training import checkpoints, wandb_run
 from nar_t2i.training.guard import BadStep
@@ -211,7 +211,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(folder)
         self.config = config
         self.signals, self.monitor = signals, monitor
-        self.recipe = hashlib.sha256(recipe.encode()).hexdigest()
+        self.recipe = text_hash(recipe)
         self.saved_step = 0
         self._started = False  # before that, what the trainer holds is what was read, in part
         self._random: dict[str, Any] | None = None

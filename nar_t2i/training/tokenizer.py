@@ -26,8 +26,8 @@ from nar_t2i.tokenizers.losses import (
 from nar_t2i.tokenizers.vqgan import VQGAN
 from nar_t2i.training import optim
 from nar_t2i.training.base import TrainedModule
+from nar_t2i.training.logged_pictures import log_picture, rows_of
 from nar_t2i.training.optim import OptimizerConfig
-from nar_t2i.training.pictures import log_picture, rows_of
 from nar_t2i.types import Batch
 
 
@@ -36,7 +36,8 @@ class TokenizerModule(TrainedModule):
 
     codec: the model. optimizer: of the codec; the discriminator's is AdamW (β 0.5 and 0.9, VQGAN's) at
     `discriminator_learning_rate` throughout.
-    l1, l2, edge: weights of the reconstruction losses. perceptual_weights: a local VGG-16 file, None = no such loss.
+    l1, l2, edge: weights of the reconstruction losses. perceptual: weight of the perceptual loss; perceptual_weights: a local
+    VGG-16 file for it, None = no such loss.
     discriminator: None trains without. discriminator_start: the share of training (`progress`) from which on it takes
     part, in both its roles. discriminator_weight: multiplies the adaptive weight λ. ema_decay, budget_minutes: see
     TrainedModule. The averaged codec holds the averaged codebook, too: encoder, codebook and decoder lag alike.

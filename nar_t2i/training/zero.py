@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints, fragments
+from nar_t2i.training.collectives import say
 from nar_t2i.training.muon import MuonWithAdamW
 
 
@@ -152,7 +153,7 @@ class ZeRO(DeepSpeedStrategy):
         fragments.restore(self.deepspeed_engine, checkpoint.pop(fragments.KEY), found)
         fragments.put_averages(checkpoint, found)
         self.lightning_module.load_state_dict(checkpoint.pop("state_dict"), strict=False)
-        checkpoints.say_going_on(used)
+        say(f"going on from {used}")
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -123,6 +123,8 @@ def test_a_crop_alone_copies_pixels():
     assert np.array_equal(fit(image, 8, (0.0, 0.0)).pixels, image[:, :8])
     assert np.array_equal(fit(image, 8, (1.0, 1.0)).pixels, image[:, 6:])
     assert np.array_equal(fit(image, 8, flip=True).pixels, image[:, 3:11][:, ::-1])
+    assert np.array_equal(fit(image, 8, (0.0, 0.0), flip=True).pixels, image[:, ::-1][:, 6:])
+    assert fit(image, 8, (0.0, 0.0), flip=True).left == 6 and fit(image, 8, (1.0, 1.0), flip=True).left == 0
     assert fit(image, 8, (1.0, 1.0)).left == 6 and fit(image.transpose(1, 0, 2), 8, (1.0, 1.0)).top == 6
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from nar_t2i.data import shards
+from nar_t2i.data.opening import Weighted, open_source
 from nar_t2i.data.shard_index import encode_index, index_path, open_index, scan_tar
 from nar_t2i.data.shards import ShardSource
 from nar_t2i.data.source import SampleError
@@ -333,6 +334,7 @@ def test_indices_may_stand_in_a_folder_of_their_own(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("nar_t2i.data.shard_index.scan_tar", None)  # would be an error now
     source = ShardSource(both, index_folder=str(tmp_path / "i"))
     assert [source.read_text(i).key for i in range(10)] == [f"s{n:06d}" for n in range(10)]
+    assert len(open_source([Weighted(str(folder)) for folder in folders], index_folder=str(tmp_path / "i"))) == 10
     assert not list(folders[0].glob("*.safetensors"))
     assert ShardSource(str(folders[1]), index_folder=str(tmp_path / "i")).read_text(0).key == "s000005"
     tiny_pipeline(tmp_path).save_pretrained(tmp_path / "model")

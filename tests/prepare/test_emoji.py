@@ -112,6 +112,10 @@ def test_shards(emoji, tmp_path, capsys):
         assert np.abs(sample.image.astype(int) - np.asarray(expected).astype(int)).mean() < 2
     assert command.main([*line, "--image-size", "64"]) == 2
     assert "holds shards from another input" in capsys.readouterr().err
+    other = tmp_path / "other.ttf"
+    other.write_bytes(Path(FONT).read_bytes() + b"\0")
+    assert command.main([*line, "--font", str(other)]) == 2
+    assert "holds shards from another input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "content", "message"), [

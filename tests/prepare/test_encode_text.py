@@ -68,7 +68,7 @@ def batches(shards, cache, count=6, **options):
 @pytest.mark.parametrize("stored", ERRORS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_holds_the_states_of_its_captions(shards, tmp_path, joint, stored, workers):
-    manifest = encode_text(joint, ShardSource(shards), tmp_path / "text", stored, batch_size=3, shard=7)
+    manifest = encode_text(joint, ShardSource(shards), tmp_path / "text", stored, batch_size=3, captions_a_file=7)
     assert manifest["error"] <= ERRORS[stored] and (stored == "float32" or manifest["error"] > ERRORS[stored] / 30)
     for batch in batches(shards, tmp_path / "text", workers=workers):
         expected = joint(batch.captions)
@@ -104,13 +104,13 @@ def test_pack_and_unpack_are_inverse(stored):
 
 
 def test_captions_that_do_not_fit_are_counted(shards, tmp_path, models):
-    manifest = encode_text(BertTextEncoder(models["bert"], max_length=4), ShardSource(shards), tmp_path / "text", shard=7)
+    manifest = encode_text(BertTextEncoder(models["bert"], max_length=4), ShardSource(shards), tmp_path / "text", captions_a_file=7)
     assert manifest["captions"] == 24 and 0 < manifest["truncated"] <= 24
 
 
 def test_an_interrupted_encoding_goes_on_and_an_array_shares_the_work(shards, tmp_path, bert, monkeypatch):
-    whole = encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)
-    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="0:2") is None
+    whole = encode_text(bert, ShardSource(shards), tmp_path / "whole", captions_a_file=5)
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5, shards="0:2") is None
     with pytest.raises(UserError, match="is no finished cache: text.json is missing"):
         TextCache(str(tmp_path / "text"))
     before = (tmp_path / "text/00001.text.safetensors").stat().st_mtime_ns
@@ -118,12 +118,12 @@ def test_an_interrupted_encoding_goes_on_and_an_array_shares_the_work(shards, tm
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "0")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="array")
-    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) == whole
+    encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5, shards="array")
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5) == whole
     assert (tmp_path / "text/00001.text.safetensors").stat().st_mtime_ns == before
     (tmp_path / "text/00000.text.safetensors").unlink()
     (tmp_path / "text/00002.text.safetensors").write_bytes(b"damaged")
-    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) == whole  # makes both anew
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5) == whole  # makes both anew
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         found, expected = load_file(tmp_path / "text" / file.name), load_file(file)
         assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
@@ -135,24 +135,26 @@ def test_tasks_that_end_while_others_work_leave_a_manifest(shards, tmp_path, ber
 
     def meanwhile(*arguments):
         monkeypatch.setattr(command, "_encode", inner)
-        assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=12, shards="0:1") is None
+        assert encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=12, shards="0:1") is None
         return inner(*arguments)
 
     monkeypatch.setattr(command, "_encode", meanwhile)
-    assert encode_text(bert, ShardSource(shards), tmp_path / "text", shard=12, shards="1:") is not None
+    assert encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=12, shards="1:") is not None
     TextCache(str(tmp_path / "text"))
 
 
 def test_captions_are_numbered_once_for_all_tasks(shards, tmp_path, bert, monkeypatch):
-    first = encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5, shards="0:2")
+    first = encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5, shards="0:2")
     inner, numbered = command._number, []
     monkeypatch.setattr(command, "_number", lambda *arguments: numbered.append(1) or inner(*arguments))
-    assert first is None and encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5) is not None and not numbered
+    assert (
+        first is None and encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5) is not None and not numbered
+    )
     damaged = next((tmp_path / "text").glob("*.captions.safetensors"))
     for file, content in ((damaged, b"damaged"), (tmp_path / "text/captions.npy", b"")):
         numbered.clear()
         file.write_bytes(content)
-        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
+        encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5)
         assert numbered and load_file(damaged)
 
 
@@ -165,14 +167,14 @@ def test_numbers_of_other_captions_are_never_taken_for_these(shards, tmp_path, b
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(command, "_encode", stop)
-        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)
+        encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5)
     inner = command.write_json
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(command, "write_json", lambda path, value: stop() if path.name == "captions.json" else inner(path, value))
-        encode_text(bert, ShardSource(other), tmp_path / "text", shard=5)
+        encode_text(bert, ShardSource(other), tmp_path / "text", captions_a_file=5)
     assert (
-        encode_text(bert, ShardSource(shards), tmp_path / "text", shard=5)["captions"]
-        == encode_text(bert, ShardSource(shards), tmp_path / "whole", shard=5)["captions"]
+        encode_text(bert, ShardSource(shards), tmp_path / "text", captions_a_file=5)["captions"]
+        == encode_text(bert, ShardSource(shards), tmp_path / "whole", captions_a_file=5)["captions"]
     )
 
 

@@ -392,3 +392,9 @@ def test_images_of_another_size_than_the_tokenizers_are_refused(tmp_path, cached
     data = CaptionedImages(cached[0], 2 * SIZE, 16, cache=cached[1] if cache else None)
     with pytest.raises(UserError, match=rf"data.init_args.image_size {2 * SIZE}: the tokenizer is one of {SIZE} px"):
         fit(made(), tmp_path, cached, data=data)
+
+
+@pytest.mark.parametrize(("key", "value"), [("caption_dropout", 10.0), ("caption_dropout", -0.1), ("scene_prompts", -1)])
+def test_shares_and_counts_out_of_range_are_named(key, value):
+    with pytest.raises(UserError, match=f"{key} must be"):
+        made(**{key: value})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from nar_t2i.errors import UserError
 from nar_t2i.training.optim import OptimizerConfig, build, learning_rate_factor, parameter_groups
 
 
@@ -148,3 +149,13 @@ def test_an_update_is_that_of_torch_s_adamw_of_the_same_settings(kind):
             p.grad = torch.tensor([1.0, -0.2, 0.01]) * (step + 1)
             update.step()
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("learning_rate", -1e-3), ("weight_decay", -0.1), ("warmup_steps", -5), ("clip_norm", -1.0), ("beta1", 1.0), ("beta2", -0.1),
+    ("final_ratio", 2.0), ("eps", 0.0), ("clip_norm", float("nan")),
+])  # fmt: skip
+def test_settings_out_of_range_are_named(key, value):
+    """A negative clip_norm would turn gradients round."""
+    with pytest.raises(UserError, match=f"optimizer: {key} must be"):
+        OptimizerConfig(**{key: value})

@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, number, read_text, whole
+from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, finite_number, read_text, whole
 
 _PICTURE = re.compile(r"^(?P<path>.+?)(?P<scores>(?:, -?[\d.]+(?:e-?\d+)?)+)$")
+_NUMPY = re.compile(r"np\.float\d+\(([^()]*)\)")  # how some versions of NumPy write a number
 _LEVELS = {"L1 category scores:": "", "L2 category scores:": "L2 "}
 
 
@@ -29,7 +30,7 @@ class DpgBench(Suite):
         # The program knows a picture by its name up to the first dot.
         return whole([Item(read_text(file).strip(), file.name.split(".")[0]) for file in sorted(path.glob("*.txt"))], path)
 
-    def files(self, item: Item, number: int, pictures: int) -> dict[str, list[int]]:
+    def files(self, item: Item, index: int, pictures: int) -> dict[str, list[int]]:
         if pictures not in (1, 4):
             raise UserError(f"dpg: takes 1 or 4 pictures of a prompt, not {pictures}")
         return {f"{item.place}.png": list(range(pictures))}
@@ -53,11 +54,11 @@ class DpgBench(Suite):
             if line.strip() in _LEVELS:
                 level = _LEVELS[line.strip()]
             elif name == "DPG-Bench score":
-                scores["overall"] = number(value, where)
+                scores["overall"] = finite_number(value, where)
             elif line.startswith("\t") and colon and level is not None:
-                scores[level + name] = number(value, where)
-            elif level is None and (found := _PICTURE.match(line)):
-                pictures[found["path"]] = number(found["scores"].rpartition(", ")[2], where)
+                scores[level + name] = finite_number(value, where)
+            elif level is None and (found := _PICTURE.match(_NUMPY.sub(r"\1", line))):
+                pictures[found["path"]] = finite_number(found["scores"].rpartition(", ")[2], where)
         if not scores and not pictures:
             raise UserError(f"{path}: holds no result of compute_dpg_bench.py")
         mean = 100 * sum(pictures.values()) / len(pictures) if pictures else None

@@ -25,7 +25,7 @@ class GenEval(Suite):
             items.append(Item(row["prompt"], f"{len(items):05d}", line))
         return whole(items, path)
 
-    def files(self, item: Item, number: int, pictures: int) -> dict[str, list[int]]:
+    def files(self, item: Item, index: int, pictures: int) -> dict[str, list[int]]:
         return {f"{item.place}/samples/{picture:04d}.png": [picture] for picture in range(pictures)}
 
     def texts(self, item: Item) -> dict[str, str]:

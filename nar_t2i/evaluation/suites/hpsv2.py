@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, number, read_text, whole
+from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, finite_number, read_text, whole
 from nar_t2i.files import read_json
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -34,7 +34,7 @@ class Hpsv2(Suite):
             items += [Item(prompt, f"{file.stem}/{index:05d}") for index, prompt in enumerate(prompts)]
         return whole(items, path)
 
-    def files(self, item: Item, number: int, pictures: int) -> dict[str, list[int]]:
+    def files(self, item: Item, index: int, pictures: int) -> dict[str, list[int]]:
         if pictures != 1:
             raise UserError(f"hpsv2: takes 1 picture of a prompt, not {pictures}")
         return {f"{item.place}.jpg": [0]}
@@ -56,7 +56,7 @@ def _printed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
     for match in found:
         if match[1] in scores:
             raise UserError(f"{path}: holds {match[1]} twice: the scores of several models; keep the lines of one")
-        scores[match[1]] = number(match[2], match[0])
+        scores[match[1]] = finite_number(match[2], match[0])
         if not 1 < scores[match[1]] < 100:
             raise UserError(f"{path}: {match[0].strip()}: is no score in percent, as the present hpsv2 prints it")
     return scores, {}
@@ -71,7 +71,7 @@ def _listed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
     for style, values in content.items():
         if style not in STYLES or not isinstance(values, list) or not values:
             raise UserError(f"{path}: key {style}: must be one of {', '.join(STYLES)} with a list of scores")
-        numbers = [number(value, f"{path}: key {style}") for value in values]
+        numbers = [finite_number(value, f"{path}: key {style}") for value in values]
         if not all(0 < value < 1 for value in numbers):
             raise UserError(f"{path}: key {style}: holds what is no score as hpsv2.score gives it, such as 0.27")
         scores[style], counts[style] = 100 * sum(numbers) / len(numbers), len(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +29,7 @@ class Scores(NamedTuple):
 
 
 class Suite:
-    """name: on the command line. pictures: of each prompt, as the suite asks for."""
+    """A benchmark whose pictures other programs judge. name: on the command line. pictures: of each prompt, as it asks for."""
 
     name: ClassVar[str]
     pictures: ClassVar[int] = 4
@@ -37,8 +38,8 @@ class Suite:
         """The prompts, of the suite's own file or folder. Raises UserError that names it."""
         raise NotImplementedError
 
-    def files(self, item: Item, number: int, pictures: int) -> dict[str, list[int]]:
-        """The picture files of the `number`-th prompt, relative to the folder, and which of its pictures each shows."""
+    def files(self, item: Item, index: int, pictures: int) -> dict[str, list[int]]:
+        """The picture files of the prompt at this index, relative to the folder, and which of its pictures each shows."""
         raise NotImplementedError
 
     def texts(self, item: Item) -> dict[str, str]:
@@ -73,12 +74,12 @@ def whole(items: list[Item], path: Path) -> list[Item]:
     return items
 
 
-def number(value: Any, where: str) -> float:
+def finite_number(value: Any, where: str) -> float:
     """A finite number, also where it is written as text."""
     try:
         found = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: {value!r} is not a number") from None
-    if found != found or found in (float("inf"), float("-inf")):
+    if not math.isfinite(found):
         raise UserError(f"{where}: {value!r} is not a finite number")
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nar_t2i.errors import UserError
-from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, number, read_text, whole
+from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, finite_number, read_text, whole
 from nar_t2i.files import read_json
 
 RESULT = "vqa_result.json"
@@ -35,8 +35,8 @@ class T2ICompBench(Suite):
             items.append(Item(prompt, f"{len(items):06d}"))
         return whole(items, path)
 
-    def files(self, item: Item, number: int, pictures: int) -> dict[str, list[int]]:
-        return {f"samples/{item.prompt}_{number * pictures + picture:06d}.png": [picture] for picture in range(pictures)}
+    def files(self, item: Item, index: int, pictures: int) -> dict[str, list[int]]:
+        return {f"samples/{item.prompt}_{index * pictures + picture:06d}.png": [picture] for picture in range(pictures)}
 
     def ingest(self, path: Path) -> Scores:
         # What a program notes of one noun phrase at a time lies deeper, in annotation1_blip/VQA/result.
@@ -48,7 +48,7 @@ class T2ICompBench(Suite):
             rows = read_json(file)
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "answer" in row for row in rows):
                 raise UserError(f"{file}: must be a list of objects with a key 'answer'")
-            answers = [number(row["answer"], f"{file}: question {row.get('question_id', i)}") for i, row in enumerate(rows)]
+            answers = [finite_number(row["answer"], f"{file}: question {row.get('question_id', i)}") for i, row in enumerate(rows)]
             scores[name], counts[name] = sum(answers) / len(answers), len(answers)
         if not scores:
             raise UserError(f"{path}: holds no annotation_*/{RESULT}")

@@ -10,13 +10,15 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from nar_t2i.pixels import to_arrays
+
 
 def rows_of(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """(n, 3, H, W) uint8 → one picture, in rows of `columns`."""
     n, _, height, width = images.shape
     rows = -(-n // columns)
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+    for index, image in enumerate(to_arrays(images)):
         y, x = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         canvas[y : y + height, x : x + width] = image
     return Image.fromarray(canvas)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.ranks import Ranks
-from nar_t2i.files import read_json
+from nar_t2i.files import read_json, whole_folder
 from nar_t2i.folders import CONFIG, folder_hash
 from nar_t2i.hashing import file_hash
+from nar_t2i.training import checkpoints
+from nar_t2i.training.export import export, find_checkpoint
 
 WEIGHTS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 
@@ -36,9 +37,6 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
             raise UserError(f"--weights {weights}: {path} is a model folder, which holds one kind; name its run or a checkpoint")
         identity = group.agreed(folder_hash(path) if group.first else "")
         return [Opened("model", path, identity, {"hash": identity})]
-    from nar_t2i.training import checkpoints
-    from nar_t2i.training.export import export, find_checkpoint
-
     # One for all: another may be saved while the ranks look.
     checkpoint = group.agreed(group.together(lambda: find_checkpoint(path) if group.first else None))
 
@@ -53,18 +51,16 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
     opened = []
     for name in WEIGHTS[weights or "ema"]:
         folder = work / f"model-{name}-{identity[:12]}"
-
-        def write(folder: Path = folder, averaged: bool = name == "ema") -> None:
-            if not folder.exists():
-                beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-                try:
-                    export(checkpoint, beside, averaged, exactly=True)
-                    if "class_path" in read_json(beside / CONFIG):
-                        raise UserError(f"{path}: trains a part alone, which draws no pictures; name a generator's run or model")
-                    beside.rename(folder)
-                finally:
-                    shutil.rmtree(beside, ignore_errors=True)
-
-        group.on_first(write)
+        group.on_first(partial(_write, checkpoint, folder, averaged=name == "ema", path=path))
         opened.append(Opened(name, folder, identity, {**facts, "hash": identity}))
     return opened
+
+
+def _write(checkpoint: Path, folder: Path, averaged: bool, path: Path) -> None:
+    """A checkpoint's model, unless it is there. UserError where what trains at `path` is no generator."""
+    if folder.exists():
+        return
+    with whole_folder(folder) as beside:
+        export(checkpoint, beside, averaged, exactly=True)
+        if "class_path" in read_json(beside / CONFIG):
+            raise UserError(f"{path}: trains a part alone, which draws no pictures; name a generator's run or model")
