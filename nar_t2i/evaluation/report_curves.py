@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ CHARTS = (
     ("Memory, GiB", ("memory_gib",)),
 )
 COLORS = ("#2f6fde", "#d9622b", "#12805c")
+LARGEST = 1e300  # matplotlib's axes overflow beyond
 SMOOTHED_FROM = 60  # points; fewer are drawn as they are
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -59,7 +59,7 @@ def _number(text: object) -> float | None:
         value = float(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None  # no number is not
 
 
 def charts(curves: dict[str, Curve]) -> Markup | None:

@@ -23,6 +23,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 8px 0 4px; overflow-wrap: anywhere; }
+h2, h3, p, summary { overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 40px 0 12px; }
 h3 { font-size: 1rem; margin: 20px 0 8px; color: var(--soft); font-weight: 600; }
 p, .note { margin: 4px 0 12px; color: var(--soft); max-width: 75ch; }

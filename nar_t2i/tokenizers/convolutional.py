@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_t2i.errors import UserError
 from nar_t2i.networks.attention import attend
 
 GROUPS = 16  # of every GroupNorm
@@ -108,6 +109,12 @@ class LocalEncoder(nn.Module):
         return self.out(x)
 
 
+def largest(difference: Tensor) -> Tensor:
+    """(B, 3, f · f, h, w) colours → (B, 3, 1, h, w), the longest of each patch."""
+    farthest = difference.square().sum(1).argmax(1)[:, None, None].expand(-1, 3, -1, -1, -1)
+    return difference.gather(2, farthest)
+
+
 class PatternEncoder(LocalEncoder):
     """A LocalEncoder that sees the pattern of a patch that has one, and the colour of a plain one.
 
@@ -130,8 +137,7 @@ class PatternEncoder(LocalEncoder):
         x = patches.float().unflatten(1, (3, -1))  # (B, 3, f · f, h, w)
         mean = x.mean(2)
         difference = x - mean.unsqueeze(2)
-        farthest = difference.square().sum(1).argmax(1)[:, None, None].expand(-1, 3, -1, -1, -1)
-        main = difference.gather(2, farthest)  # (B, 3, 1, h, w)
+        main = largest(difference)
         contrast = main.norm(dim=1)
         pattern = (difference * main).sum(1) / (contrast.square() + 1e-4)
         share = contrast / (contrast + self.CONTRAST)
@@ -149,12 +155,16 @@ class OutlineEncoder(PatternEncoder):
 
     SPECK = 6
 
+    def __init__(self, downsampling: int, channels: int, blocks: int, width: int):
+        if downsampling**2 < self.SPECK:
+            raise UserError(f"VQGAN: encoder outline needs {self.SPECK} pixels a token or more, not {downsampling**2}")
+        super().__init__(downsampling, channels, blocks, width)
+
     def describe(self, patches: Tensor) -> Tensor:
         x = patches.float().unflatten(1, (3, -1))  # (B, 3, f · f, h, w)
         mean, median = x.mean(2, keepdim=True), x.median(2, keepdim=True).values
         difference = x - mean
-        farthest = difference.square().sum(1).argmax(1)[:, None, None].expand(-1, 3, -1, -1, -1)
-        main = difference.gather(2, farthest)  # (B, 3, 1, h, w)
+        main = largest(difference)
         pattern = (difference * main).sum(1) / (main.square().sum(1) + 1e-4)
         contrast = (x - median).square().sum(1).topk(self.SPECK, dim=1).values[:, -1:]  # r²
         share = contrast / (contrast + self.CONTRAST**2)

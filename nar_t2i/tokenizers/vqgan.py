@@ -14,6 +14,9 @@ from nar_t2i.tokenizers.convolutional import Decoder, Encoder, LocalEncoder, Out
 from nar_t2i.tokenizers.quantizers import Quantized, VectorQuantizer
 from nar_t2i.types import Condition, Encoded, TokenCodec, TokenSpec
 
+# Encoders that see a token's own pixels alone, by their names in recipes.
+LOCAL_ENCODERS = {"local": LocalEncoder, "pattern": PatternEncoder, "outline": OutlineEncoder}
+
 
 class Reconstruction(NamedTuple):
     """images: (B, 3, H, W). quantized: of the latents (B, h, w, D)."""
@@ -56,12 +59,7 @@ class VQGAN(TokenCodec):
         if encoder == "convolutional":
             self.encoder: nn.Module = Encoder(channels, encoder_blocks, patch, width, attention)
         else:
-            if encoder == "outline" and self.downsampling**2 < OutlineEncoder.SPECK:
-                raise UserError(
-                    f"VQGAN: encoder outline needs {OutlineEncoder.SPECK} pixels a token or more, not {self.downsampling**2}"
-                )
-            kinds = {"local": LocalEncoder, "pattern": PatternEncoder, "outline": OutlineEncoder}
-            self.encoder = kinds[encoder](self.downsampling, channels[-1], encoder_blocks, width)
+            self.encoder = LOCAL_ENCODERS[encoder](self.downsampling, channels[-1], encoder_blocks, width)
         self.decoder = Decoder(channels, blocks, patch, self.quantizer.width, attention)
         self.to(memory_format=torch.channels_last)
 

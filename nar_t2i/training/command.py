@@ -91,15 +91,7 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
     _check_verb(subcommand, cli)
-    # A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds.
-    if cli.config.init_from and (checkpoint is None or has_frozen(cli.model)):
-        report = load_weights(cli.model, cli.config.init_from)
-        check_frozen(cli.model, report)
-        check_vocabulary(cli.model, report)
-        if checkpoint is None:
-            print(report, file=sys.stderr)
-    else:
-        check_frozen(cli.model, None)
+    _start_weights(cli, goes_on=checkpoint is not None)
     arguments: dict[str, Any] = {"datamodule": cli.datamodule, "ckpt_path": checkpoint, "weights_only": True}
     if subcommand == "predict":
         arguments["return_predictions"] = False
@@ -111,20 +103,36 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
-        status = cli.signals.status
-        wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
-        if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
-            Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
-        how = (
-            "the same command"
-            if cli.config.ckpt_path is None
-            else f"the same command with --ckpt_path=null, not {cli.config.ckpt_path},"
-        )
-        print(f"nar-t2i: {cli.signals.meaning}; {how} goes on from the checkpoint in {cli.config.run_dir}", file=sys.stderr)
-        return status
+        return _interrupted(cli)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def _start_weights(cli: RecipeCLI, goes_on: bool) -> None:
+    """Those of `init_from`. A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds."""
+    if not cli.config.init_from or (goes_on and not has_frozen(cli.model)):
+        check_frozen(cli.model, None)
+        return
+    report = load_weights(cli.model, cli.config.init_from)
+    check_frozen(cli.model, report)
+    check_vocabulary(cli.model, report)
+    if not goes_on:
+        print(report, file=sys.stderr)
+
+
+def _interrupted(cli: RecipeCLI) -> int:
+    """The exit status of a run that was told to end and has saved itself; says how it goes on."""
+    status, config = cli.signals.status, cli.config
+    wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
+    if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
+        Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
+    without = f" with --ckpt_path=null, not {config.ckpt_path}," if config.ckpt_path is not None else ""
+    print(
+        f"nar-t2i: {cli.signals.meaning}; the same command{without} goes on from the checkpoint in {config.run_dir}",
+        file=sys.stderr,
+    )
+    return status
 
 
 def _check_verb(subcommand: str, cli: RecipeCLI) -> None:
@@ -285,11 +293,15 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
     ours = str((recipe.config.get("model") or {}).get("class_path", "")).startswith("nar_t2i.")
     if isinstance(trainer, dict):
-        for key, instead in (
-            ("accumulate_grad_batches", "follows from data.init_args.global_batch_size and micro_batch_size; set these"),
-            ("gradient_clip_val", "is the module's: set model.init_args.optimizer.clip_norm"),
+        for key, harmless, instead in (
+            (
+                "accumulate_grad_batches",
+                (None, 1),
+                "follows from data.init_args.global_batch_size and micro_batch_size; set these",
+            ),
+            ("gradient_clip_val", (None,), "is the module's: set model.init_args.optimizer.clip_norm"),
         ):
-            if ours and trainer.get(key) not in (None, 1 if key == "accumulate_grad_batches" else None):
+            if ours and trainer.get(key) not in harmless:
                 raise recipe.error(f"trainer.{key}", instead)
         if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
             trainer.setdefault("check_val_every_n_epoch", None)

@@ -40,6 +40,7 @@ def test_the_report_of_a_quickstart(quickstart, browser):  # noqa: F811
 @pytest.mark.parametrize("width", [390, 1200])
 def test_it_fits_a_phone_and_a_desk(quickstart, browser, width):  # noqa: F811
     assert not browser.open(write_report(quickstart), width).overflows
+    assert not browser.open(write_report(quickstart.rename(quickstart.with_name("n" * 80))), width).overflows
 
 
 def test_the_table_of_several(quickstart, browser, tmp_path):  # noqa: F811

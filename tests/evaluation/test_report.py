@@ -305,7 +305,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, folder: str, capsys: p
 
 def test_curves_skip_what_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_text("step,epoch,loss,empty\n1,0,nan,\n2,0,0.5,\n3,0,inf,\nx,0,1,\n4,0,word,\n")
+    path.write_text("step,epoch,loss,empty\n1,0,nan,\n2,0,0.5,\n3,0,inf,\nx,0,1,\n4,0,word,\n5,0,1.7e308,\n")
     curves = read_curves(path)
     assert list(curves) == ["loss"]
     steps, values = curves["loss"]
