@@ -62,6 +62,7 @@ class ConfidenceOf(AmusedConfidence):
         self._ratios = mask_ratio("cosine", torch.arange(1, STEPS + 1, device=device) / STEPS).cpu()
 
     def ratios(self) -> Tensor:
+        """(STEPS,) shares of the tokens that stay masked after each step."""
         return self._ratios
 
 
@@ -90,14 +91,16 @@ class Amused:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights of both."""
         return self.unet.dtype
 
     def to(self, dtype: torch.dtype) -> None:
+        """Change the type of the weights of both, in place."""
         self.unet.to(dtype)
         self.network.to(dtype)
 
     def texts(self, batch: int) -> tuple[Condition, Condition]:
-        """Random states of prompts, and of the empty prompt beside each."""
+        """Random states of prompts, (batch, WORDS, width) and pooled (batch, width), and of the empty prompt beside each."""
         draw = torch.Generator().manual_seed(1)
         shapes = (2 * batch, WORDS, self.config.encoder_hidden_size), (2 * batch, self.config.cond_embed_dim)
         states, pooled = (torch.randn(shape, generator=draw).to(self.device, self.dtype) for shape in shapes)
@@ -105,7 +108,7 @@ class Amused:
         return tuple(Condition((states[rows],), (mask,), pooled[rows]) for rows in (slice(batch), slice(batch, None)))
 
     def state(self, batch: int) -> TokenState:
-        """Tokens of which a bit more than half are masked, the same for both rows of an image."""
+        """(batch, N) tokens of which a bit more than half are masked, the same for both rows of an image."""
         draw, shape = torch.Generator().manual_seed(2), (batch, self.config.sample_size**2)
         values, masked = torch.randint(self.config.codebook_size, shape, generator=draw), torch.rand(shape, generator=draw) < 0.6
         return TokenState(values.to(self.device), masked.to(self.device))
@@ -141,9 +144,11 @@ class Amused:
         return images.flatten(1)
 
     def ours(self, texts: tuple[Condition, Condition], noise: Noise) -> Decoded:
+        """(B, N) tokens of our network and decoder, drawn by `noise`."""
         return self.inference.decode(self.network, *texts, noise, self.guidance)
 
     def noise(self, batch: int) -> Noise:
+        """Of the samples 0 to batch − 1."""
         return Noise(0, torch.arange(batch, device=self.device))
 
 

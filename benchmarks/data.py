@@ -20,7 +20,6 @@ within a round. Every side must give the same samples once an epoch, keys, capti
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import tempfile
@@ -40,6 +39,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import results
+from benchmarks.small import SMALL_BERT
+from benchmarks.timing import line
 from nar_t2i import recipe
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
@@ -52,15 +53,14 @@ from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.text import BertTextEncoder
 from nar_t2i.types import Condition
 
-THIN = {
-    "channels": [16],
-    "patch": 8,
-    "blocks": 1,
-    "attention": False,
-}  # what the tokenizer says does not matter here, only how much
+# What the tokenizer says does not matter here, only how much.
+THIN = {"channels": [16], "patch": 8, "blocks": 1, "attention": False}
 CODES = 1024  # two bytes a token, as the recipe's 8,192
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+
+
+# The sides of ours that those of a group are compared with.
+OURS = {"images": ("cached", "shards"), "tokens": ("cached",), "states": ("cached, states",)}
 
 
 class Samples(NamedTuple):
@@ -81,7 +81,7 @@ class Side(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="64 pixels a side, for a few seconds")
     parser.add_argument("--samples", type=results.positive, help="default: 1024, or 256 with --small")
     parser.add_argument("--batch-size", type=results.positive, default=32)
@@ -101,7 +101,7 @@ def main() -> int:
         results.write(parsed.out, rows, samples=samples, batch_size=parsed.batch_size, rounds=parsed.rounds,
                       pixels=material.codec.image_size, tokens=material.codec.spec.length)  # fmt: skip
     for row in rows:
-        print(", ".join(f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(line(row))
     return 0
 
 
@@ -110,11 +110,11 @@ class Material:
 
     def __init__(self, folder: Path, samples: int, batch_size: int, small: bool):
         self.folder, self.batch_size = folder, batch_size
-        described = recipe.load("emage/tokenizer").config["model"]["init_args"]["codec"]
-        described["init_args"].update(THIN | ({"image_size": 64} if small else {}))
-        described["init_args"]["quantizer"]["init_args"]["codes"] = CODES
+        codec = recipe.load("emage/tokenizer").config["model"]["init_args"]["codec"]
+        codec["init_args"].update(THIN | ({"image_size": 64} if small else {}))
+        codec["init_args"]["quantizer"]["init_args"]["codes"] = CODES
         torch.manual_seed(0)
-        self.codec = build(described).eval()
+        self.codec = build(codec).eval()
         # One caption a picture: of several, training draws one.
         scenes = RenderedScenes(count=samples, image_size=self.codec.image_size, captions=1)
         write_source(scenes, folder / "shards", samples_per_shard=-(-samples // 4))
@@ -136,7 +136,7 @@ class Material:
         return BertTextEncoder(str(folder))
 
     def write_files(self) -> None:
-        """As a picture and a text each."""
+        """Every sample as a picture and a text."""
         (self.folder / "files").mkdir()
         for key, caption, images, _ in _rows(self.shards(0), self.count):
             Image.fromarray(images.permute(1, 2, 0).numpy()).save(self.folder / "files" / f"{key}.png")
@@ -145,21 +145,25 @@ class Material:
     def write_arrays(self) -> None:
         """As tars of .npy members, as many of them as shards: tokens as small as in the cache, states as they are stored."""
         smallest, tars = np.min_scalar_type(self.codec.spec.size - 1), len(self.tars)
-        for name, side in (("arrays", self.cached), ("state-arrays", self.cached_states)):
+        for name, batches in (("arrays", self.cached(0)), ("state-arrays", self.cached_states(0))):
             (self.folder / name).mkdir()
-            rows = _rows(side(0), self.count)
+            rows = _rows(batches, self.count)
             for tar in range(tars):
                 with webdataset.TarWriter(str(self.folder / name / f"{tar:05d}.tar")) as writer:
                     for key, caption, tokens, states in itertools.islice(rows, -(-self.count // tars)):
-                        member = {"__key__": key, "txt": caption, "tokens.npy": tokens.numpy().astype(smallest)}
-                        writer.write(member | ({} if states is None else {"states.npy": states.numpy()}))
+                        members = {"__key__": key, "txt": caption, "tokens.npy": tokens.numpy().astype(smallest)}
+                        if states is not None:
+                            members["states.npy"] = states.numpy()
+                        writer.write(members)
 
     @property
     def tars(self) -> list[str]:
+        """The shards' paths, in order."""
         return sorted(map(str, (self.folder / "shards").glob("*.tar")))
 
     @property
     def count(self) -> int:
+        """Samples."""
         return len(self.ours(False, False).source("train"))
 
     def bytes_a_sample(self, side: str) -> float:
@@ -175,9 +179,8 @@ class Material:
         }.get(side, [shards])
         return sum(path.stat().st_size for folder, end in read for path in (self.folder / folder).glob(f"*{end}")) / self.count
 
-    # The sides
-
     def sides(self) -> dict[str, Side]:
+        """By the names that the module's docstring explains; the first of each group is what the others must agree with."""
         return {
             "shards": Side("images", self.shards),
             "webdataset, images": Side("images", self.webdataset_images),
@@ -191,38 +194,46 @@ class Material:
         }
 
     def ours(self, cached: bool, states: bool, workers: int = 0) -> CaptionedImages:
+        """The package's own reader. cached: tokens instead of images. states: of a cache as well. workers: processes."""
         return CaptionedImages(
             train=str(self.folder / "shards"), image_size=self.codec.image_size, global_batch_size=self.batch_size, workers=workers,
             cache=str(self.folder / "tokens") if cached else None, text_cache=str(self.folder / "states") if states else None,
         )  # fmt: skip
 
     def shards(self, workers: int) -> Iterator[Samples]:
+        """The side of this name, without end, read by so many processes; so are those below."""
         for batch in self.ours(False, False, workers).train_dataloader():
             yield Samples(batch.keys, batch.captions, batch.images)
 
     def cached(self, workers: int) -> Iterator[Samples]:
+        """The side of this name."""
         for batch in self.ours(True, False, workers).train_dataloader():
             yield Samples(batch.keys, batch.captions, batch.tokens)
 
     def cached_states(self, workers: int) -> Iterator[Samples]:
+        """The side "cached, states"."""
         for batch in self.ours(True, True, workers).train_dataloader():
             yield Samples(batch.keys, batch.captions, batch.tokens, _first_stream(batch.condition))
 
     @torch.no_grad()
     def encoded(self, workers: int) -> Iterator[Samples]:
+        """The side "encoded anew"."""
         for keys, captions, images, _ in self.shards(workers):
             yield Samples(keys, captions, self.codec.encode(to_float(images)).tokens)
 
     @torch.no_grad()
     def encoded_states(self, workers: int) -> Iterator[Samples]:
+        """The side "encoded anew, states"."""
         for keys, captions, tokens, _ in self.cached(workers):
             yield Samples(keys, captions, tokens, _first_stream(self.text(captions)))
 
     def webdataset_images(self, workers: int) -> Iterator[Samples]:
+        """The side "webdataset, images"."""
         for keys, captions, images in self.webdataset(self.tars, "rgb8", ("png",), workers):
             yield Samples(keys, captions, images[0].permute(0, 3, 1, 2).contiguous())
 
     def webdataset_arrays(self, folder: str, workers: int) -> Iterator[Samples]:
+        """The sides "webdataset, arrays" and "webdataset, states", by the folder that holds them."""
         members = ("tokens.npy",) if folder == "arrays" else ("tokens.npy", "states.npy")
         tars = sorted(map(str, (self.folder / folder).glob("*.tar")))
         for keys, captions, (tokens, *states) in self.webdataset(tars, None, members, workers):
@@ -237,6 +248,7 @@ class Material:
         return iter(webdataset.WebLoader(batches, num_workers=workers, batch_size=None))
 
     def files(self, workers: int) -> Iterator[Samples]:
+        """The side of this name."""
         data = Files(self.folder / "files")
         turns = (torch.randperm(len(data)).view(-1, self.batch_size).tolist() for _ in itertools.count())
         order = itertools.chain.from_iterable(turns)
@@ -259,7 +271,7 @@ class Files(Dataset):
 
 
 def measure(sides: dict[str, Side], count: int, workers: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """A row a side and number of workers. UserError where sides of a group differ."""
+    """A row a side and number of workers. seconds: of each side in each round. UserError where sides of a group differ."""
     agree(sides, count)
     rows = []
     for number in workers:
@@ -267,12 +279,13 @@ def measure(sides: dict[str, Side], count: int, workers: list[int], rounds: int,
         for _ in range(rounds):
             for name, side in sides.items():
                 rates[name].append(rate(side.batches(number), seconds))
-        for name, found in rates.items():
-            row = {"side": name, "workers": number, "samples_per_second": median(found)}
-            for own in ("cached, states" if sides[name].group == "states" else "cached", "shards"):
-                if own in rates and own != name and (own != "shards" or sides[name].group == "images"):
-                    ratios = [a / b for a, b in zip(rates[own], found, strict=True)]
-                    row |= {f"{own.split(',')[0]}_over_this": median(ratios), f"{own.split(',')[0]}_over_this_lowest": min(ratios)}
+        for name, of_rounds in rates.items():
+            row = {"side": name, "workers": number, "samples_per_second": median(of_rounds)}
+            for own in OURS[sides[name].group]:
+                if own in rates and own != name:
+                    ratios = [a / b for a, b in zip(rates[own], of_rounds, strict=True)]
+                    short = own.removesuffix(", states")
+                    row |= {f"{short}_over_this": median(ratios), f"{short}_over_this_lowest": min(ratios)}
             rows.append(row)
     return rows
 
@@ -283,7 +296,8 @@ def rate(batches: Iterator[Samples], seconds: float) -> float:
     start, samples = time.perf_counter(), 0
     while (taken := time.perf_counter() - start) < seconds or not samples:
         samples += len(next(batches).keys)
-    batches.close() if hasattr(batches, "close") else None
+    if hasattr(batches, "close"):
+        batches.close()
     return samples / taken
 
 
@@ -293,31 +307,32 @@ def agree(sides: dict[str, Side], count: int) -> None:
     for name, side in sides.items():
         epoch = list(itertools.islice(_rows(side.batches(0), count), count))
         keys = Counter(row[0] for row in epoch)
-        found = {key: (caption, content, states) for key, caption, content, states in epoch}
-        other, expected = first.setdefault(side.group, (name, found))
+        samples = {key: (caption, content, states) for key, caption, content, states in epoch}
+        other, expected = first.setdefault(side.group, (name, samples))
         if set(keys) != set(expected) or max(keys.values()) != 1:
             raise UserError(f"{name} gives other samples than {other}: {len(set(keys) ^ set(expected))} differ, "
                             f"{sum(n > 1 for n in keys.values())} come more than once")  # fmt: skip
-        for key, (caption, content, states) in found.items():
+        for key, (caption, content, states) in samples.items():
             if caption != expected[key][0]:
                 raise UserError(f"{name} gives sample {key} another caption than {other}: {caption!r}, not {expected[key][0]!r}")
             if side.exact and (_hash(content) != _hash(expected[key][1]) or _hash(states) != _hash(expected[key][2])):
                 raise UserError(f"{name} gives sample {key} another content than {other}")
         if not side.exact:
-            _agree_closely(name, other, found, expected)
+            _agree_closely(name, other, samples, expected)
 
 
-def _agree_closely(name: str, other: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _agree_closely(name: str, other: str, samples: dict[str, Any], expected: dict[str, Any]) -> None:
     """What is computed anew is rounded otherwise in another batch: a code in a thousand, and a hundredth in states (float16)."""
-    differing = np.mean([(found[key][1] != expected[key][1]).double().mean().item() for key in found])
-    if differing > 1e-3:
-        raise UserError(f"{name} gives other tokens than {other}: {differing:.1%} of them")
-    off = max(
-        ((found[key][2].float() - expected[key][2].float()).abs().max().item() for key in found if found[key][2] is not None),
-        default=0.0,
-    )
-    if off > 2e-2:
-        raise UserError(f"{name} gives other states than {other}: {off:.3f} apart")
+    shares, distances = [], [0.0]
+    for key, (_, tokens, states) in samples.items():
+        _, expected_tokens, expected_states = expected[key]
+        shares.append((tokens != expected_tokens).double().mean().item())
+        if states is not None:
+            distances.append((states.float() - expected_states.float()).abs().max().item())
+    if (share := np.mean(shares)) > 1e-3:
+        raise UserError(f"{name} gives other tokens than {other}: {share:.1%} of them")
+    if max(distances) > 2e-2:
+        raise UserError(f"{name} gives other states than {other}: {max(distances):.3f} apart")
 
 
 def _rows(batches: Iterator[Samples], count: int) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
@@ -328,11 +343,10 @@ def _rows(batches: Iterator[Samples], count: int) -> Iterator[tuple[str, str, Te
 
 
 def _hash(tensor: Tensor | None) -> str:
-    return (
-        ""
-        if tensor is None
-        else hashlib.sha256(tensor.contiguous().numpy().tobytes() + str((tensor.dtype, tensor.shape)).encode()).hexdigest()
-    )
+    """Of values, type and shape; "" of none."""
+    if tensor is None:
+        return ""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes() + str((tensor.dtype, tensor.shape)).encode()).hexdigest()
 
 
 def _first_stream(condition: Condition) -> tuple[Tensor, Tensor]:
@@ -351,11 +365,8 @@ def _together(rows: list[tuple[Any, ...]]) -> tuple[list[str], list[str], list[A
     first = np.stack(members[0])
     # Codes become int64 here, as in our workers, by NumPy: torch takes many times longer.
     first = first.astype(np.int64) if first.dtype == np.uint16 else first
-    return (
-        list(keys),
-        list(captions),
-        [torch.from_numpy(first), *(_padded([torch.from_numpy(x) for x in states]) for states in members[1:])],
-    )
+    padded = [_padded([torch.from_numpy(x) for x in states]) for states in members[1:]]
+    return list(keys), list(captions), [torch.from_numpy(first), *padded]
 
 
 def _collated(rows: list[tuple[str, str, np.ndarray]]) -> Samples:

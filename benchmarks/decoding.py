@@ -14,18 +14,19 @@ those of other libraries.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from benchmarks.results import positive, program, whole
-from benchmarks.timing import DTYPES, Budget, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
+from benchmarks import results
+from benchmarks.small import SMALL_BERT, SMALL_CODEC, device_for
+from benchmarks.timing import DTYPES, Budget, Call, Clock, Roofline, Run, compiled, line, share, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device, operation_counter
+from nar_t2i.hardware import operation_counter
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.noise import Noise
 from nar_t2i.parts import build
@@ -36,44 +37,41 @@ from nar_t2i.types import Condition, Decoded, InferenceStrategy, TokenNetwork, T
 PARALLEL, TWIN = "emage/346m-256", "emage/ar-346m-256"
 WORDS = 32
 SMALL = {"width": 256, "depth": 4, "heads": 4}
-SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-SMALL_CODEC = {"image_size": 64, "channels": [16, 16, 16], "blocks": 1}
 SMALL_CODES = 1024
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="images at once; default: 1 16")
+    parser.add_argument("--batch", type=results.positive, nargs="+", default=[1, 16], help="images at once; default: 1 16")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
-    parser.add_argument("--repeats", type=positive, default=20, help="warm calls of each part; default: 20")
-    parser.add_argument("--twin-repeats", type=whole, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5")
-    parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
+    parser.add_argument("--repeats", type=results.positive, default=20, help="warm calls of each part; default: 20")
     parser.add_argument(
-        "--floors",
-        type=float,
-        nargs=2,
-        metavar=("TFLOPS", "GB_S"),
-        help="measure nothing: print the floors of a GPU with these rates",
+        "--twin-repeats", type=results.whole, default=5, help="of the autoregressive twin, 0 = leave it out; default: 5"
     )
+    parser.add_argument("--compile", action="store_true", help="the parallel network's blocks with torch.compile")
+    parser.add_argument("--floors", type=float, nargs=2, metavar=("TFLOPS", "GB_S"),
+                        help="measure nothing: print the floors of a GPU with these rates")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/decoding.json")
     parsed = parser.parse_args()
     if parsed.floors:
         return print_floors(*parsed.floors, parsed.batch)
-    device, budget = best_device(), Budget(parsed.minutes)
-    if device.type != "cuda" and not parsed.small:
-        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
-    run = Run(Roofline(device), budget, parsed.out)
+    run = Run(Roofline(device_for(full_size=not parsed.small)), Budget(parsed.minutes), parsed.out)
     run.save()
     bench = Bench(run.roofline, parsed.small, parsed.compile, DTYPES[parsed.dtype])
     for batch in parsed.batch:
-        run.add(f"text encoder, batch {batch}", lambda: [bench.text(batch, parsed.repeats)])
-        run.add(f"image decoder, batch {batch}", lambda: [bench.image(batch, parsed.repeats)])
-        run.add(f"{PARALLEL}, batch {batch}", lambda: bench.decoding(PARALLEL, batch, parsed.repeats))
-        if parsed.twin_repeats:
-            run.add(f"{TWIN}, batch {batch}", lambda: bench.decoding(TWIN, batch, parsed.twin_repeats))
+        add_parts(run, bench, batch, parsed.repeats, parsed.twin_repeats)
     return run.finish()
+
+
+def add_parts(run: Run, bench: Bench, batch: int, repeats: int, twin_repeats: int) -> None:
+    """All that is measured of one batch; the twin is left out where it has no repeats."""
+    run.add(f"text encoder, batch {batch}", lambda: [bench.text(batch, repeats)])
+    run.add(f"image decoder, batch {batch}", lambda: [bench.image(batch, repeats)])
+    run.add(f"{PARALLEL}, batch {batch}", lambda: bench.decoding(PARALLEL, batch, repeats))
+    if twin_repeats:
+        run.add(f"{TWIN}, batch {batch}", lambda: bench.decoding(TWIN, batch, twin_repeats))
 
 
 def print_floors(tflops: float, gb_s: float, batches: list[int]) -> int:
@@ -97,6 +95,7 @@ class Given(Roofline):
         self.device, self.copy_rate, self._matrix_rate = torch.device("meta"), 1e9 * gb_s, 1e12 * tflops
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second, whatever the type."""
         return self._matrix_rate
 
 
@@ -118,27 +117,33 @@ class Bench:
         self.null = self.place(NullCaption((config.hidden_size,)))
 
     def place(self, module: Any) -> Any:
+        """The module on the device and in the type that are measured, for inference."""
         return module.to(self.device, self.dtype).eval().requires_grad_(False)
 
     def sizes(self, described: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a network that a recipe describes, in small where that is asked for."""
         return {**described["init_args"], **(SMALL if self.small else {})}
 
     def network(self, described: dict[str, Any]) -> TokenNetwork:
+        """With random weights, ready to be measured."""
         torch.manual_seed(0)
         network = self.built(described)
         torch.nn.init.normal_(network.head.logits.weight, std=0.02)  # which starts at zero: all codes alike
         return self.place(network)
 
     def built(self, described: dict[str, Any], spec: TokenSpec | None = None) -> TokenNetwork:
+        """On torch's default device, as it is before training. spec: default: the codec's."""
         spec_and_text = {"spec": spec or self.spec, "text_widths": (self.bert.config.hidden_size,)}
         return build({"class_path": described["class_path"], "init_args": self.sizes(described) | spec_and_text})
 
     def condition(self, batch: int) -> Condition:
+        """(batch, WORDS, width) states of as many captions without padding."""
         words = torch.arange(batch * WORDS, device=self.device).view(batch, WORDS) % self.bert.config.vocab_size
         mask = torch.ones(batch, WORDS, dtype=torch.bool, device=self.device)
         return Condition((self.bert(words, mask.long()).last_hidden_state,), (mask,))
 
-    def told(self, batch: int) -> tuple[Condition, Condition]:
+    def conditions(self, batch: int) -> tuple[Condition, Condition]:
+        """That of the captions, and that of the null caption."""
         condition = self.condition(batch)
         return condition, self.null(condition)
 
@@ -148,7 +153,7 @@ class Bench:
         model = recipe.load(name).config["model"]["init_args"]
         network, guidance = self.network(model["network"]), Guidance(**model["guidance"])
         inference: InferenceStrategy = build({"init_args": {}, **model["inference"]})
-        condition, null = self.told(batch)
+        condition, null = self.conditions(batch)
         noise = Noise(0, torch.arange(batch, device=self.device))
         graphs, arguments = Graphs(), (inference, network, condition, null, noise, guidance)
         drawn: list[Decoded] = []
@@ -171,22 +176,22 @@ class Bench:
                 known["launched"] = "as a graph"
 
                 def from_text() -> Decoded:
-                    return graphs.decode(inference, network, *self.told(batch), noise, guidance)
+                    return graphs.decode(inference, network, *self.conditions(batch), noise, guidance)
 
                 yield known | self.part(f"{name}, from the text", batch, repeats, from_text)
-                yield known | self.part(
-                    f"{name}, from the text to the image", batch, repeats, lambda: self.codec.decode(from_text().tokens)
-                )
+
+                def to_image() -> Tensor:
+                    return self.codec.decode(from_text().tokens)
+
+                yield known | self.part(f"{name}, from the text to the image", batch, repeats, to_image)
 
     def floor(self, name: str, batch: int, network: TokenNetwork) -> dict[str, float]:
         """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for
         those that prepare the text, which are read once, and for tables, of which a row is looked up here and there.
         """
         model = recipe.load(name).config["model"]["init_args"]
-        sizes, passes = (
-            self.sizes(model["network"]),
-            self.spec.length if network.causal else model["inference"]["init_args"]["steps"],
-        )
+        sizes = self.sizes(model["network"])
+        passes = self.spec.length if network.causal else model["inference"]["init_args"]["steps"]
         if name not in self._operations:
             self._operations[name] = self.operations(model, network.causal)
         of_text = weight_bytes(network.text, *(block.cross_attention.kv for block in network.blocks))
@@ -208,6 +213,7 @@ class Bench:
 
     @torch.no_grad()
     def counted(self, model: dict[str, Any], spec: TokenSpec) -> float:
+        """Operations of a decoding of one image of that many tokens, by torch's counter."""
         meta = torch.device("meta")
         with meta:
             network = self.built(model["network"], spec).to(self.dtype)
@@ -221,22 +227,25 @@ class Bench:
 
     @torch.no_grad()
     def text(self, batch: int, repeats: int) -> dict[str, Any]:
+        """The row of the text encoder."""
         return self.part("text encoder", batch, repeats, lambda: self.condition(batch))
 
     @torch.no_grad()
     def image(self, batch: int, repeats: int) -> dict[str, Any]:
+        """The row of the image decoder, of tokens that are all alike."""
         tokens = self.spec.blank(batch, self.device)
         return self.part("image decoder", batch, repeats, lambda: self.codec.decode(tokens))
 
     def part(self, name: str, batch: int, repeats: int, run: Callable[[], Any]) -> dict[str, Any]:
-        return {"system": name, "batch": batch, "dtype": short(self.dtype)} | self.timed(
-            run, repeats, self.clock.once(run), None, batch
-        )
+        """A row without a floor."""
+        known = {"system": name, "batch": batch, "dtype": short(self.dtype)}
+        return known | self.timed(run, repeats, self.clock.once(run), None, batch)
 
-    def timed(self, run: Callable[[], Any], repeats: int, cold: Any, floor: dict[str, float] | None, batch: int) -> dict[str, Any]:
-        found = summary(cold, self.clock.warm({"": run}, repeats)[""])
-        found["images_per_s"] = 1000 * batch / found["p50_ms"]
-        return found | (self.roofline.rates(self.dtype) | share(floor, found) if floor else {})
+    def timed(self, run: Callable[[], Any], repeats: int, cold: Call, floor: dict[str, float] | None, batch: int) -> dict[str, Any]:
+        """What a row says of its times. cold: the first call, which has been."""
+        times = summary(cold, self.clock.warm({"": run}, repeats)[""])
+        times["images_per_s"] = 1000 * batch / times["p50_ms"]
+        return times | (self.roofline.rates(self.dtype) | share(floor, times) if floor else {})
 
 
 def recorded(
@@ -261,8 +270,9 @@ def cache_bytes(width: int, depth: int, length: int, rows: int, dtype: torch.dty
 
 
 def short(dtype: torch.dtype) -> str:
+    """Its name in DTYPES."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -9,8 +9,6 @@ Writes metrics.json and a grid of real, reconstructed and drawn pictures. All em
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.results import positive, program
+from benchmarks import results
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.retrieval import FeatureNetwork, retrieve, train_features
 from nar_t2i.files import write_json
@@ -34,11 +32,11 @@ SHOWN = {"train": 8, "held_out": 8, "unseen": 4}  # names on the grid, of each s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", default="docs/results/emoji")
-    parser.add_argument("--seen", type=positive, default=500, help="names seen in training that are drawn; default: 500")
-    parser.add_argument("--feature-steps", type=positive, default=1500)
+    parser.add_argument("--seen", type=results.positive, default=500, help="names seen in training that are drawn; default: 500")
+    parser.add_argument("--feature-steps", type=results.positive, default=1500)
     parsed = parser.parse_args()
     models = dict(model.split("=", 1) for model in parsed.models)
     emoji = read_emoji()
@@ -49,11 +47,12 @@ def main() -> int:
     if any(t2i.tokenizer.image_size != size for t2i in pipelines.values()):
         raise UserError("models that draw at different sizes do not compare")
     gallery = pictures(emoji, size)
-    network, number = train_features(gallery, parsed.feature_steps), {e.text: i for i, e in enumerate(emoji)}
+    network = train_features(gallery, parsed.feature_steps)
+    number = {e.text: i for i, e in enumerate(emoji)}
     own = {name: [number[e.text] for e in part] for name, part in splits.items()}
     metrics: dict[str, Any] = {
-        "command": "python benchmarks/emoji.py " + " ".join(sys.argv[1:]), "machine": describe_machine(), "size": size,
-        "gallery": len(emoji), "feature_steps": parsed.feature_steps, "models": {},
+        "command": results.command(), "machine": describe_machine(), "size": size, "gallery": len(emoji),
+        "feature_steps": parsed.feature_steps, "models": {},
     }  # fmt: skip
     rows = {}
     for name, t2i in pipelines.items():
@@ -69,21 +68,25 @@ def main() -> int:
 def score(
     t2i: TextToImage, splits: dict[str, list[Emoji]], own: dict[str, list[int]], gallery: Tensor, network: FeatureNetwork
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metrics of one model, and its pictures: `ceiling`, and those drawn for each split. Name i is drawn with seed i."""
-    found: dict[str, Any] = {}
+    """The metrics of one model by split, and its pictures, (n, 3, size, size) uint8: those drawn for each split, and under
+    "SPLIT reconstructed" what its tokenizer makes of the emoji themselves. Name i is drawn with seed i. own: the place in the
+    gallery of each emoji of a split. network: what pictures are compared by.
+    """
+    metrics: dict[str, Any] = {}
     drawn: dict[str, Tensor] = {}
     for split, part in splits.items():
         drawn[split] = t2i.sample([e.name for e in part]).images
-        found[split] = retrieve(network, drawn[split], gallery, own[split])._asdict()
-        found[split]["shuffled"] = retrieve(network, drawn[split], gallery, own[split][1:] + own[split][:1])._asdict()
+        metrics[split] = retrieve(network, drawn[split], gallery, own[split])._asdict()
+        metrics[split]["shuffled"] = retrieve(network, drawn[split], gallery, own[split][1:] + own[split][:1])._asdict()
         kept = reconstructed(t2i.tokenizer, gallery[own[split]])
-        found[split]["reconstructed"] = retrieve(network, kept, gallery, own[split])._asdict()
+        metrics[split]["reconstructed"] = retrieve(network, kept, gallery, own[split])._asdict()
         drawn[f"{split} reconstructed"] = kept
-    return found, drawn
+    return metrics, drawn
 
 
 @torch.no_grad()
 def reconstructed(codec: TokenCodec, images: Tensor) -> Tensor:
+    """(n, 3, size, size) uint8 images as the tokenizer gives them back."""
     return torch.cat([to_uint8(codec.decode(codec.encode(to_float(part)).tokens)) for part in images.split(64)])
 
 
@@ -101,12 +104,13 @@ def spread(part: list[Emoji], count: int) -> list[Emoji]:
 def grid(
     splits: dict[str, list[Emoji]], own: dict[str, list[int]], gallery: Tensor, rows: dict[str, dict[str, Tensor]]
 ) -> Image.Image:
-    """A row a name: the emoji, its reconstruction, and what each model drew."""
+    """A row a name: the emoji, its reconstruction by the first model's tokenizer, and what each model drew. own and rows: as
+    `score` takes and gives them, of each model."""
     images, captions = [], []
+    first = next(iter(rows.values()))
     for split, count in SHOWN.items():
         for emoji in spread(splits[split], count):
             at = splits[split].index(emoji)
-            first = next(iter(rows.values()))
             cells = [("", gallery[own[split][at]]), ("reconstructed", first[f"{split} reconstructed"][at])]
             cells += [(name, drawn[split][at]) for name, drawn in rows.items()]
             images += [Image.fromarray(image.permute(1, 2, 0).numpy()) for _, image in cells]
@@ -115,4 +119,4 @@ def grid(
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

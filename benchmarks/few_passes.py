@@ -11,8 +11,6 @@ one a prompt, are part of the result.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,18 +56,11 @@ OF_MACHINES = "the machine is that of the last call; seconds_an_image are of the
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--prompts", type=results.positive, default=167, help="a category, seen and held out; default: 167, 1,002 of each"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=list(ENTRIES),
-        choices=list(ENTRIES),
-        metavar="ENTRY",
-        help=f"of {'; '.join(ENTRIES)}; default: all",
-    )
+    parser = results.parser(__doc__)
+    parser.add_argument("--prompts", type=results.positive, default=167,
+                        help="a category, seen and held out; default: 167, 1,002 of each")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=list(ENTRIES), choices=list(ENTRIES), metavar="ENTRY",
+                        help=f"of {'; '.join(ENTRIES)}; default: all")  # fmt: skip
     parser.add_argument("--sets", nargs="+", default=["seen", "held_out"], choices=("seen", "held_out", "further"))
     parser.add_argument("--out", default="docs/results/few-passes", metavar="FOLDER")
     parsed = parser.parse_args()
@@ -81,9 +72,9 @@ def main() -> int:
         judge(name, parsed.prompts, parsed.sets, kept(out, name))
     files = {name: read_json(kept(out, name)) for name in ENTRIES if kept(out, name).exists()}
     judged = {name: entry for name, entry in files.items() if len(entry.get("seen", ())) == parsed.prompts * len(CATEGORIES)}
-    found = rows(judged) if judged else []
-    results.write(out / "few-passes.json", found, prompts_a_category=parsed.prompts, note=OF_MACHINES)
-    for row in found:
+    table = rows(judged)
+    results.write(out / "few-passes.json", table, prompts_a_category=parsed.prompts, note=OF_MACHINES)
+    for row in table:
         print(row)
     return 0
 
@@ -94,34 +85,44 @@ def kept(out: Path, name: str) -> Path:
 
 
 def judge(name: str, prompts_a_category: int, sets: Sequence[str], path: Path) -> None:
-    """Draw the prompts of the sets that are not there yet, and write what each picture was found to be, and a sheet. Ends where
-    those that are there are of other prompts, weights or settings."""
+    """Draw the prompts of the sets that are not there yet, and write what each picture was found to be, and a sheet. UserError
+    where those that are there are of other prompts, weights or settings."""
     folder, how = ENTRIES[name]
-    t2i, model = TextToImage.from_pretrained(folder or shipped_model()), recipe.load(how).config["model"]["init_args"]
+    t2i = TextToImage.from_pretrained(folder or shipped_model())
+    model = recipe.load(how).config["model"]["init_args"]
     t2i.inference, t2i.guidance = build(model["inference"]), Guidance(**model["guidance"])
     made_by = {"recipe": how, "prompts": prompts_a_category * len(CATEGORIES), "weights": weights_hash(t2i.network),
                "inference": model["inference"], "guidance": model["guidance"]}  # fmt: skip
-    found: dict[str, Any] = (
-        read_json(path) if path.exists() else {"made_by": made_by, "parameters": sum(p.numel() for p in t2i.network.parameters())}
-    )
-    if found["made_by"] != made_by:
-        sys.exit(f"{path}: was made by {found['made_by']}, and this is {made_by}; name another folder with --out, or delete it")
-    for which in (which for which in sets if which not in found):
-        prompts = further(prompts_a_category) if which == "further" else take(committed(which), prompts_a_category)
-        drawn = draw_prompts(
-            t2i, prompts, batch_size=64, bf16=fast_precision() != "32-true", workers=usable_cores(), name=f"{name}, {which}"
+    if path.exists():
+        entry: dict[str, Any] = read_json(path)
+    else:
+        entry = {"made_by": made_by, "parameters": sum(p.numel() for p in t2i.network.parameters())}
+    if entry["made_by"] != made_by:
+        raise UserError(
+            f"{path}: was made by {entry['made_by']}, and this is {made_by}; name another folder with --out, or delete it"
         )
-        found[which] = [int(right) for right in verdicts(drawn.images, prompts, usable_cores())]
-        for key, value in (("passes", drawn.passes), ("rows", drawn.rows), ("seconds_an_image", drawn.seconds / len(prompts))):
-            found.setdefault(key, value)  # the time is of the machine that drew the first set
+    bf16, cores = fast_precision() != "32-true", usable_cores()
+    for which in sets:
+        if which in entry:
+            continue
+        prompts = further(prompts_a_category) if which == "further" else take(committed(which), prompts_a_category)
+        drawn = draw_prompts(t2i, prompts, batch_size=64, bf16=bf16, workers=cores, name=f"{name}, {which}")
+        entry[which] = [int(right) for right in verdicts(drawn.images, prompts, cores)]
+        # Of the first set that is drawn: the time is that of its machine.
+        entry.setdefault("passes", drawn.passes)
+        entry.setdefault("rows", drawn.rows)
+        entry.setdefault("seconds_an_image", drawn.seconds / len(prompts))
+        entry.setdefault("machine", describe_machine())
         if which == "seen" and isinstance(t2i.inference, BestOf):
-            chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
-            sheet = contact_sheet(
-                [Image.fromarray(drawn.images[i]) for i in chosen], [prompts[i].prompt for i in chosen], columns=8
-            )
-            sheet.save(path.with_suffix(".png"))
-        found.setdefault("machine", describe_machine())
-        write_json(path, found)
+            save_sheet(drawn.images, prompts, path.with_suffix(".png"))
+        write_json(path, entry)
+
+
+def save_sheet(images: np.ndarray, prompts: Sequence[ScenePrompt], path: Path) -> None:
+    """At most SHOWN of the (n, H, W, 3) uint8 images, evenly spread, above their prompts."""
+    chosen = range(0, len(prompts), -(-len(prompts) // SHOWN))
+    pictures = [Image.fromarray(images[index]) for index in chosen]
+    contact_sheet(pictures, [prompts[index].prompt for index in chosen], columns=8).save(path)
 
 
 def further(prompts_a_category: int) -> list[ScenePrompt]:
@@ -136,22 +137,19 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     paired differences with its 95% interval, on seen prompts, further ones among them where both have them, `pairs` in all;
     to_perfect: Wilson's upper bound of the share of seen prompts that go wrong, further ones among them.
     """
-    first = next(iter(judged))
-    found = []
+    table = []
     for name, entry in judged.items():
-        reference_name = OF_AS_MUCH_TRAINING.get(name, first)
-        reference_name = reference_name if reference_name in judged else first
-        seen = np.array(entry["seen"], dtype=float)
-        every = [*entry["seen"], *entry.get("further", [])]
-        sets = [which for which in ("seen", "further") if which in entry and which in judged[reference_name]]
-        own, other = (
-            np.concatenate([np.array(of[which], dtype=float) for which in sets]) for of in (entry, judged[reference_name])
-        )
+        first = next(iter(judged))
+        twin = OF_AS_MUCH_TRAINING.get(name, first)
+        reference = twin if twin in judged else first
+        sets = [which for which in ("seen", "further") if which in entry and which in judged[reference]]
+        own, other = of_sets(entry, sets), of_sets(judged[reference], sets)
         deficit = paired_interval((other - own)[None])
-        found.append(
+        seen, every = of_sets(entry, ["seen"]), of_sets(entry, ["seen", "further"])
+        table.append(
             {
                 "entry": name,
-                "compared_with": reference_name,
+                "compared_with": reference,
                 "recipe": entry["made_by"]["recipe"],
                 "parameters": entry["parameters"],
                 "passes": entry["passes"],
@@ -164,13 +162,18 @@ def rows(judged: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 "deficit_high": deficit.high,
                 "pairs": len(own),
                 "further": float(np.mean(entry["further"])) if "further" in entry else None,
-                "to_perfect": 1 - wilson(sum(every), len(every))[0],
+                "to_perfect": 1 - wilson(every.sum(), len(every))[0],
                 "of": len(every),
                 "seconds_an_image": entry["seconds_an_image"],
                 "drawn_on": entry["machine"]["processor"] if "machine" in entry else None,
             }
         )
-    return found
+    return table
+
+
+def of_sets(entry: dict[str, Any], sets: Sequence[str]) -> np.ndarray:
+    """(prompts of these sets,) verdicts of an entry, 0 or 1, where it has them."""
+    return np.concatenate([np.array(entry[which], dtype=float) for which in sets if which in entry])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh [OUT]        # default: docs/results/bench
 #   MEMORY=1 benchmarks/gpu.sh     # memory.py as well, which takes minutes more
 #
-# peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 px in bf16 and fp32, at batch 1, 8 and 64, plainly launched, as
-#              a graph, and compiled; our parallel network, its twin, `generate` on a Llama of their size; aMUSEd at 512 px.
+# peers.py:    diffusers' aMUSEd and ours on the same weights, at 256 px in bf16 and fp32, at batch 1, 8 and 64, plainly launched,
+#              as a graph, and compiled; our parallel network, its twin, `generate` on a Llama of their size; aMUSEd at 512 px.
 # decoding.py: Emage from the text to the image, its decoder with torch.compile.
 # training.py: steps of the 346M recipe at the largest micro-batch, and what each of its options brings.
 # step_time.py: where the time of such a step goes, by torch's profiler.

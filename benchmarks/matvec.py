@@ -13,7 +13,7 @@ compared with torch's in double precision first.
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,28 +21,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.results import positive, program
+from benchmarks import results
+from benchmarks.small import device_for
 from benchmarks.timing import Budget, Roofline, Run, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device
 
 TWIN = "emage/ar-346m-256"
 ROWS, CODES = 2, 8192
-SETTINGS = [(outputs, warps, early) for outputs, warps in ((8, 4), (4, 4), (8, 8), (16, 8)) for early in (False, True)]
+SETTINGS = [
+    {"outputs": outputs, "warps": warps, "early": early}
+    for outputs, warps in ((8, 4), (4, 4), (8, 8), (16, 8))
+    for early in (False, True)
+]
 SMALL = {"width": 64, "depth": 2}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="small matrices, for machines without a GPU")
-    parser.add_argument("--repeats", type=positive, default=50, help="warm passes; default: 50")
+    parser.add_argument("--repeats", type=results.positive, default=50, help="warm passes; default: 50")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="docs/results/bench/matvec.json")
     parsed = parser.parse_args()
-    device = best_device()
-    if device.type != "cuda" and not parsed.small:
-        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    device = device_for(full_size=not parsed.small)
     sizes = recipe.load(TWIN).config["model"]["init_args"]["network"]["init_args"] | (SMALL if parsed.small else {})
     run = Run(Roofline(device), Budget(parsed.minutes), parsed.out)
     run.save()
@@ -50,16 +52,15 @@ def main() -> int:
     with device:
         chain = Chain(sizes["width"], sizes["depth"]).to(torch.bfloat16).eval().requires_grad_(False)
         x = torch.randn(ROWS, sizes["width"], dtype=torch.bfloat16)
-    ways: list[tuple[dict[str, Any], Callable[[], Tensor]]] = [({"kernels": "torch's"}, lambda: chain(x))]
-    if device.type == "cuda":
-        ways += [
-            ({"kernels": "one a matrix", "outputs": o, "warps": w, "early": e}, lambda o=o, w=w, e=e: fused(chain, x, o, w, e))
-            for o, w, e in SETTINGS
-        ]
     expected = chain.double()(x.double())
     chain.to(torch.bfloat16)
-    for told, call in ways:
-        run.add(str(told), lambda: rows(run, chain, told, call, expected, parsed.repeats))
+
+    def add(kernels: dict[str, Any], call: Callable[[], Tensor]) -> None:
+        run.add(str(kernels), lambda: rows(run, chain, kernels, call, expected, parsed.repeats))
+
+    add({"kernels": "torch's"}, lambda: chain(x))
+    for setting in SETTINGS if device.type == "cuda" else ():
+        add({"kernels": "one a matrix", **setting}, functools.partial(fused, chain, x, **setting))
     return run.finish()
 
 
@@ -74,6 +75,7 @@ class Chain(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.layers[::2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(rows, width) → (rows, CODES)."""
         for number, layer in enumerate(self.layers):
             if number % 2 == 0:
                 hidden = layer(self.norms[number // 2](x))
@@ -85,31 +87,35 @@ class Chain(nn.Module):
 
 @torch.no_grad()
 def rows(
-    run: Run, chain: Chain, told: dict[str, Any], call: Callable[[], Tensor], expected: Tensor, repeats: int
+    run: Run, chain: Chain, kernels: dict[str, Any], call: Callable[[], Tensor], expected: Tensor, repeats: int
 ) -> Iterator[dict[str, Any]]:
+    """One row: how long `call` takes, which is the chain's forward pass, as a graph on a GPU. kernels: what the row says of how it
+    is done. expected: (rows, CODES), in double precision; UserError where the outcome is far from it.
+    """
     replay, result = recorded(call) if run.roofline.device.type == "cuda" else (call, call())
     replay()
     differ = ((result.double() - expected).norm() / expected.norm()).item()
     if not differ < 0.05:
-        raise UserError(f"{told}: differs by {differ:.2g} from double precision, so no time is reported")
+        raise UserError(f"{kernels}: differs by {differ:.2g} from double precision, so no time is reported")
     cold = run.clock.once(replay)
-    found = summary(cold, run.clock.warm({"": replay}, repeats)[""])
+    times = summary(cold, run.clock.warm({"": replay}, repeats)[""])
     moved = weight_bytes(chain)
     floor = 1000 * moved / run.roofline.copy_rate
     yield {
-        **told,
+        **kernels,
         "rows": ROWS,
         "matrices": len(chain.layers),
         "bytes": moved,
         "differ": differ,
-        **found,
+        **times,
         "copy_gb_s": run.roofline.copy_rate / 1e9,
         "memory_floor_ms": floor,
-        "share_of_bandwidth": floor / found["p50_ms"],
+        "share_of_bandwidth": floor / times["p50_ms"],
     }
 
 
 def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """`call` as a CUDA graph: what replays it, and the tensor that each replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -122,38 +128,23 @@ def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Tensor:
-    """As Chain.forward. outputs: that a program computes, half as many where there are few."""
+    """As Chain.forward. outputs: that a program computes, half as many where there are few. warps: of a program. early: see
+    matvec_kernel.py.
+    """
     from benchmarks.matvec_kernel import matvec
 
     hidden = x
     for number, layer in enumerate(chain.layers):
         first, norm = number % 2 == 0, chain.norms[number // 2]
-        source, block = (
-            (x if first else hidden),
-            (outputs if layer.out_features > chain.layers[1].out_features else max(4, outputs // 2)),
-        )
+        source = x if first else hidden
+        few = layer.out_features <= chain.layers[1].out_features
+        block = max(4, outputs // 2) if few else outputs
         made = torch.empty(ROWS, layer.out_features, dtype=x.dtype, device=x.device)
         matvec[(layer.out_features // block,)](
-            source,
-            source.shape[1],
-            layer.weight,
-            layer.bias,
-            norm.weight,
-            norm.bias,
-            x,
-            made,
-            layer.out_features,
-            layer.in_features,
-            ROWS,
-            block,
-            min(1024, layer.in_features),
-            first,
-            number % 6 == 4,
-            not first,
-            early,
-            num_warps=warps,
-            launch_pdl=early,
-        )
+            source, source.shape[1], layer.weight, layer.bias, norm.weight, norm.bias, x, made, layer.out_features,
+            width=layer.in_features, rows=ROWS, block=block, part=min(1024, layer.in_features),
+            norm=first, gelu=number % 6 == 4, add=not first, early=early, num_warps=warps, launch_pdl=early,
+        )  # fmt: skip
         if first:
             hidden = made
         else:
@@ -162,4 +153,4 @@ def fused(chain: Chain, x: Tensor, outputs: int, warps: int, early: bool) -> Ten
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

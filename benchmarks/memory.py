@@ -9,7 +9,6 @@ its own, the four side by side, and writes docs/results/memory.json: the peak th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import subprocess
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results import program
+from benchmarks import results
+from nar_t2i.errors import UserError
 from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine
 from nar_t2i.training import doctor, zero
 from nar_t2i.training.memory import STAGES, held
 
-ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "docs/results/memory.json"
+MEASURED = results.ROOT / "docs/results/memory.json"
 BASE = """
 seed_everything: 0
 model:
@@ -56,15 +55,15 @@ checkpoint: {{every_steps: 1000}}
 CASES = [dict(width=512, depth=8, batch=8), dict(width=1024, depth=20, batch=8), dict(width=1024, depth=20, batch=32)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = results.parser(__doc__)
     parser.add_argument("--estimates", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=MEASURED)
     parsed = parser.parse_args()
-    known = read_json(parsed.out) if parsed.estimates else {"command": "python benchmarks/memory.py", "rows": []}
+    known = read_json(parsed.out) if parsed.estimates else {"command": results.command(), "rows": []}
     if not parsed.estimates:
         if not torch.cuda.is_available():
-            sys.exit("no GPU: what DDP and DeepSpeed hold on CPUs is compared in tests/cluster/test_memory.py")
+            raise UserError("no GPU: what DDP and DeepSpeed hold on CPUs is compared in tests/cluster/test_memory.py")
         known["machine"] = describe_machine()
     zero.register()
     rows = []
@@ -73,7 +72,7 @@ def main() -> None:
         if parsed.estimates and not of_case:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            vocabulary = ROOT / "nar_t2i/assets/model/text/vocabulary.model"
+            vocabulary = results.ROOT / "nar_t2i/assets/model/text/vocabulary.model"
             recipe = Path(folder, "recipe.yaml")
             recipe.write_text(BASE.format(vocabulary=vocabulary, **case))
             one, two = (doctor.probe([recipe], [], size) for size in (1, 2))
@@ -86,6 +85,7 @@ def main() -> None:
             print(rows[-1], flush=True)
         # After each, so that what is broken off loses little.
         write_json(parsed.out, known | {"rows": rows})
+    return 0
 
 
 def _measured(recipe: Path) -> dict[str, float]:
@@ -100,18 +100,18 @@ def _measured(recipe: Path) -> dict[str, float]:
 
 
 def _side_by_side(lines: dict[Path, list[str]]) -> None:
-    """Runs all at once, each with its output in a file: what a process allocates is its own. Ends the program where one fails."""
+    """Runs all at once, each with its output in a file: what a process allocates is its own. UserError where one fails."""
     # What the doctor measured here on a CPU told DeepSpeed of no GPU.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     running = {
-        log: subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        log: subprocess.Popen(line, cwd=results.ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
         for log, line in lines.items()
     }
     failed = [log for log, process in running.items() if process.wait()]
     for log in failed:
         print(log.read_text()[-3000:], file=sys.stderr)
     if failed:
-        sys.exit(f"failed: {', '.join(log.stem for log in failed)}")
+        raise UserError(f"failed: {', '.join(log.stem for log in failed)}")
 
 
 def _column(path: Path, name: str) -> list[float]:
@@ -120,4 +120,4 @@ def _column(path: Path, name: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -8,7 +8,6 @@ compared with each other, those of two files only where the machine is the same 
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +34,14 @@ HEADER = ("command", "machine", "versions", "commit", "rows")
 
 
 class Result(NamedTuple):
+    """name: of the file, without its ending. content: see `results.write`."""
+
     name: str
-    found: dict[str, Any]
+    content: dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("folder", nargs="?", default=str(results.FOLDER), help="default: docs/results/bench")
     parsed = parser.parse_args()
     read = load(Path(parsed.folder))
@@ -59,43 +60,35 @@ def load(folder: Path) -> list[Result]:
 
 
 def markdown(read: Sequence[Result]) -> str:
+    """The page as tables."""
     parts = [f"# {TITLE}", "", NOTE, "Plots: [index.html](index.html). This page is made by `make bench-page`."]
-    for name, found in read:
-        columns = columns_of(found["rows"])
-        parts += [
-            "",
-            f"## {name}",
-            "",
-            "```",
-            found["command"],
-            "```",
-            "",
-            *(f"- {key}: {value}" for key, value in about(found)),
-            "",
-        ]
-        parts += [_line(map(shown_name, columns)), "|" + "---|" * len(columns)] if columns else ["No rows."]
-        parts += [_line(shown(row.get(column)) for column in columns) for row in found["rows"]]
+    for name, content in read:
+        columns = columns_of(content["rows"])
+        parts += ["", f"## {name}", "", "```", content["command"], "```", ""]
+        parts += [f"- {key}: {value}" for key, value in about(content)]
+        parts += ["", *([_line(map(shown_name, columns)), "|" + "---|" * len(columns)] if columns else ["No rows."])]
+        parts += [_line(shown(row.get(column)) for column in columns) for row in content["rows"]]
     return "\n".join(parts) + "\n"
 
 
 def html(read: Sequence[Result]) -> str:
+    """The page as tables and plots."""
     sections = []
-    for name, found in read:
-        columns = columns_of(found["rows"])
-        rows = [[shown(row.get(column)) for column in columns] for row in found["rows"]]
-        told = table([], [[key, value] for key, value in about(found)], class_="plain")
-        sections.append(
-            section(name, tag("pre", found["command"]), told, plot(name, found["rows"]), table([*map(shown_name, columns)], rows))
-        )
+    for name, content in read:
+        columns = columns_of(content["rows"])
+        rows = [[shown(row.get(column)) for column in columns] for row in content["rows"]]
+        header = table([], [[key, value] for key, value in about(content)], class_="plain")
+        bars, measured = plot(name, content["rows"]), table([*map(shown_name, columns)], rows)
+        sections.append(section(name, tag("pre", content["command"]), header, bars, measured))
     return page(TITLE, tag("h1", TITLE), tag("p", NOTE), sections)
 
 
-def about(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def about(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What holds for all rows of a file: machine, versions, commit, and what the benchmark adds."""
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-    more = [(shown_name(key), shown(value)) for key, value in found.items() if key not in HEADER]
-    return [("machine", machine), ("versions", versions), ("commit", str(found["commit"])), *more]
+    machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    versions = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
+    more = [(shown_name(key), shown(value)) for key, value in content.items() if key not in HEADER]
+    return [("machine", machine), ("versions", versions), ("commit", str(content["commit"])), *more]
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -106,6 +99,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def shown_name(key: str) -> str:
+    """The head of a column."""
     return key.replace("_", " ")
 
 
@@ -118,7 +112,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return results.number(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value)) or "none"
     if isinstance(value, Mapping):

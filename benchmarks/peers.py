@@ -19,29 +19,29 @@ keeps no count of it by call.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import results, timing
 from benchmarks.amused import GEOMETRIES, STEPS, Amused, one_table
 from benchmarks.amused import WORDS as WORDS_READ
 from benchmarks.decoding import PARALLEL, TWIN, WORDS, Bench, cache_bytes, recorded, short
-from benchmarks.results import positive, program, whole
+from benchmarks.small import device_for
 from benchmarks.timing import DTYPES, Budget, Call, Roofline, compiled, free, share, summary, weight_bytes
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device, operation_counter
+from nar_t2i.hardware import operation_counter
 from nar_t2i.inference.graphs import Graphs
 from nar_t2i.networks import UVit
 from nar_t2i.noise import Noise
 
+FULL_SIZE = ("256", "512")  # aMUSEd's own geometries
 SLOWER = {"bf16": 1, "fp32": 15}  # about, on a GPU
 CALLS, CALLS_OF_GRAPH = 8, 6  # of the pipelines that a measurement takes at least
 LOGITS = {"fp32": 1e-4, "bf16": 0.1}  # how far logits may differ: root mean square, over their deviation
@@ -51,44 +51,30 @@ THEIRS, OURS, LLAMA = "diffusers' aMUSEd", "our U-ViT, aMUSEd's weights", "Huggi
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="256", help="of aMUSEd; default: 256")
     parser.add_argument("--small", action="store_true", help="small networks, and less of everything else that is not told")
     parser.add_argument("--systems", choices=("amused", "size"), nargs="+", default=["amused", "size"],
                         help="amused: diffusers' and ours; size: Llama, the twin, the parallel one; default: both")  # fmt: skip
-    parser.add_argument("--batch", type=positive, nargs="+", help="images at once; default: 1 8 64, small: 1 8")
+    parser.add_argument("--batch", type=results.positive, nargs="+", help="images at once; default: 1 8 64, small: 1 8")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bf16", "fp32"], help="of aMUSEd; default: bf16 fp32")
     parser.add_argument("--size-dtypes", choices=DTYPES, nargs="+", help="of the others; default: bf16, small: bf16 fp32")
-    parser.add_argument("--repeats", type=positive, help="warm calls of each; default: 20, small: 5")
-    parser.add_argument("--twin-repeats", type=whole, default=2, help="of those that draw token by token; default: 2")
+    parser.add_argument("--repeats", type=results.positive, help="warm calls of each; default: 20, small: 5")
+    parser.add_argument("--twin-repeats", type=results.whole, default=2, help="of those that draw token by token; default: 2")
     parser.add_argument("--compile", action="store_true",
                         help="with torch.compile, too: ours in bf16, both at the smallest batch; needs a C++ compiler")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing more is begun; default: 60")
     parser.add_argument("--out", default="runs/peers.json")
     parsed = parser.parse_args()
-    device = best_device()
-    geometry = "small" if parsed.small and parsed.geometry in ("256", "512") else parsed.geometry
-    if device.type != "cuda" and (geometry in ("256", "512") or ("size" in parsed.systems and not parsed.small)):
-        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    geometry = "small" if parsed.small and parsed.geometry in FULL_SIZE else parsed.geometry
+    device = device_for(full_size=geometry in FULL_SIZE or ("size" in parsed.systems and not parsed.small))
     batches = parsed.batch or ([1, 8] if parsed.small else [1, 8, 64])
     repeats = parsed.repeats or (5 if parsed.small else 20)
     size_dtypes = parsed.size_dtypes or (["bf16", "fp32"] if parsed.small else ["bf16"])
     run = Run(Roofline(device), Budget(parsed.minutes), parsed.out)
     run.save()
     if "amused" in parsed.systems:
-        amused = Amused(geometry, device)
-        cases = itertools.product(batches, parsed.dtypes)
-        for batch, dtype in sorted(cases, key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
-            amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
-            name = f"aMUSEd {geometry}, batch {batch}, {dtype}"
-            compile = parsed.compile and (dtype == "bf16" or batch == min(batches))
-            run.add(name, lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, compile))
-        if parsed.compile and "bf16" in parsed.dtypes:
-            amused.to(DTYPES["bf16"])
-            pair = Pair(run, amused, geometry, min(batches), "bf16")
-            run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
-            del pair
-        del amused
+        add_amused(run, Amused(geometry, device), geometry, batches, parsed.dtypes, repeats, parsed.compile)
         free()
     for dtype in size_dtypes if "size" in parsed.systems else ():
         add_sizes(run, Bench(run.roofline, parsed.small, False, DTYPES[dtype]), batches, dtype, repeats, parsed.twin_repeats)
@@ -96,41 +82,72 @@ def main() -> int:
     return run.finish()
 
 
+def add_amused(
+    run: Run, amused: Amused, geometry: str, batches: list[int], dtypes: list[str], repeats: int, compiles: bool
+) -> None:
+    """diffusers' aMUSEd and ours; with `compiles` once more with torch.compile: ours in bf16, both at the smallest batch."""
+
+    def add(batch: int, dtype: str) -> None:
+        amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
+        compile = compiles and (dtype == "bf16" or batch == min(batches))
+        run.add(named(geometry, batch, dtype), lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, compile))
+
+    for batch, dtype in sorted(itertools.product(batches, dtypes), key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
+        add(batch, dtype)
+    if compiles and "bf16" in dtypes:
+        amused.to(DTYPES["bf16"])
+        pair = Pair(run, amused, geometry, min(batches), "bf16")
+        run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
+
+
 def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:
     """The networks of the 346M recipe's size: in parallel, its twin, and a Llama."""
-    for batch in batches:
+
+    def add(batch: int) -> None:
         run.add(f"{PARALLEL}, batch {batch}, {dtype}", lambda: bench.decoding(PARALLEL, batch, repeats))
         run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, twin_repeats))
         run.add(f"{LLAMA}, batch {batch}, {dtype}", lambda: Llama(bench).rows(batch, twin_repeats))
+
+    for batch in batches:
+        add(batch)
+
+
+def named(geometry: str, batch: int, dtype: str) -> str:
+    """What a measurement of aMUSEd is called where it is left out or fails."""
+    return f"aMUSEd {geometry}, batch {batch}, {dtype}"
 
 
 class Run(timing.Run):
     """Of peers: each row also says how much faster it is."""
 
     def save(self) -> None:
+        """As every run; ratios are those of the rows so far."""
         for row in self.rows:
             row |= self.faster(row)
         super().save()
 
     def faster(self, row: dict[str, Any]) -> dict[str, float]:
         """How many times faster a row is than the peer's, and than itself in fp32."""
-
-        def found(**same: Any) -> dict[str, Any] | None:
-            keys = {key: row.get(key) for key in ("system", "geometry", "batch", "dtype", "launched")} | same
-            return next((other for other in self.rows if all(other.get(key) == value for key, value in keys.items())), None)
-
-        ratios = {}
-        if (row["system"], row["launched"]) != (THEIRS, "plainly") and (peer := found(system=THEIRS, launched="plainly")):
-            ratios["times_diffusers"] = peer["p50_ms"] / row["p50_ms"]
-        if row["system"] != THEIRS and (peer := found(system=THEIRS, launched="compiled")):
-            ratios["times_diffusers_compiled"] = peer["p50_ms"] / row["p50_ms"]
+        ratios, own = {}, row["p50_ms"]
+        theirs = self.like(row, system=THEIRS, launched="plainly")
+        if theirs and theirs is not row:
+            ratios["times_diffusers"] = theirs["p50_ms"] / own
+        theirs_compiled = self.like(row, system=THEIRS, launched="compiled")
+        if theirs_compiled and row["system"] != THEIRS:
+            ratios["times_diffusers_compiled"] = theirs_compiled["p50_ms"] / own
         if row["system"] in (PARALLEL, TWIN):
-            peers = [peer for way in ("plainly", "compiled") if (peer := found(system=LLAMA, launched=way))]
-            if peers:
-                ratios["times_generate"] = min(peer["p50_ms"] for peer in peers) / row["p50_ms"]
-        if row["dtype"] == "bf16" and (same := found(dtype="fp32")):
-            ratios["times_fp32"] = same["p50_ms"] / row["p50_ms"]
+            llamas = [self.like(row, system=LLAMA, launched=way) for way in ("plainly", "compiled")]
+            if times := [llama["p50_ms"] for llama in llamas if llama]:
+                ratios["times_generate"] = min(times) / own
+        in_fp32 = self.like(row, dtype="fp32")
+        if in_fp32 and row["dtype"] == "bf16":
+            ratios["times_fp32"] = in_fp32["p50_ms"] / own
         return ratios
+
+    def like(self, row: dict[str, Any], **changes: Any) -> dict[str, Any] | None:
+        """The row of the same system, geometry, batch, precision and way to launch, but for the changes; None if there is none."""
+        keys = {key: row.get(key) for key in ("system", "geometry", "batch", "dtype", "launched")} | changes
+        return next((other for other in self.rows if all(other.get(key) == value for key, value in keys.items())), None)
 
 
 class Pair:
@@ -139,7 +156,7 @@ class Pair:
     def __init__(self, run: Run, amused: Amused, geometry: str, batch: int, dtype: str):
         self.run, self.amused, self.clock, self.batch, self.dtype = run, amused, run.clock, batch, DTYPES[dtype]
         self.texts, self.noise = amused.texts(batch), amused.noise(batch)
-        self.geometry, self.name = geometry, f"aMUSEd {geometry}, batch {batch}, {dtype}"
+        self.geometry, self.name = geometry, named(geometry, batch, dtype)
         self.drawn: Tensor | None = None  # by theirs, from the table
         self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
 
@@ -156,9 +173,9 @@ class Pair:
         agreement = self.logits() | self.tokens()
         warm = self.clock.warm(runs, repeats)
         for system, own, other in ((THEIRS, amused.unet, network), (OURS, network, amused.unet)):
-            found = summary(cold[system], warm[system], weight_bytes(other) / 2**20)
-            row = {"system": system, **self.known, "parameters": sum(p.numel() for p in own.parameters()), **agreement}
-            row |= self.told(found, floor)
+            times = summary(cold[system], warm[system], weight_bytes(other) / 2**20)
+            row = {"system": system, **self.known, "parameters": parameters(own), **agreement}
+            row |= self.beside_floor(times, floor)
             yield row
         cuda = self.run.roofline.device.type == "cuda"
         if cuda and self.run.budget.allows(f"{self.name}, as a graph", CALLS_OF_GRAPH * call):
@@ -172,33 +189,35 @@ class Pair:
                     yield row | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
 
     def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
+        """What a row of ours says of a graph: its times, and how many tokens are those of theirs."""
         graphs = Graphs(round_to=WORDS_READ)  # no padding, so that it does what plain launches do
         arguments = (self.amused.inference, self.amused.network, *self.texts, self.noise, self.amused.guidance)
-        found = recorded(self, graphs, arguments, graphs.decode(*arguments), repeats, floor, self.name)
-        return found | self.equal(graphs.decode(*arguments).tokens)
+        times = recorded(self, graphs, arguments, graphs.decode(*arguments), repeats, floor, self.name)
+        return times | self.equal(graphs.decode(*arguments).tokens)
 
     @torch.no_grad()
     def theirs_compiled(self, repeats: int) -> dict[str, Any]:
-        amused, differ = self.amused, self.logits() | self.tokens()  # of theirs as it comes
-        with compiled([amused.unet]):
-            cold = self.clock.once(lambda: amused.theirs(self.texts))
-            differ |= self.logits()
-            row = {
-                "system": THEIRS,
-                **self.known,
-                "launched": "compiled",
-                "parameters": sum(p.numel() for p in amused.unet.parameters()),
-                **differ,
-            }
-            return row | self.timed(lambda: amused.theirs(self.texts), repeats, cold, self.floor(), self.batch)
+        """The row of theirs by torch.compile, whose logits must be the same as before."""
+        unet, agreement = self.amused.unet, self.logits() | self.tokens()  # of theirs as it comes
 
-    def timed(self, run: Any, repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
-        """As Bench times."""
-        return self.told(summary(cold, self.clock.warm({"": run}, repeats)[""], weight_bytes(self.amused.unet) / 2**20), floor)
+        def theirs() -> Tensor:
+            return self.amused.theirs(self.texts)
 
-    def told(self, found: dict[str, Any], floor: dict[str, float]) -> dict[str, Any]:
+        with compiled([unet]):
+            cold = self.clock.once(theirs)
+            agreement |= self.logits()
+            row = {"system": THEIRS, **self.known, "launched": "compiled", "parameters": parameters(unet), **agreement}
+            return row | self.timed(theirs, repeats, cold, self.floor(), self.batch)
+
+    def timed(self, run: Callable[[], Any], repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:
+        """As Bench times. Of the memory, the weights of the other side are not counted, which are as large as its own."""
+        times = summary(cold, self.clock.warm({"": run}, repeats)[""], weight_bytes(self.amused.unet) / 2**20)
+        return self.beside_floor(times, floor)
+
+    def beside_floor(self, times: dict[str, Any], floor: dict[str, float]) -> dict[str, Any]:
+        """Times (see `timing.summary`), images a second, the rates of the machine, and the floor."""
         rates = self.run.roofline.rates(self.dtype)
-        return found | {"images_per_s": 1000 * self.batch / found["p50_ms"]} | rates | share(floor, found)
+        return times | {"images_per_s": 1000 * self.batch / times["p50_ms"]} | rates | share(floor, times)
 
     def logits(self) -> dict[str, float]:
         """logits_differ: root mean square over the logits' deviation, of tokens half masked. UserError beyond LOGITS."""
@@ -218,6 +237,7 @@ class Pair:
         return self.equal(self.amused.ours(self.texts, self.noise).tokens)
 
     def equal(self, tokens: Tensor) -> dict[str, float]:
+        """The same of (B, N) tokens that are drawn already."""
         equal = (tokens == self.drawn).float().mean().item()
         if self.dtype == torch.float32 and not equal >= TOKENS:
             raise UserError(f"{self.name}: {1 - equal:.1%} of the tokens differ, drawn from one table, so no time is reported")
@@ -231,10 +251,9 @@ class Pair:
             with meta:
                 network = UVit(**amused.network._described_args).to(self.dtype)
             condition, null = (texts.map(lambda x: x.to(meta)) for texts in amused.texts(1))
+            noise = Noise(0, torch.zeros(1, dtype=torch.long, device=meta))
             with operation_counter() as counter:
-                amused.inference.decode(
-                    network, condition, null, Noise(0, torch.zeros(1, dtype=torch.long, device=meta)), amused.guidance
-                )
+                amused.inference.decode(network, condition, null, noise, amused.guidance)
             OPERATIONS[self.geometry] = counter.get_total_flops()
         moved = STEPS * weight_bytes(amused.network)
         return self.run.roofline.floor(self.batch * OPERATIONS[self.geometry], moved, self.dtype)
@@ -247,6 +266,7 @@ class GuidedDraw(transformers.LogitsProcessor):
         self.scale = scale
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (2B, V) logits of prompts, then of their null rows. Returns the same rows twice, whose largest is the token."""
         conditional, unconditional = scores.float().chunk(2)
         luck = torch.empty_like(conditional).exponential_().log_()
         return (unconditional + self.scale * (conditional - unconditional) - luck).repeat(2, 1)
@@ -272,10 +292,15 @@ class Llama:
     def rows(self, batch: int, repeats: int) -> list[dict[str, Any]]:
         """On a GPU `generate` compiles the network by itself; where that fails, and on a CPU, it is launched plainly."""
         bench = self.bench
-        weights = sum(p.numel() for p in self.model.parameters())
         operations, moved = self.work(batch)
         floor = bench.roofline.floor(operations, moved, bench.dtype)
-        known = {"system": LLAMA, "batch": batch, "dtype": short(bench.dtype), "parameters": weights, "passes": self.length}
+        known = {
+            "system": LLAMA,
+            "batch": batch,
+            "dtype": short(bench.dtype),
+            "parameters": parameters(self.model),
+            "passes": self.length,
+        }
         if bench.device.type == "cuda":
             try:
                 return [known | {"launched": "compiled"} | self.timed(batch, False, repeats, floor)]
@@ -286,12 +311,15 @@ class Llama:
         return [known | {"launched": "plainly"} | self.timed(batch, True, repeats, floor)]
 
     def timed(self, batch: int, plain: bool, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
+        """As Bench times. plain: without what `generate` compiles."""
+
         def run() -> None:
             self.generate(batch, plain)
 
         return self.bench.timed(run, repeats, self.bench.clock.once(run), floor, batch)
 
     def generate(self, batch: int, plain: bool) -> Tensor:
+        """(batch, length) tokens. UserError where the two rows of an image have not got the same ones."""
         words = torch.arange(2 * batch * WORDS, device=self.bench.device).view(2 * batch, WORDS) % self.bench.spec.size
         tokens = self.model.generate(
             words, attention_mask=torch.ones_like(words), max_new_tokens=self.length, min_new_tokens=self.length, do_sample=False,
@@ -304,12 +332,18 @@ class Llama:
     def work(self, batch: int) -> tuple[float, float]:
         """Operations and bytes of all passes: two an entry of a matrix and token, and attention over what stands before."""
         width, depth, length = self.sizes["width"], self.sizes["depth"], self.length
-        matrices = sum(p.numel() for p in self.model.parameters() if p.ndim == 2) - self.model.get_input_embeddings().weight.numel()
+        embeddings = self.model.get_input_embeddings()  # of which a row is looked up
+        matrices = sum(p.numel() for p in self.model.parameters() if p.ndim == 2) - embeddings.weight.numel()
         attention = 4 * width * depth * sum(range(WORDS, WORDS + length))
-        looked_up = weight_bytes(self.model.get_input_embeddings())
-        moved = length * (weight_bytes(self.model) - looked_up) + cache_bytes(width, depth, length, 2 * batch, self.bench.dtype)
+        moved = length * (weight_bytes(self.model) - weight_bytes(embeddings))
+        moved += cache_bytes(width, depth, length, 2 * batch, self.bench.dtype)
         return 2 * batch * (2 * matrices * (WORDS + length) + attention), moved
 
 
+def parameters(network: torch.nn.Module) -> int:
+    """How many weights it has."""
+    return sum(p.numel() for p in network.parameters())
+
+
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -10,8 +10,6 @@ before the last stage.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,9 +17,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.results import positive, program, whole
+from benchmarks import results
 from nar_t2i import recipe
 from nar_t2i.data.captions import RenderedScenes
+from nar_t2i.errors import UserError
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.evaluation.scene_prompts import CATEGORIES, ScenePrompt
@@ -37,16 +36,16 @@ SEVERAL = ("two_objects", "counting", "color_attribution")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("model", metavar="FOLDER")
-    parser.add_argument("--scenes", type=positive, default=128)
-    parser.add_argument("--prompts", type=positive, default=40, help="a category; default: 40")
-    parser.add_argument("--drawings", type=whole, default=0, help="of each prompt with several objects; default: none")
+    parser.add_argument("--scenes", type=results.positive, default=128)
+    parser.add_argument("--prompts", type=results.positive, default=40, help="a category; default: 40")
+    parser.add_argument("--drawings", type=results.whole, default=0, help="of each prompt with several objects; default: none")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's Particles, or guidance_scale")
     parsed = parser.parse_args()
     t2i = TextToImage.from_pretrained(parsed.model)
     if not isinstance(t2i.network, PrefixDecoder):
-        sys.exit(f"{parsed.model}: {type(t2i.network).__name__} has no order in stages")
+        raise UserError(f"{parsed.model}: {type(t2i.network).__name__} has no order in stages")
     model = recipe.load("learning/prefixes").config["model"]["init_args"]
     changes = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in parsed.change)}
     t2i.guidance = Guidance(**model["guidance"] | {"scale": changes.pop("guidance_scale", model["guidance"]["scale"])})
@@ -103,11 +102,11 @@ def drawn(t2i: TextToImage, prompts: Sequence[ScenePrompt], seed: int) -> tuple[
     """Verdicts and log-likelihoods, one a prompt."""
     texts = [p.prompt for p in prompts]
     with torch.autocast(t2i.device.type, torch.bfloat16, enabled=fast_precision() != "32-true"):
-        found = t2i.sample(texts, seed=seed, batch_size=1024)
-    likelihood = -together(t2i, found.tokens, t2i.text(texts))[:, t2i.network.order[: sum(t2i.network.stages)]].sum(1)
-    right = verdicts(found.images.permute(0, 2, 3, 1).numpy(), prompts, usable_cores())
+        sampled = t2i.sample(texts, seed=seed, batch_size=1024)
+    likelihood = -together(t2i, sampled.tokens, t2i.text(texts))[:, t2i.network.order[: sum(t2i.network.stages)]].sum(1)
+    right = verdicts(sampled.images.permute(0, 2, 3, 1).numpy(), prompts, usable_cores())
     return np.array(right, dtype=float), likelihood.numpy()
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

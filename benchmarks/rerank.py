@@ -9,15 +9,13 @@ much likelier the text makes them than the null caption does. Beside them: the f
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.results import positive, program
+from benchmarks import results
 from nar_t2i.evaluation.prompt_generator import generate
 from nar_t2i.evaluation.scene_accuracy import verdicts
 from nar_t2i.files import write_json
@@ -33,11 +31,11 @@ BATCH = 32  # prompts
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("model", nargs="?", help="a model folder (default: the one in the package)")
-    parser.add_argument("--candidates", type=positive, default=4)
-    parser.add_argument("--seen", type=positive, default=40, help="prompts a category; default: 40")
-    parser.add_argument("--held-out", type=positive, default=30, help="prompts a category; default: 30")
+    parser.add_argument("--candidates", type=results.positive, default=4)
+    parser.add_argument("--seen", type=results.positive, default=40, help="prompts a category; default: 40")
+    parser.add_argument("--held-out", type=results.positive, default=30, help="prompts a category; default: 30")
     parser.add_argument("--out", default="docs/results/shipped/rerank.json")
     parsed = parser.parse_args()
     t2i = TextToImage.from_pretrained(parsed.model or shipped_model())
@@ -49,42 +47,48 @@ def main() -> int:
         for start in tqdm(range(0, len(prompts), BATCH), unit="batch"):
             texts = [prompt.prompt for prompt in prompts[start : start + BATCH]]
             condition = t2i.text(texts)
-            null = t2i.null(condition)
-            told, untold = (c.map(lambda x: x.repeat_interleave(parsed.candidates, 0)) for c in (condition, null))
+            null = repeated(t2i.null(condition), parsed.candidates)
+            condition = repeated(condition, parsed.candidates)
             noise = Noise(0, torch.arange(10**6 + start, 10**6 + start + len(texts)))
-            tokens = inference.decode(t2i.network, told, untold, noise.copies(parsed.candidates), t2i.guidance).tokens
+            tokens = inference.decode(t2i.network, condition, null, noise.copies(parsed.candidates), t2i.guidance).tokens
             images.append(to_uint8(t2i.tokenizer.decode(tokens)))
             same = Noise(0, noise.ids.repeat_interleave(parsed.candidates))
-            for name, score in all_scores(t2i, tokens, told, untold, same).items():
+            for name, score in all_scores(t2i, tokens, condition, null, same).items():
                 scores.setdefault(name, []).append(score.float())
     pictures = torch.cat(images).permute(0, 2, 3, 1).numpy()
     each = [prompt for prompt in prompts for _ in range(parsed.candidates)]
     right = torch.tensor(verdicts(pictures, each, usable_cores())).view(-1, parsed.candidates).float()
-    found = {"the first": right[:, 0].mean().item(), "the best there is": right.amax(1).mean().item()}
+    accuracies = {"the first": right[:, 0].mean().item(), "the best there is": right.amax(1).mean().item()}
     for name, parts in scores.items():
         kept = torch.cat(parts).view(-1, parsed.candidates).argmax(1, keepdim=True)
-        found[name] = right.gather(1, kept).mean().item()
+        accuracies[name] = right.gather(1, kept).mean().item()
     write_json(Path(parsed.out), {
-        "command": "python benchmarks/rerank.py " + " ".join(sys.argv[1:]), "machine": describe_machine(), "prompts": len(prompts),
-        "candidates": parsed.candidates, "accuracy": found,
+        "command": results.command(), "machine": describe_machine(), "prompts": len(prompts), "candidates": parsed.candidates,
+        "accuracy": accuracies,
     })  # fmt: skip
-    for name, accuracy in found.items():
+    for name, accuracy in accuracies.items():
         print(f"{accuracy:.3f}  {name}")
     return 0
 
 
-def all_scores(t2i: TextToImage, tokens: Tensor, told: Condition, untold: Condition, noise: Noise) -> dict[str, Tensor]:
+def repeated(condition: Condition, count: int) -> Condition:
+    """(B·count) rows: each as often as it has candidates, which stand together."""
+    return condition.map(lambda x: x.repeat_interleave(count, 0))
+
+
+def all_scores(t2i: TextToImage, tokens: Tensor, condition: Condition, null: Condition, noise: Noise) -> dict[str, Tensor]:
+    """By the scorer's name, (B,) scores of (B, N) tokens: the higher, the better. condition and null: a row a candidate."""
     free = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    found = {f"likelihood, {n} groups": Likelihood(n).score(t2i.network, told, tokens, free, noise) for n in (1, 2, 4)}
-    halves = Likelihood(2)
-    found["likelier than untold, 2 groups"] = found["likelihood, 2 groups"] - halves.score(t2i.network, untold, tokens, free, noise)
+    scores = {f"likelihood, {n} groups": Likelihood(n).score(t2i.network, condition, tokens, free, noise) for n in (1, 2, 4)}
+    without_text = Likelihood(2).score(t2i.network, null, tokens, free, noise)
+    scores["likelier than untold, 2 groups"] = scores["likelihood, 2 groups"] - without_text
     group, worst = (noise.uniform("score", shape=(tokens.shape[1],)) * 2).long(), torch.zeros(len(tokens))
     for hidden in range(2):
         masked = group == hidden
-        nll = t2i.network(TokenState(tokens, masked), t2i.network.prepare(told)).nll(tokens)
+        nll = t2i.network(TokenState(tokens, masked), t2i.network.prepare(condition)).nll(tokens)
         worst = torch.maximum(worst, (nll * masked).amax(1))
-    return found | {"the least likely token, 2 groups": -worst}
+    return scores | {"the least likely token, 2 groups": -worst}
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -33,6 +33,11 @@ def program(main: Callable[[], int | None]) -> NoReturn:
     leave(status or 0)
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Without options yet. description: a script's docstring, which --help shows as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def positive(text: str) -> int:
     """The type of an option that is a number from 1 on."""
     if (number := whole(text)) < 1:
@@ -64,15 +69,20 @@ def write(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> N
 
 def read(path: str | Path) -> dict[str, Any]:
     """A result file. Raises UserError where it is none."""
-    found = read_json(Path(path))
-    missing = [key for key in NEEDED if not isinstance(found, dict) or key not in found]
+    content = read_json(Path(path))
+    missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path}: no result of a benchmark, it has no {', '.join(missing)}")
-    return found
+    return content
+
+
+def number(value: float) -> str:
+    """As tables show it: four digits, or a whole number with commas from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def command() -> str:
-    """What was typed, from the root of the checkout."""
+    """What was typed, from the root of the checkout, as a shell reads it."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return shlex.join(["python", str(name), *sys.argv[1:]])
@@ -80,17 +90,20 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Python, and the packages whose version changes what is measured."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+changes" where tracked code differs from it; "unknown" outside of one."""
+    """The commit of the checkout, with "+changes" where tracked code differs from it; "unknown" outside of one.
+
+    Code alone counts: what one benchmark writes under docs/results is no change to the next one.
+    """
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         code = ["nar_t2i", "benchmarks", "recipes"]

@@ -5,8 +5,8 @@
 
 Measured is, of each rank count and strategy on the same global batch: the bytes that a rank's collectives are called on and
 those that its sockets send a step, beside the model's; the bytes of weights, optimizer and average that it holds, beside the
-doctor's; and the time of a step (the fastest of a few, since others may use
-the machine), over that of one rank under DDP. Losses must be those of one rank, or nothing is reported.
+doctor's; and the time of a step (the fastest of a few, since others may use the machine), over that of one rank under DDP. Losses
+must be those of one rank, or nothing is reported.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks import results
 from benchmarks.held import really_held
+from benchmarks.timing import line
 from benchmarks.traffic import Collectives, bytes_sent
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
@@ -52,7 +53,7 @@ NODE_LINK, GPU_LINK, GPUS_A_NODE = 50e9, 450e9, 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--model", action="store_true", help="print the model's tables")
     parser.add_argument("--ranks", type=results.positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", default=list(STAGES), choices=list(STAGES))
@@ -69,7 +70,7 @@ def main() -> int:
     rows = measure(sorted(parsed.ranks), parsed.strategies, parsed.precision)
     results.write(parsed.out, rows, images_a_step=IMAGES, precision=parsed.precision, cores=os.cpu_count())
     for row in rows:
-        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(line(row))
     return 0
 
 
@@ -81,9 +82,9 @@ def measure(ranks: list[int], strategies: list[str], precision: str) -> list[dic
     rows: list[dict[str, Any]] = []
     expected: list[float] = []
     for count in ranks:
-        found = launch(count, strategies, precision)
+        each_rank = launch(count, strategies, precision)
         for strategy in strategies:
-            each = [rank[strategy] for rank in found]
+            each = [records[strategy] for records in each_rank]
             losses = [mean(values) for values in zip(*(one["losses"] for one in each), strict=True)]
             expected = expected or losses
             check(f"{strategy} on {count} ranks", losses, expected, f"{strategies[0]} on {ranks[0]}")
@@ -123,26 +124,28 @@ def check(name: str, losses: list[float], expected: list[float], other: str) -> 
 
 
 def launch(count: int, strategies: list[str], precision: str) -> list[dict[str, Any]]:
-    """What each rank found, by strategy."""
+    """Of each rank, the record of a run (see `Watch`) by strategy."""
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__,
-                "--rank-of", folder, "--precision", precision, "--strategies", *strategies]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__,
+                   "--rank-of", folder, "--precision", precision, "--strategies", *strategies]  # fmt: skip
         path = os.pathsep.join(filter(None, [str(results.ROOT), os.environ.get("PYTHONPATH")]))
-        told = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-        done = subprocess.run(line, env=os.environ | told, capture_output=True, text=True)
+        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr[max(0, done.stderr.find("Traceback")) :]  # the first is a rank's, the last the launcher's
-            raise UserError(f"{count} ranks ended with status {done.returncode}: {said[:2000]}")
+            traceback = done.stderr[max(0, done.stderr.find("Traceback")) :]  # the first is a rank's, the last the launcher's
+            raise UserError(f"{count} ranks ended with status {done.returncode}: {traceback[:2000]}")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
 
 
 class Watch(Callback):
-    """Losses of all steps, the traffic of one, the time of those after it, and what is held at the end."""
+    """Losses of all steps, the traffic of one, the time of those after it, and what is held at the end, as a `record`: losses,
+    seconds; payload, bytes by collective; sent, bytes; and what `really_held` gives."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Any] = {"losses": [], "seconds": []}
+        self.record: dict[str, Any] = {"losses": [], "seconds": []}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin a step on all ranks at once; listen to the last one of the warm-up."""
         self.collectives = Collectives() if batch_idx == WARM_UP - 1 else None
         _together()
         self.sent, self.begun = bytes_sent(), time.perf_counter()
@@ -150,16 +153,18 @@ class Watch(Callback):
             self.collectives.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Record the step."""
         seconds = time.perf_counter() - self.begun
         if self.collectives:
             self.collectives.__exit__(None, None, None)
-            self.found |= {"payload": dict(self.collectives.payload), "sent": bytes_sent() - self.sent}
+            self.record |= {"payload": dict(self.collectives.payload), "sent": bytes_sent() - self.sent}
         if batch_idx >= WARM_UP:
-            self.found["seconds"].append(seconds)
-        self.found["losses"].append(outputs["loss"].item())
+            self.record["seconds"].append(seconds)
+        self.record["losses"].append(outputs["loss"].item())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found |= really_held(trainer, pl_module)
+        """Record what the rank holds."""
+        self.record |= really_held(trainer, pl_module)
 
 
 def _together() -> None:
@@ -168,14 +173,14 @@ def _together() -> None:
 
 
 def work(folder: Path, strategies: list[str], precision: str) -> None:
-    """On each rank: train under each strategy, and write what was found."""
+    """On each rank: train under each strategy, and write its records into the folder, as RANK.json."""
     from benchmarks import training
 
     quieten()
     zero.register()
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(1)
-    codec, found = training.random_codec(small=True), {}
+    codec, records = training.random_codec(small=True), {}
     bert = training.random_bert(folder / f"bert-{rank}", small=True)
     for strategy in strategies:
         watch = Watch()
@@ -183,8 +188,8 @@ def work(folder: Path, strategies: list[str], precision: str) -> None:
         trainer = training.trainer(folder, [watch], max_steps=WARM_UP + TIMED, devices=ranks, accelerator="cpu", strategy=strategy,
                                    precision=precision)  # fmt: skip
         trainer.fit(module, datamodule=training.RandomCodes(codec, IMAGES, torch.device("cpu"), rank, ranks))
-        found[strategy] = watch.found
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+        records[strategy] = watch.record
+    (folder / f"{rank}.json").write_text(json.dumps(records))
     dist.destroy_process_group() if dist.is_initialized() else None
 
 
@@ -256,8 +261,8 @@ def predict(gpus: int, strategy: str, parameters: int, operations: float, images
 
 def tables() -> str:
     """The model's table, in Markdown."""
-    told = recipe.load("emage/346m-256").config
-    network, images = told["model"]["init_args"]["network"]["init_args"], told["data"]["init_args"]["global_batch_size"]
+    config = recipe.load("emage/346m-256").config
+    network, images = config["model"]["init_args"]["network"]["init_args"], config["data"]["init_args"]["global_batch_size"]
     bert = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
     operations = forward_operations(network, 2, 1024, 8192, 34, bert)
     lines = [

@@ -1,7 +1,7 @@
 """What the distance over scene features sees, and what it does not: 1,000 pictures, spoilt in one way or another, to 1,000 real
 scenes.
 
-python benchmarks/scene_frechet.py        # the table of docs/evaluation.md: a minute of one core
+    python benchmarks/scene_frechet.py        # the table of docs/evaluation.md: a minute of one core
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from benchmarks.results import program
+from benchmarks import results
 from nar_t2i.data.captions import RenderedScenes
 from nar_t2i.data.scenes import Split
 from nar_t2i.evaluation.features import SceneFeatures
@@ -22,24 +22,32 @@ from nar_t2i.folders import load_part
 from nar_t2i.generate import shipped_model
 from nar_t2i.pixels import to_float, to_uint8
 
-COUNT, SIDE = 1000, 64
+SIDE = 64  # pixels
 
 
 def main() -> int:
+    parser = results.parser(__doc__)
+    parser.add_argument("--count", type=results.positive, default=1000, help="pictures of each kind; default: 1000")
+    parser.add_argument("--out", default="runs/scene-frechet.json")
+    parsed = parser.parse_args()
     features = SceneFeatures(torch.device("cpu"))
-    reference = moments(features.of_images(scenes(0)))
-    for name, images in spoilt(scenes(1)):
-        print(f"| {name} | {frechet_distance(*reference, *moments(features.of_images(images))):.3g} |", flush=True)
+    reference = moments(features.of_images(scenes(parsed.count, seed=0)))
+    rows = []
+    for name, images in spoilt(scenes(parsed.count, seed=1)):
+        rows.append({"pictures": name, "scene_frechet": frechet_distance(*reference, *moments(features.of_images(images)))})
+        results.write(parsed.out, rows, count=parsed.count, pixels=SIDE)
+        print(f"| {name} | {rows[-1]['scene_frechet']:.3g} |", flush=True)
     return 0
 
 
-def scenes(seed: int, split: Split = "validation") -> Tensor:
-    """(COUNT, 3, SIDE, SIDE) uint8."""
-    source = RenderedScenes(split, COUNT, seed=seed, image_size=SIDE)
-    return torch.from_numpy(np.stack([source.read(index).image for index in range(COUNT)])).permute(0, 3, 1, 2)
+def scenes(count: int, seed: int, split: Split = "validation") -> Tensor:
+    """(count, 3, SIDE, SIDE) uint8."""
+    source = RenderedScenes(split, count, seed=seed, image_size=SIDE)
+    return torch.from_numpy(np.stack([source.read(index).image for index in range(count)])).permute(0, 3, 1, 2)
 
 
 def spoilt(images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What was done to the scenes, and the outcome, of the same shape: (n, 3, SIDE, SIDE) uint8."""
     draw = torch.Generator().manual_seed(0)
     yield "other real scenes", images
     codec = load_part(shipped_model() / "tokenizer")
@@ -49,7 +57,7 @@ def spoilt(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         return torch.cat([to_uint8(codec.decode(part)) for part in tokens.split(100)])
 
     yield "other real scenes, through the shipped model's tokenizer and back", decoded(tokens)
-    yield "scenes with combinations that are held out of training, too", scenes(1, "all")
+    yield "scenes with combinations that are held out of training, too", scenes(len(images), seed=1, split="all")
     for radius in (0.5, 1, 2):
         rows = [
             np.asarray(Image.fromarray(row).filter(ImageFilter.GaussianBlur(radius))) for row in images.permute(0, 2, 3, 1).numpy()
@@ -61,14 +69,18 @@ def spoilt(images: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "colour channels exchanged", images[:, [1, 2, 0]]
     for pieces in (4, 16):
         yield f"cut into {pieces} × {pieces} pieces, shuffled", shuffled(images, pieces, draw)
-    others = tokens[torch.randperm(COUNT, generator=draw)]
+    others = tokens[torch.randperm(len(images), generator=draw)]
     for share in (0.05, 0.2, 1.0):
         replaced = torch.rand(tokens.shape, generator=draw) < share
-        column = torch.stack([others[torch.randperm(COUNT, generator=draw), slot] for slot in range(tokens.shape[1])], dim=1)
-        yield f"{share:.0%} of the tokens replaced by other pictures'", decoded(torch.where(replaced, column, tokens))
+        columns = [others[torch.randperm(len(images), generator=draw), slot] for slot in range(tokens.shape[1])]
+        yield (
+            f"{share:.0%} of the tokens replaced by other pictures'",
+            decoded(torch.where(replaced, torch.stack(columns, dim=1), tokens)),
+        )
 
 
 def shuffled(images: Tensor, pieces: int, draw: torch.Generator) -> Tensor:
+    """Each cut into pieces × pieces, which are put together in another order: (n, 3, SIDE, SIDE) both."""
     side = SIDE // pieces
     parts = images.unfold(2, side, side).unfold(3, side, side).flatten(2, 3)  # (n, 3, pieces², side, side)
     order = torch.stack([torch.randperm(pieces**2, generator=draw) for _ in range(len(images))])
@@ -77,4 +89,4 @@ def shuffled(images: Tensor, pieces: int, draw: torch.Generator) -> Tensor:
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -11,8 +11,6 @@ Python's. The kernels that took longest follow, by name.
 
 from __future__ import annotations
 
-import argparse
-import gc
 import re
 import tempfile
 import time
@@ -26,11 +24,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
-from benchmarks.training import EVERYTHING, WARM_UP, Bench, RandomCodes, trainer
-from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device
+from benchmarks.small import device_for
+from benchmarks.timing import free
+from benchmarks.training import EVERYTHING, WARM_UP, Bench
 from nar_t2i.training.command import quieten
-from nar_t2i.training.guard import Guard, GuardConfig
 
 # The first whose pattern is found in a kernel's or an operation's name.
 KINDS = {
@@ -54,7 +51,7 @@ class Span(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
     parser.add_argument(
         "--micro-batch", type=results.positive, help="images a step; default: about as many as fit, or 8 with --small"
@@ -63,9 +60,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave compilation out: there is no C++ compiler, or to compare")
     parser.add_argument("--out", default=str(results.FOLDER / "step-time.json"))
     parsed = parser.parse_args()
-    device = best_device()
-    if device.type != "cuda" and not parsed.small:
-        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    device = device_for(full_size=not parsed.small)
     quieten()
     results.write(parsed.out, [])  # what is broken off leaves no older file behind
     size = parsed.micro_batch or (8 if parsed.small else likely_to_fit(device))
@@ -77,36 +72,22 @@ def main() -> int:
         except torch.OutOfMemoryError:
             watch = None
         if watch is None:  # outside of the handler, whose traceback holds on to what filled the memory
-            gc.collect()
-            torch.cuda.empty_cache()
+            free()
             size = max(1, size * 3 // 4)
             watch = watched(bench, means, size)
     rows = table(watch.kernels, watch.waits, 1e6 * watch.seconds, parsed.steps)
-    results.write(
-        parsed.out,
-        rows,
-        recipe="emage/346m-256" + ", in small" * parsed.small,
-        micro_batch=size,
-        compile=means["compile"],
-        step_ms=1000 * watch.seconds / parsed.steps,
-    )
+    results.write(parsed.out, rows, recipe="emage/346m-256" + ", in small" * parsed.small, micro_batch=size,
+                  compile=means["compile"], step_ms=1000 * watch.seconds / parsed.steps)  # fmt: skip
     for row in rows:
-        print(
-            f"{row['ms']:9.2f} ms {row['share']:7.1%} {row['calls']:9.1f}  "
-            f"{row['part']}{'  ' + row['kernel'] if 'kernel' in row else ''}"
-        )
+        name = "  ".join(row[key] for key in ("part", "kernel") if key in row)
+        print(f"{row['ms']:9.2f} ms {row['share']:7.1%} {row['calls']:9.1f}  {name}")
     return 0
 
 
 def watched(bench: Bench, means: dict[str, Any], size: int) -> Watch:
+    """What was seen of the bench's steps on micro-batches of `size` images."""
     watch = Watch(bench.steps)
-    trainer(
-        bench.folder,
-        [Guard(GuardConfig()), watch],
-        max_steps=WARM_UP + bench.steps,
-        precision=means["precision"],
-        accelerator=bench.device.type,
-    ).fit(bench.module(means), datamodule=RandomCodes(bench.codec, size, bench.device))
+    bench.train(size, means, WARM_UP + bench.steps, watch)
     return watch
 
 
@@ -126,6 +107,7 @@ class Watch(Callback):
         self.waits: list[Span] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin, once the warm-up is over."""
         if batch_idx == WARM_UP:
             self.cuda = pl_module.device.type == "cuda"
             self.profiler = profile(activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU])
@@ -134,6 +116,7 @@ class Watch(Callback):
             self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End, after the last of the steps."""
         if batch_idx != WARM_UP + self.steps - 1:
             return
         self._wait()
@@ -155,6 +138,7 @@ class Watch(Callback):
 
 
 def kind_of(name: str) -> str:
+    """The kind of work that a kernel or an operation of this name does."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHERS)
 
 
@@ -168,7 +152,7 @@ def busy(spans: Iterable[Span]) -> float:
 
 
 def table(kernels: list[Span], waits: list[Span], whole: float, steps: int) -> list[dict[str, Any]]:
-    """whole: microseconds of all the steps."""
+    """A row a kind of work, then one for each of the LARGEST kernels. whole: microseconds of all the steps."""
 
     def row(part: str, spent: float, calls: float, **more: Any) -> dict[str, Any]:
         return {"part": part, **more, "ms": spent / steps / 1000, "share": spent / whole, "calls": calls / steps}

@@ -7,13 +7,11 @@ Every run's model draws all committed prompts at its own default settings. Write
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import positive, program
+from benchmarks import results
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.drawing import evaluate_prompts, generator_metrics
 from nar_t2i.evaluation.scene_prompts import committed, take
@@ -23,23 +21,23 @@ from nar_t2i.pipeline import TextToImage
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", default="docs/results/text")
-    parser.add_argument("--prompts", type=positive, default=200, help="of each category and set; default: 200, all of them")
+    parser.add_argument("--prompts", type=results.positive, default=200, help="of each category and set; default: 200, all of them")
     parsed = parser.parse_args()
-    metrics: dict[str, Any] = {"command": "python benchmarks/text_encoders.py " + " ".join(sys.argv[1:]),
-                               "machine": describe_machine(), "runs": {}}  # fmt: skip
+    metrics: dict[str, Any] = {"command": results.command(), "machine": describe_machine(), "runs": {}}
     for run in map(Path, parsed.runs):
-        t2i, results = TextToImage.from_pretrained(run / "model"), {}
+        t2i, scores = TextToImage.from_pretrained(run / "model"), {}
         for which in ("seen", "held_out"):
             prompts = take(committed(which), parsed.prompts)
-            results[which], _ = evaluate_prompts(t2i, prompts, batch_size=120, bf16=fast_precision() != "32-true", name=which)
+            scores[which], _ = evaluate_prompts(t2i, prompts, batch_size=120, bf16=fast_precision() != "32-true", name=which)
         metrics["runs"][run.name] = {
-            **curve(run), "versions": read_json(run / "versions.json"), "generator": generator_metrics(results),
+            **curve(run), "versions": read_json(run / "versions.json"), "generator": generator_metrics(scores),
             "text_parameters": sum(p.numel() for p in getattr(t2i.text, "network", t2i.text).parameters()),
         }  # fmt: skip
-        print(run.name, metrics["runs"][run.name]["validation_loss"], {k: v["accuracy"]["overall"] for k, v in results.items()})
+        overall = {which: of_set["accuracy"]["overall"] for which, of_set in scores.items()}
+        print(run.name, metrics["runs"][run.name]["validation_loss"], overall)
     out = Path(parsed.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
@@ -58,4 +56,4 @@ def curve(run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    program(main)
+    results.program(main)

@@ -36,6 +36,7 @@ class Clock:
         self.cuda = device.type == "cuda"
 
     def once(self, run: Callable[[], Any]) -> Call:
+        """One call, until the device has done all of it."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -65,12 +66,12 @@ def summary(cold: Call, warm: list[Call], others_mib: float = 0.0) -> dict[str, 
     others_mib: what lay in memory all the while and belongs to something else.
     """
     taken, worked = sorted(call.ms for call in warm), sorted(call.cpu_ms for call in warm)
-    found = {
+    times = {
         "cold_ms": cold.ms, "p50_ms": taken[len(taken) // 2], "p95_ms": taken[min(len(taken) - 1, round(0.95 * len(taken)))],
         "calls": len(taken),
     }  # fmt: skip
     peaks = [call.peak_mib for call in (cold, *warm) if call.peak_mib is not None]
-    return found | ({"peak_mib": max(peaks) - others_mib} if peaks else {"cpu_p50_ms": worked[len(worked) // 2]})
+    return times | ({"peak_mib": max(peaks) - others_mib} if peaks else {"cpu_p50_ms": worked[len(worked) // 2]})
 
 
 class Roofline:
@@ -98,9 +99,9 @@ class Roofline:
         return {"compute_floor_ms": compute, "memory_floor_ms": memory, "floor_ms": max(compute, memory)}
 
 
-def share(floor: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, float]:
-    """The floor, and which share of the time it is."""
-    return {**floor, "share_of_roofline": floor["floor_ms"] / found["p50_ms"]}
+def share(floor: Mapping[str, float], times: Mapping[str, Any]) -> dict[str, float]:
+    """The floor (see `Roofline.floor`), and which share of the median time (see `summary`) it is."""
+    return {**floor, "share_of_roofline": floor["floor_ms"] / times["p50_ms"]}
 
 
 def copy_rate(device: torch.device) -> float:
@@ -112,6 +113,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def weight_bytes(*modules: torch.nn.Module) -> int:
+    """Of their parameters, without buffers."""
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
@@ -141,6 +143,8 @@ class Run:
         self.failed: list[str] = []
 
     def add(self, name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Take the rows of one measurement as they come, if there is time to begin it. name: what it is called where it is left
+        out or fails."""
         try:
             for row in measure() if self.budget.allows(name) else ():
                 self.rows.append(row)
@@ -151,6 +155,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
+        """Write what there is so far; a run begins with it, so that none that is broken off leaves an older file behind."""
         results.write(self.out, self.rows, left_out=self.budget.left_out, failed=self.failed)
 
     def finish(self) -> int:
@@ -159,8 +164,8 @@ class Run:
             print(line(row))
         for name in self.budget.left_out:
             print(f"left out, the time was up: {name}")
-        for told in self.failed:
-            print(f"failed: {told}", file=sys.stderr)
+        for failure in self.failed:
+            print(f"failed: {failure}", file=sys.stderr)
         return int(bool(self.failed))
 
 
@@ -178,12 +183,14 @@ def compiled(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def free() -> None:
-    """Memory, and what was compiled, by us or by a peer."""
+    """Memory, and what was compiled, by us or by a peer; a GPU's peak of memory is counted anew."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def line(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    """A row as it is printed."""
+    return ", ".join(f"{key} {results.number(value) if isinstance(value, float) else value}" for key, value in row.items())

@@ -18,8 +18,6 @@ the same run. Every row must take the losses of the first, before and after upda
 
 from __future__ import annotations
 
-import argparse
-import gc
 import logging
 import tempfile
 import time
@@ -35,9 +33,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.small import SMALL_BERT, SMALL_CODEC, device_for
+from benchmarks.timing import free, line
 from nar_t2i import recipe
 from nar_t2i.errors import UserError
-from nar_t2i.hardware import best_device, matrix_rate, operation_counter
+from nar_t2i.hardware import matrix_rate, operation_counter
 from nar_t2i.networks.predictions import Categorical
 from nar_t2i.networks.tokens import select
 from nar_t2i.noise import Noise
@@ -51,15 +51,15 @@ from nar_t2i.types import Batch, LearningStrategy, Prediction, Term, TokenBatch,
 
 WORDS = 32
 SMALL = {"width": 64, "depth": 2, "heads": 2}
-SMALL_BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 1000}
-SMALL_CODEC = {"image_size": 64, "channels": [16, 16, 16], "blocks": 1}
+SMALL_VOCABULARY = 1000
 WARM_UP = 4  # steps, of which the last two come after updates in every part of the network
 MEMORY = "out of memory"
+AT_LARGEST = "everything, largest micro-batch"  # the name of a row
 TOLERANCE = 0.25  # of what the loss falls by in these steps
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="a hundredth of the size, for machines without a GPU")
     parser.add_argument(
         "--micro-batch", type=results.positive, help="images a step; default: a third of the largest, or 8 with --small"
@@ -70,9 +70,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="after which no row is begun; default: 60")
     parser.add_argument("--out", default=str(results.FOLDER / "training.json"))
     parsed = parser.parse_args()
-    device = best_device()
-    if device.type != "cuda" and not parsed.small:
-        raise UserError("the full size needs a CUDA GPU; --small runs anywhere")
+    device = device_for(full_size=not parsed.small)
     quieten()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     deadline = time.monotonic() + 60 * parsed.minutes
@@ -81,20 +79,21 @@ def main() -> int:
         bench = Bench(Path(folder), device, parsed.small, parsed.steps or 10)
         largest = bench.largest() if device.type == "cuda" and not parsed.micro_batch else None
         size = parsed.micro_batch or (largest and max(8, largest // 24 * 8)) or 8
-        told = {"recipe": "emage/346m-256" + ", in small" * parsed.small, "parameters": bench.parameters,
-                "bf16_matrix_rate": matrix_rate(device, torch.bfloat16), "fp32_matrix_rate": matrix_rate(device, torch.float32),
-                "forward_flops_an_image": bench.forward_operations(size) / size}  # fmt: skip
+        of_all_rows = {
+            "recipe": "emage/346m-256" + ", in small" * parsed.small,
+            "parameters": bench.parameters,
+            "bf16_matrix_rate": matrix_rate(device, torch.bfloat16),
+            "fp32_matrix_rate": matrix_rate(device, torch.float32),
+            "forward_flops_an_image": bench.forward_operations(size) / size,
+        }
+
+        def save(rows: list[dict[str, Any]], left_out: list[str]) -> None:
+            results.write(parsed.out, rows, left_out=left_out, **of_all_rows)
+
         chosen = variants(device.type == "cuda", not parsed.no_compile)
-        rows = bench.compare(
-            chosen,
-            size,
-            largest,
-            parsed.rounds,
-            deadline,
-            lambda rows, left_out: results.write(parsed.out, rows, left_out=left_out, **told),
-        )
+        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, save)
     for row in rows:
-        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(line(row))
     return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
 
 
@@ -119,6 +118,8 @@ def variants(cuda: bool, compiles: bool) -> dict[str, dict[str, Any]]:
 
 
 class Bench:
+    """Trains the recipe for a few steps, in every way that is to be compared. steps: that are timed."""
+
     def __init__(self, folder: Path, device: torch.device, small: bool, steps: int):
         self.folder, self.device, self.small, self.steps = folder, device, small, steps
         self._counted: dict[int, int] = {}  # operations by micro-batch
@@ -126,10 +127,10 @@ class Bench:
         self.parameters = sum(p.numel() for p in self.module(EVERYTHING | {"compile": None}).parameters())
 
     def module(self, means: dict[str, Any]) -> GeneratorModule:
+        """What is trained. means: as in EVERYTHING."""
+        of_module = {key: means[key] for key in ("masked_head", "fused", "compile")}
         with self.device:  # where random weights are made quickly
-            return random_generator(
-                self.codec, self.bert, self.small, **{key: means[key] for key in ("masked_head", "fused", "compile")}
-            )
+            return random_generator(self.codec, self.bert, self.small, **of_module)
 
     def compare(
         self,
@@ -141,19 +142,18 @@ class Bench:
         save: Callable[[Any, list[str]], None],
     ) -> list[dict[str, Any]]:
         """A row a variant: medians over the rounds. save: is given the rows so far, and the names of those that are not there.
-        UserError where losses differ.
+        UserError where losses differ. size, largest: images of a micro-batch. deadline: by time.monotonic.
         """
-        found: dict[str, list[dict[str, Any]]] = {}
+        of_rounds: dict[str, list[dict[str, Any]]] = {}
         first: list[float] = []
         at_largest: list[dict[str, Any]] = []
 
         def rows() -> list[dict[str, Any]]:
-            return [*(_summary(of, runs, found["everything"]) for of, runs in found.items()), *at_largest]
+            return [*(_summary(name, each, of_rounds["everything"]) for name, each in of_rounds.items()), *at_largest]
 
         def missing() -> list[str]:
-            return [name for name in chosen if name not in found] + ["everything, largest micro-batch"] * (
-                largest is not None and not at_largest
-            )
+            names = [name for name in chosen if name not in of_rounds]
+            return names + [AT_LARGEST] * (largest is not None and not at_largest)
 
         for name, means in [*chosen.items()] * rounds:
             if time.monotonic() > deadline:
@@ -164,43 +164,44 @@ class Bench:
                 check_learned(first)
             if losses:
                 check_losses(name, losses, first)
-            found.setdefault(name, []).append(row)
+            of_rounds.setdefault(name, []).append(row)
             save(rows(), missing())
-            if largest and not at_largest and len(found) >= 3 and time.monotonic() < deadline:  # which is compiled once more
-                at_largest.append({"row": "everything, largest micro-batch", **self.run(largest, chosen["everything"])[0]})
+            if largest and not at_largest and len(of_rounds) >= 3 and time.monotonic() < deadline:  # which is compiled once more
+                at_largest.append({"row": AT_LARGEST, **self.run(largest, chosen["everything"])[0]})
                 save(rows(), missing())
         return rows()
 
     def run(self, size: int, means: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
         """A row, and the losses of the first steps. What fails is a row too, with no losses."""
-        told = {"micro_batch": size, **means}
+        setting = {"micro_batch": size, **means}
         try:
             slow = self.device.type == "cuda" and means["precision"] == "32-true"
             clock = self.fit(size, means, max(1, self.steps // 3) if slow else self.steps)
         except torch.OutOfMemoryError:
-            return {**told, "failed": MEMORY}, []
+            return {**setting, "failed": MEMORY}, []
         except RuntimeError as error:  # torch.compile's are
-            return {**told, "failed": " ".join(str(error).split())[:300]}, []
+            return {**setting, "failed": " ".join(str(error).split())[:300]}, []
         finally:
-            self.free()
+            free()
         rate = size / clock.seconds
         own = matrix_rate(self.device, torch.bfloat16 if means["precision"] == "bf16-mixed" else torch.float32)
-        row = {**told, "images_per_second": rate, "step_ms": 1000 * clock.seconds,
-               "utilisation": 3 * self.forward_operations(size) / size * rate / own}  # fmt: skip
+        work = 3 * self.forward_operations(size) / size
+        row = {**setting, "images_per_second": rate, "step_ms": 1000 * clock.seconds, "utilisation": work * rate / own}
         if self.device.type == "cuda":
             row["peak_mib"] = clock.peak / 2**20
         return row, [loss.item() for loss in clock.losses]
 
     def fit(self, size: int, means: dict[str, Any], steps: int) -> Clock:
+        """Train for a warm-up and `steps` steps. torch.OutOfMemoryError where micro-batches of that size do not fit."""
         clock = Clock(steps)
-        trainer(
-            self.folder,
-            [Guard(GuardConfig()), clock],
-            max_steps=WARM_UP + steps,
-            precision=means["precision"],
-            accelerator=self.device.type,
-        ).fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))
+        self.train(size, means, WARM_UP + steps, clock)
         return clock
+
+    def train(self, size: int, means: dict[str, Any], max_steps: int, watch: Callback) -> None:
+        """Steps on one batch of `size` images under the trainer, with the guard of a run; `watch` looks on."""
+        settings = {"max_steps": max_steps, "precision": means["precision"], "accelerator": self.device.type}
+        run = trainer(self.folder, [Guard(GuardConfig()), watch], **settings)
+        run.fit(self.module(means), datamodule=RandomCodes(self.codec, size, self.device))
 
     def largest(self) -> int:
         """The largest micro-batch that trains, of multiples of 8: without compilation, which takes less memory, not more. Two
@@ -209,22 +210,23 @@ class Bench:
         peaks = []
         for size in sizes[:2]:
             peaks.append(self.fit(size, EVERYTHING | {"compile": None}, 1).peak)
-            self.free()
+            free()
         an_image = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
         room = torch.cuda.get_device_properties(self.device).total_memory - peaks[0]
         likely = [size for size in sizes if an_image * (size - sizes[0]) < 1.05 * room]
-        found = next((size for size in reversed(likely) if self.fits(size)), None)
-        if found is None:
+        largest = next((size for size in reversed(likely) if self.fits(size)), None)
+        if largest is None:
             raise UserError("no micro-batch of 8 images fits into this GPU's memory")
-        return found
+        return largest
 
     def fits(self, size: int) -> bool:
+        """Whether a step on micro-batches of `size` images finds memory."""
         try:
             self.fit(size, EVERYTHING | {"compile": None}, 1)
         except torch.OutOfMemoryError:
             return False
         finally:
-            self.free()
+            free()
         return True
 
     @torch.no_grad()
@@ -237,15 +239,8 @@ class Bench:
                 module._terms(module.transfer_batch_to_device(batch, self.device, 0), module.seed, True, 0.0)
             self._counted[size] = counter.get_total_flops()
             del module
-            self.free()
+            free()
         return self._counted[size]
-
-    def free(self) -> None:
-        torch._dynamo.reset()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def _summary(name: str, of_rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
@@ -267,6 +262,7 @@ class Clock(Callback):
         self.marks: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the loss of a step of the warm-up, and the time after each later one."""
         if batch_idx < WARM_UP:
             self.losses.append(outputs["loss"].detach().clone())
         if pl_module.device.type == "cuda" and batch_idx in (WARM_UP - 1, WARM_UP + self.steps - 1):
@@ -310,12 +306,15 @@ class RandomCodes(LightningDataModule):
         """No states of a cache."""
 
     def accumulation(self, world: int | None = None) -> int:
+        """Micro-batches a step."""
         return 1
 
     def micro_batch_size(self, world: int | None = None) -> int:
+        """Images a step of this rank."""
         return self.size
 
     def train_dataloader(self) -> Iterator[Batch]:
+        """The batch, without end."""
         return _Endless(self.batch)
 
 
@@ -336,6 +335,7 @@ class HeadAtAllSlots(LearningStrategy):
         self.inner, self.passes = inner, inner.passes
 
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
+        """The same terms as those of the inner strategy."""
         return self.inner.loss(_Whole(network), batch, noise, progress)  # type: ignore[arg-type]
 
 
@@ -356,7 +356,7 @@ def random_codec(small: bool) -> TokenCodec:
 
 def random_bert(folder: Path, small: bool) -> str:
     """The configuration of BERT-base and a vocabulary of as many words; of weights nothing is needed."""
-    config = transformers.BertConfig(**(SMALL_BERT if small else {}))
+    config = transformers.BertConfig(**(SMALL_BERT | {"vocab_size": SMALL_VOCABULARY} if small else {}))
     config.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [f"word{number}" for number in range(config.vocab_size - len(words))]
@@ -368,21 +368,20 @@ def random_generator(
     codec: TokenCodec, bert: str, small: bool, masked_head: bool = True, fused: bool = True, compile: Any = None, **network: Any
 ) -> GeneratorModule:
     """recipes/emage/346m-256 with random weights; at its peak learning rate, so that updates can be seen."""
-    told = recipe.load("emage/346m-256").config["model"]["init_args"]
-    arguments = {**told["network"]["init_args"], **(SMALL if small else {}), **network}
+    model = recipe.load("emage/346m-256").config["model"]["init_args"]
+    arguments = {**model["network"]["init_args"], **(SMALL if small else {}), **network}
     torch.manual_seed(0)
-    learning = build({"init_args": {}, **told["learning"]})
-    text = {**told["text"]["init_args"], "folder": bert, "pretrained": False}
+    learning = build({"init_args": {}, **model["learning"]})
+    text = {**model["text"]["init_args"], "folder": bert, "pretrained": False}
 
     def made(spec: Any, widths: Any) -> TokenNetwork:
-        return build(
-            {"class_path": told["network"]["class_path"], "init_args": arguments | {"spec": spec, "text_widths": tuple(widths)}}
-        )
+        of_parts = {"spec": spec, "text_widths": tuple(widths)}
+        return build({"class_path": model["network"]["class_path"], "init_args": arguments | of_parts})
 
     module = GeneratorModule(
         codec, BertTextEncoder(**text), made, learning if masked_head else HeadAtAllSlots(learning),
-        optimizer=OptimizerConfig(**told["optimizer"] | {"warmup_steps": 0, "schedule": "constant", "fused": fused}),
-        text_learning_rate=told["text_learning_rate"], caption_dropout=told["caption_dropout"], ema_decay=told["ema_decay"],
+        optimizer=OptimizerConfig(**model["optimizer"] | {"warmup_steps": 0, "schedule": "constant", "fused": fused}),
+        text_learning_rate=model["text_learning_rate"], caption_dropout=model["caption_dropout"], ema_decay=model["ema_decay"],
         compile=compile,
     )  # fmt: skip
     # It starts at zero, where every network has the same loss and most weights no gradient.
@@ -392,6 +391,7 @@ def random_generator(
 
 
 def trainer(folder: Path, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """Lightning's, on one device unless `settings` say otherwise, without validation, checkpoints and output."""
     return Trainer(
         default_root_dir=folder, callbacks=callbacks, **{"devices": 1, "logger": False, "enable_checkpointing": False} | settings,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
@@ -405,12 +405,12 @@ def check_learned(losses: list[float]) -> None:
         raise UserError(f"the loss does not fall ({losses[0]:.5f} to {losses[-1]:.5f}): nothing can be compared")
 
 
-def check_losses(name: str, found: list[float], expected: list[float]) -> None:
+def check_losses(name: str, losses: list[float], expected: list[float]) -> None:
     """UserError where a row takes other losses than the first, apart from rounding, and the draws of the second pass that
     follow it: by a part of what the loss falls by, so that an update that is left out or of another size is noticed."""
     fall = expected[0] - expected[-1]
-    if not all(abs(a - b) <= TOLERANCE * fall for a, b in zip(found, expected, strict=True)):
-        raise UserError(f"the row {name!r} takes other losses than the first: {found}, not {expected}")
+    if not all(abs(a - b) <= TOLERANCE * fall for a, b in zip(losses, expected, strict=True)):
+        raise UserError(f"the row {name!r} takes other losses than the first: {losses}, not {expected}")
 
 
 if __name__ == "__main__":

@@ -16,25 +16,22 @@
 #SBATCH --signal=USR1@300
 set -euo pipefail
 fail() { echo "ablate.sh: $*" >&2; exit 2; }
-readonly REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/training/preemption.py
 
 if [ "${1:-}" = --task ]; then  # this is the job
   shift
   cd "$SLURM_SUBMIT_DIR"
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   root=$PWD
   . slurm/python.sh
   python_of "$root"
+  use_cores_of_task
   [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] || fail "started 50 times and not finished; not queued again"
   echo "ablate.sh: task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID, start ${SLURM_RESTART_COUNT:-0}"
   status=0
   # Without SLURM_NTASKS Lightning looks for no other ranks.
   srun --export=ALL --ntasks=1 env -u SLURM_NTASKS "${python[@]}" -m nar_t2i ablate --task "$SLURM_ARRAY_TASK_ID" "$@" || status=$?
   if [ "$status" -eq "$REQUEUE" ]; then
-    echo "ablate.sh: queueing ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID again"
-    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-    sleep 600  # Slurm ends this script
+    requeue ablate.sh
   fi
   exit "$status"
 fi
@@ -66,7 +63,8 @@ python_of "$root"
 
 if $judged; then
   tasks=$("${python[@]}" -m nar_t2i ablate "${recipes[@]}" ${ablation[@]+"${ablation[@]}"} --count)
-  exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" ${options[@]+"${options[@]}"} slurm/ablate.sh --task "${recipes[@]}" ${ablation[@]+"${ablation[@]}"}
+  exec sbatch --array="0-$((tasks - 1))%${AT_ONCE:-4}" ${options[@]+"${options[@]}"} \
+    slurm/ablate.sh --task "${recipes[@]}" ${ablation[@]+"${ablation[@]}"}
 fi
 # Recipes inherit run_dir, and two runs in one folder would be one.
 folders=()
@@ -77,5 +75,5 @@ for recipe in "${recipes[@]}"; do
 done
 twice=$(printf '%s\n' "${folders[@]}" | sort | uniq -d)
 [ -z "$twice" ] || fail "several recipes have the run_dir $twice; give each its own"
-exec sbatch --job-name=nar-t2i --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" ${options[@]+"${options[@]}"} \
-  slurm/train.sh --one-of "${recipes[@]}"
+exec sbatch --job-name=nar-t2i --array="0-$((${#recipes[@]} - 1))%${AT_ONCE:-4}" --output="%x-%A_%a.log" \
+  ${options[@]+"${options[@]}"} slurm/train.sh --one-of "${recipes[@]}"

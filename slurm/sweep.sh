@@ -23,15 +23,17 @@ fail() { echo "sweep.sh: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit it: sbatch --array=0-8%3 slurm/sweep.sh ENTITY/PROJECT/SWEEP_ID"
 [ $# -eq 1 ] || fail "name one sweep: ENTITY/PROJECT/SWEEP_ID"
-[ -z "${NAR_T2I_CONTAINER:-}" ] || fail "a sweep's agent runs outside of containers; unset NAR_T2I_CONTAINER, and name a Python with NAR_T2I_PYTHON"
+[ -z "${NAR_T2I_CONTAINER:-}" ] ||
+  fail "a sweep's agent runs outside of containers; unset NAR_T2I_CONTAINER, and name a Python with NAR_T2I_PYTHON"
 root=${SLURM_SUBMIT_DIR}
 [ -d "$root/nar_t2i" ] || fail "submit it from the project's folder: there is no nar_t2i in $root"
 cd "$root"
+. slurm/python.sh
 
 python=${NAR_T2I_PYTHON:-$root/.venv/bin/python}
 export PATH="$(dirname "$python"):$PATH" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-mkdir -p runs/.slurm
+use_cores_of_task
+make_folder runs/.slurm
 export NAR_T2I_PREEMPTED=$root/runs/.slurm/$SLURM_JOB_ID.preempted  # written by a trial that leaves to go on later
 rm -f "$NAR_T2I_PREEMPTED"
 
@@ -47,8 +49,5 @@ echo "sweep.sh: task $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, a trial of 
 srun --export=ALL --ntasks=1 bash -c "$one_trial" trial "$1"
 if [ -e "$NAR_T2I_PREEMPTED" ]; then
   rm "$NAR_T2I_PREEMPTED"
-  task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  echo "sweep.sh: queueing ${task:-$SLURM_JOB_ID} again"
-  scontrol requeue "${task:-$SLURM_JOB_ID}"
-  sleep 600  # Slurm ends this script
+  requeue sweep.sh
 fi

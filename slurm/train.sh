@@ -19,7 +19,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 set -euo pipefail
-readonly REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/training/preemption.py
 
 fail() { echo "train.sh: $*" >&2; exit 2; }
 
@@ -37,31 +36,42 @@ recipe=$1
 shift
 
 pointer=runs/.slurm/$SLURM_JOB_ID  # to its run, once it has one
-helper=slurm/python.sh
-if [ -f "$pointer" ] && [ -f "$(cat "$pointer")/slurm/$SLURM_JOB_ID/python.sh" ]; then helper=$(cat "$pointer")/slurm/$SLURM_JOB_ID/python.sh; fi
+# What is edited while the job waits to go on changes nothing: recipe and code are those of its first start. A pointer that a first
+# start finds is another job's, of a Slurm that counts its jobs anew.
+goes_on=false helper=slurm/python.sh
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$pointer" ]; then
+  goes_on=true
+  kept=$(cat "$pointer")/slurm/$SLURM_JOB_ID/python.sh
+  [ ! -f "$kept" ] || helper=$kept
+fi
 . "$helper"
 python_of "$root"
 
 # One task a rank. Where GPUs were asked for, there must be as many tasks.
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
-[ "$gpus" -eq 0 ] || [ "$gpus" -eq "$tasks" ] || fail "$gpus GPUs and $tasks tasks on a node: ask for --gpus-per-node=N --ntasks-per-node=N"
-unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK  # by which srun would show each rank one GPU alone, where it takes that of its number
+[ "$gpus" -eq 0 ] || [ "$gpus" -eq "$tasks" ] ||
+  fail "$gpus GPUs and $tasks tasks on a node: ask for --gpus-per-node=N --ntasks-per-node=N"
+# By these srun would show each rank one GPU alone, where it takes that of its number.
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 for setting; do
-  case $setting in --trainer.devices*|--trainer.num_nodes*) fail "${setting%%=*}: the job says it, by --nodes and --ntasks-per-node" ;; esac
+  case $setting in
+    --trainer.devices*|--trainer.num_nodes*) fail "${setting%%=*}: the job says it, by --nodes and --ntasks-per-node" ;;
+  esac
 done
 settings=("--trainer.num_nodes=$SLURM_JOB_NUM_NODES" "--trainer.devices=$tasks")
 
-# What is edited while the job waits to go on changes nothing: recipe and code are those of its first start.
-if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$pointer" ]; then
+if ! $goes_on; then
   resolved=$("${python[@]}" -m nar_t2i fit --config "$recipe" "${settings[@]}" "$@" --print_config)
   run=$(run_dir_of <<<"$resolved")
   [ "${run:0:1}" = / ] || run=$root/$run
   snapshot=$run/slurm/$SLURM_JOB_ID
-  mkdir -p "$snapshot" runs/.slurm
+  make_folder "$snapshot" "$run"
+  make_folder runs/.slurm
   cp slurm/python.sh "$snapshot"
   # Not what another task is just writing.
-  { tar --exclude=__pycache__ -cf - nar_t2i || [ $? -eq 1 ]; } | tar -xf - -C "$snapshot"  # 1: a folder got another entry meanwhile
+  # Status 1: a folder got another entry meanwhile.
+  { tar --exclude=__pycache__ -cf - nar_t2i || [ $? -eq 1 ]; } | tar -xf - -C "$snapshot"
   git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
   printf '%s\n' "$run" > "$pointer.part"
@@ -75,7 +85,7 @@ python_of "$root" "$run"
 export PYTHONPATH="$snapshot:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+use_cores_of_task
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 # A ckpt_path of the recipe is where the job begins; once it has a checkpoint of its own, it goes on from that.
@@ -86,24 +96,23 @@ echo "train.sh: job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_JOB_N
 limit=$({ squeue --noheader --jobs "$SLURM_JOB_ID" --format %l || true; } | seconds_of)
 before=$(readlink "$run/checkpoints/last.ckpt" || true)
 status=0
-# Ranks that leave with a status of their own do so within moments of each other, but for the first, which tells W&B; after four minutes,
-# of the five that Slurm gives, the rest is stuck.
-srun --export=ALL --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" "${python[@]}" -m nar_t2i fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
+# Ranks that leave with a status of their own do so within moments of each other, but for the first, which tells W&B; after four
+# minutes, of the five that Slurm gives, the rest is stuck.
+srun --export=ALL --kill-on-bad-exit=0 --wait=240 --ntasks-per-node="$tasks" \
+  "${python[@]}" -m nar_t2i fit --config "$snapshot/recipe.yaml" ${again:+"$again"} || status=$?
 
 if [ "$status" -eq "$REQUEUE" ]; then
   # A run that gets no further between two requeues never would; one that was told before it had begun may.
   if [ "$(readlink "$run/checkpoints/last.ckpt" || true)" = "$before" ]; then
     if [ "$limit" -le 300 ]; then
-      fail "told to leave before a step was finished; not queued again. It is told 300 s before its end, if --signal=USR1@SECONDS says nothing else, and has $limit s"
+      fail "told to leave before a step was finished; not queued again." \
+        "It is told 300 s before its end, if --signal=USR1@SECONDS says nothing else, and has $limit s"
     fi
     if [ -e "$snapshot/no-step" ] && [ "$(cat "$snapshot/no-step")" = "$before" ]; then
       fail "no step was finished in two starts; not queued again"
     fi
     printf '%s' "$before" > "$snapshot/no-step"
   fi
-  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  echo "train.sh: queueing ${job:-$SLURM_JOB_ID} again"
-  scontrol requeue "${job:-$SLURM_JOB_ID}"
-  sleep 600  # Slurm ends this script
+  requeue train.sh
 fi
 exit "$status"

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import scaling, step_time, training
 from benchmarks.results import ROOT
+from benchmarks.small import SMALL_BERT
 from nar_t2i.errors import UserError
 
 
@@ -33,8 +34,7 @@ def test_operations_are_the_formulas_and_skipped_slots_are_none(tmp_path):
     size = 64
     bench = training.Bench(tmp_path, torch.device("cpu"), small=True, steps=1)
     counted = bench.forward_operations(size) / size
-    bert = training.SMALL_BERT
-    formula = scaling.forward_operations(training.SMALL, 2, 64, 8192, training.WORDS + 2, bert)
+    formula = scaling.forward_operations(training.SMALL, 2, 64, 8192, training.WORDS + 2, SMALL_BERT)
     assert counted == pytest.approx(formula, rel=0.05)  # the share of hidden slots is drawn
     head = 2 * 2 * 64 * training.SMALL["width"] * 8192
     assert counted < formula + (1 - 2 / math.pi) * head - 0.2 * head  # far from those with a head at all slots
@@ -72,18 +72,8 @@ def test_the_scaling_document_holds_the_tables_of_the_model():
 
 
 def test_the_time_of_a_step_is_divided_into_kinds_of_work(tmp_path):
-    line = [
-        sys.executable,
-        ROOT / "benchmarks/step_time.py",
-        "--small",
-        "--no-compile",
-        "--micro-batch",
-        "4",
-        "--steps",
-        "2",
-        "--out",
-        tmp_path / "step.json",
-    ]
+    line = [sys.executable, ROOT / "benchmarks/step_time.py", "--small", "--no-compile", "--micro-batch", "4", "--steps", "2",
+            "--out", tmp_path / "step.json"]  # fmt: skip
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "step.json").read_text())
@@ -105,18 +95,9 @@ def test_kernels_side_by_side_count_once_and_gaps_are_seen():
         )
     ]
     assert step_time.busy(spans) == 6500
-    rows = {
-        row["part"]: row
-        for row in step_time.table(spans, [step_time.Span("cudaStreamSynchronize", 0, 600)], 10_000, 2)
-        if "kernel" not in row
-    }
-    assert (
-        rows["matrix products"]["ms"] == 2 and rows["attention"]["ms"] == 1 and rows["optimizer, average, clipping"]["calls"] == 0.5
-    )
-    assert rows["fused by the compiler"]["ms"] == 0.25 and rows["nothing runs"] == {
-        "part": "nothing runs",
-        "ms": 1.75,
-        "share": 0.35,
-        "calls": 0,
-    }
+    table = step_time.table(spans, [step_time.Span("cudaStreamSynchronize", 0, 600)], 10_000, 2)
+    rows = {row["part"]: row for row in table if "kernel" not in row}
+    assert rows["matrix products"]["ms"] == 2 and rows["attention"]["ms"] == 1
+    assert rows["optimizer, average, clipping"]["calls"] == 0.5 and rows["fused by the compiler"]["ms"] == 0.25
+    assert rows["nothing runs"] == {"part": "nothing runs", "ms": 1.75, "share": 0.35, "calls": 0}
     assert rows["host waits"]["ms"] == pytest.approx(0.3) and rows["others"]["ms"] == 0

@@ -1,5 +1,6 @@
 """Benchmarks run in small, and report what they are for."""
 
+import importlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nar_t2i.errors import UserError
 from nar_t2i.generate import shipped_model
 from nar_t2i.inference import Particles
 from nar_t2i.networks import PrefixDecoder
@@ -63,20 +65,8 @@ def test_floors_of_a_machine_that_is_not_at_hand():
 
 
 def test_peers_side_by_side(tmp_path):
-    done = run(
-        "peers.py",
-        "--small",
-        "--geometry",
-        "tiny",
-        "--batch",
-        1,
-        "--repeats",
-        2,
-        "--twin-repeats",
-        1,
-        "--out",
-        tmp_path / "found.json",
-    )
+    settings = ["--small", "--geometry", "tiny", "--batch", 1, "--repeats", 2, "--twin-repeats", 1]
+    done = run("peers.py", *settings, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found) >= {"command", "machine", "versions", "commit", "rows"} and found["versions"]["diffusers"]
@@ -196,14 +186,54 @@ def test_what_a_network_of_prefixes_knows(tmp_path):
     assert float(nats[-1][1]) == pytest.approx(31 * code, rel=1e-3) and float(nats[2][2]) == pytest.approx(3 * code, rel=1e-2)
     assert re.search(r"right: [\d.]+ of 6; .*\nof 2 drawings of 3 prompts: each right in ", done.stdout)
     refused = run("prefix_stages.py", shipped_model())
-    assert refused.returncode == 1 and refused.stderr == f"{shipped_model()}: TwoWayDecoder has no order in stages\n"
+    assert refused.returncode == 2 and refused.stderr.endswith(f"error: {shipped_model()}: TwoWayDecoder has no order in stages\n")
 
 
-def test_the_distance_of_spoilt_scenes(monkeypatch, capsys):
-    from benchmarks import scene_frechet
+def test_the_distance_of_spoilt_scenes(tmp_path):
+    done = run("scene_frechet.py", "--count", 60, "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["command"].startswith("python benchmarks/scene_frechet.py --count 60 --out ") and found["count"] == 60
+    distances = {row["pictures"]: row["scene_frechet"] for row in found["rows"]}
+    assert dict(re.findall(r"\| (.+) \| ([\d.]+) \|", done.stdout)) == {name: f"{d:.3g}" for name, d in distances.items()}
+    assert len(distances) == 15
+    assert distances["other real scenes"] < distances["noise of 15 levels"] < distances["noise of 30 levels"]
 
-    monkeypatch.setattr(scene_frechet, "COUNT", 60)
-    assert scene_frechet.main() == 0
-    rows = dict(re.findall(r"\| (.+) \| ([\d.]+) \|", capsys.readouterr().out))
-    assert len(rows) == 15
-    assert float(rows["other real scenes"]) < float(rows["noise of 15 levels"]) < float(rows["noise of 30 levels"])
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_help(name, monkeypatch, capsys):
+    script = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {name}.py [-h]") and script.__doc__.strip() in shown
+
+
+def test_the_model_in_the_package_is_not_overwritten_with_itself(monkeypatch, tmp_path):
+    from benchmarks import ship_model
+
+    monkeypatch.setattr(ship_model, "ASSETS", tmp_path)
+    with pytest.raises(UserError, match="is where it would be written"):
+        ship_model.ship(str(tmp_path))
+    done = run("ship_model.py")
+    assert done.returncode == 2 and "FOLDER --sheet is required" in done.stderr
+
+
+def test_a_command_is_written_down_as_a_shell_reads_it(monkeypatch):
+    from benchmarks import results
+
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks/few_passes.py"), "--only", "twin, 64 passes", "--sets", "seen"])
+    assert results.command() == "python benchmarks/few_passes.py --only 'twin, 64 passes' --sets seen"
+
+
+def test_rows_are_printed_as_the_page_shows_numbers():
+    from benchmarks import timing
+
+    assert timing.line({"side": "shards", "rate": 12345.6, "share": 0.123456, "calls": 2048}) == (
+        "side shards, rate 12,346, share 0.1235, calls 2048"
+    )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nar_t2i.errors import REQUEUE
+
 ROOT = Path(__file__).parents[1]
 # Names the folders that it is given, and what it would run.
 APPTAINER = '#!/bin/bash\necho "in the container: $4" >&2; shift 7; exec "$@"\n'
@@ -84,6 +86,43 @@ def test_what_the_job_says_is_not_said_again(script, tmp_path, option):
     job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1"}
     done = script("train.sh", recipe(tmp_path, "one"), option, **job)
     assert done.returncode == 2 and f"train.sh: {option.partition('=')[0]}: the job says it" in done.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(script, tmp_path):
+    (tmp_path / "one").write_text("a file where a folder should be")
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1"}
+    done = script("train.sh", recipe(tmp_path, "one"), **job)
+    (line,) = [line for line in done.stderr.splitlines() if "train.sh" in line]
+    assert done.returncode == 2 and line.startswith(f"train.sh: {tmp_path}/one/run cannot be made: cannot create directory"), line
+    assert "mkdir:" not in done.stderr
+
+
+def in_a_job(lines, **job):
+    """What bash prints in a script of a job that sources python.sh, with an scontrol and a sleep that tell what they are given."""
+    told = 'scontrol() { echo "scontrol $*"; }; sleep() { echo "sleep $*"; }; fail() { echo "fail $*"; exit 2; }'
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_", "OMP_"))}
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; {told}; . slurm/python.sh; {lines}"],
+        cwd=ROOT, env=environment | job, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_job_or_its_own_task_of_an_array_is_queued_again():
+    assert in_a_job("requeue train.sh", SLURM_JOB_ID="7") == ["train.sh: queueing 7 again", "scontrol requeue 7", "sleep 600"]
+    task = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    assert in_a_job("requeue sweep.sh", **task)[:2] == ["sweep.sh: queueing 7_2 again", "scontrol requeue 7_2"]
+
+
+def test_a_task_has_as_many_threads_as_cores_unless_it_is_told_otherwise():
+    show = "use_cores_of_task; printenv SRUN_CPUS_PER_TASK OMP_NUM_THREADS"
+    assert in_a_job(show) == ["1", "1"] and in_a_job(show, SLURM_CPUS_PER_TASK="8") == ["8", "8"]
+    assert in_a_job(show, SLURM_CPUS_PER_TASK="8", OMP_NUM_THREADS="3") == ["8", "3"]
+
+
+def test_the_status_that_asks_for_another_start_is_the_programs():
+    assert in_a_job('echo "$REQUEUE"') == [str(REQUEUE)]
 
 
 @pytest.mark.parametrize(
