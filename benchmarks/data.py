@@ -93,6 +93,7 @@ def main() -> int:
     samples = parsed.samples or (256 if parsed.small else 1024)
     if samples % parsed.batch_size:
         raise UserError(f"--samples {samples} is no multiple of --batch-size {parsed.batch_size}")
+    results.write(parsed.out, [])  # what is broken off leaves no older file behind
     with tempfile.TemporaryDirectory() as folder:
         material = Material(Path(folder), samples, parsed.batch_size, parsed.small)
         rows = measure(material.sides(), samples, parsed.workers, parsed.rounds, parsed.seconds or (0.2 if parsed.small else 1.0))
@@ -272,9 +273,9 @@ class Files(Dataset):
 
 def measure(sides: dict[str, Side], count: int, workers: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """A row a side and number of workers. seconds: of each side in each round. UserError where sides of a group differ."""
-    agree(sides, count)
     rows = []
     for number in workers:
+        agree(sides, count, min(number, 1))
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
@@ -301,11 +302,13 @@ def rate(batches: Iterator[Samples], seconds: float) -> float:
     return samples / taken
 
 
-def agree(sides: dict[str, Side], count: int) -> None:
-    """UserError where a side does not give each sample of the first of its group once, with the same content."""
+def agree(sides: dict[str, Side], count: int, workers: int = 0) -> None:
+    """UserError where a side does not give each sample of the first of its group once, with the same content. workers: 0 or 1;
+    what several of a peer's give is ordered by the time that they take.
+    """
     first: dict[str, tuple[str, dict[str, tuple[str, Tensor, Tensor | None]]]] = {}
     for name, side in sides.items():
-        epoch = list(itertools.islice(_rows(side.batches(0), count), count))
+        epoch = list(itertools.islice(_rows(side.batches(workers), count), count))
         keys = Counter(row[0] for row in epoch)
         samples = {key: (caption, content, states) for key, caption, content, states in epoch}
         other, expected = first.setdefault(side.group, (name, samples))

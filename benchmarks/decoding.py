@@ -152,7 +152,7 @@ class Bench:
         """The decoder alone, plainly launched, and on a GPU as a graph as well; then from the text on, and to the image."""
         model = recipe.load(name).config["model"]["init_args"]
         network, guidance = self.network(model["network"]), Guidance(**model["guidance"])
-        inference: InferenceStrategy = build({"init_args": {}, **model["inference"]})
+        inference: InferenceStrategy = build(model["inference"])
         condition, null = self.conditions(batch)
         noise = Noise(0, torch.arange(batch, device=self.device))
         graphs, arguments = Graphs(), (inference, network, condition, null, noise, guidance)
@@ -172,18 +172,19 @@ class Bench:
             }  # fmt: skip
             yield known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)
             if self.device.type == "cuda":
-                yield known | recorded(self, graphs, arguments, expected, repeats, floor, name)
-                known["launched"] = "as a graph"
+                row = recorded(self, graphs, arguments, expected, repeats, floor, name)
+                yield known | row
+                known["launched"], held = "as a graph", row["peak_mib"]  # by the graph, which later calls do not count
 
                 def from_text() -> Decoded:
                     return graphs.decode(inference, network, *self.conditions(batch), noise, guidance)
 
-                yield known | self.part(f"{name}, from the text", batch, repeats, from_text)
+                yield known | self.part(f"{name}, from the text", batch, repeats, from_text, held)
 
                 def to_image() -> Tensor:
                     return self.codec.decode(from_text().tokens)
 
-                yield known | self.part(f"{name}, from the text to the image", batch, repeats, to_image)
+                yield known | self.part(f"{name}, from the text to the image", batch, repeats, to_image, held)
 
     def floor(self, name: str, batch: int, network: TokenNetwork) -> dict[str, float]:
         """What its operations take at the matrix rate, or its bytes at the copy rate. Weights are read in each pass, but for
@@ -217,7 +218,7 @@ class Bench:
         meta = torch.device("meta")
         with meta:
             network = self.built(model["network"], spec).to(self.dtype)
-        inference, guidance = build({"init_args": {}, **model["inference"]}), Guidance(**model["guidance"])
+        inference, guidance = build(model["inference"]), Guidance(**model["guidance"])
         states = torch.empty(1, WORDS, self.bert.config.hidden_size, dtype=self.dtype, device=meta)
         condition = Condition((states,), (torch.ones(1, WORDS, dtype=torch.bool, device=meta),))
         null = NullCaption((self.bert.config.hidden_size,)).to(meta, self.dtype)(condition)
@@ -236,14 +237,22 @@ class Bench:
         tokens = self.spec.blank(batch, self.device)
         return self.part("image decoder", batch, repeats, lambda: self.codec.decode(tokens))
 
-    def part(self, name: str, batch: int, repeats: int, run: Callable[[], Any]) -> dict[str, Any]:
-        """A row without a floor."""
+    def part(self, name: str, batch: int, repeats: int, run: Callable[[], Any], held_mib: float = 0.0) -> dict[str, Any]:
+        """A row without a floor. held_mib: see `timing.summary`."""
         known = {"system": name, "batch": batch, "dtype": short(self.dtype)}
-        return known | self.timed(run, repeats, self.clock.once(run), None, batch)
+        return known | self.timed(run, repeats, self.clock.once(run), None, batch, held_mib)
 
-    def timed(self, run: Callable[[], Any], repeats: int, cold: Call, floor: dict[str, float] | None, batch: int) -> dict[str, Any]:
+    def timed(
+        self,
+        run: Callable[[], Any],
+        repeats: int,
+        cold: Call,
+        floor: dict[str, float] | None,
+        batch: int,
+        held_mib: float = 0.0,
+    ) -> dict[str, Any]:
         """What a row says of its times. cold: the first call, which has been."""
-        times = summary(cold, self.clock.warm({"": run}, repeats)[""])
+        times = summary(cold, self.clock.warm({"": run}, repeats)[""], held_mib=held_mib)
         times["images_per_s"] = 1000 * batch / times["p50_ms"]
         return times | (self.roofline.rates(self.dtype) | share(floor, times) if floor else {})
 

@@ -5,11 +5,12 @@ Llama as large as our autoregressive twin; that twin; and our parallel network o
     python benchmarks/peers.py --small --out docs/results/bench/peers-cpu.json             # minutes on one core
     python benchmarks/peers.py --geometry 256-shallow --systems amused --batch 1           # as wide as aMUSEd, for a CPU
 
-aMUSEd: 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on both sides. Before anything is
-reported, the logits of both are compared, and in fp32 the tokens that both draw from one table of numbers; where they differ,
-the run ends with an error. So it is again once ours is compiled, in fp32 at the smallest batch. Both sides are called in turns.
-Their floor is one and the same: what the function needs when the text's part is computed once. With --compile theirs is compiled,
-too, at the smallest batch in bf16, as diffusers' documentation has it.
+aMUSEd: its geometry with random weights, 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on
+both sides. Before anything is timed, in whichever precision, the logits of both are compared in fp32, and at small batches the
+tokens that both draw from one table of numbers; where they differ, nothing is reported. The logits are compared in bf16 as well,
+and again once ours is compiled. Both sides are called in turns. Their floor is one and the same: what the function needs when
+the text's part is computed once. With --compile theirs is compiled, too, at the smallest batch in bf16, as diffusers'
+documentation has it, and on a GPU once more with CUDA graphs (`mode="reduce-overhead"`).
 
 Of the twin's size: 32 words, 1,024 tokens in the full size, guidance on, so two rows an image. Llama takes the words in front
 of its tokens instead of by cross-attention; its two rows are combined, and tokens drawn, in a logits processor, which stays on
@@ -44,10 +45,11 @@ from nar_t2i.noise import Noise
 FULL_SIZE = ("256", "512")  # aMUSEd's own geometries
 SLOWER = {"bf16": 1, "fp32": 15}  # about, on a GPU
 CALLS, CALLS_OF_GRAPH = 8, 6  # of the pipelines that a measurement takes at least
-LOGITS = {"fp32": 1e-4, "bf16": 0.1}  # how far logits may differ: root mean square, over their deviation
+LOGITS = {"fp32": 1e-4, "bf16": 0.03}  # how far logits may differ: root mean square, over their deviation; in bf16 by rounding
 TOKENS = 0.99  # how many tokens must be equal in fp32, where a draw may fall on a rounded boundary
+FEW = 8  # images at once, up to which tokens are drawn in fp32 to be compared
 OPERATIONS: dict[str, float] = {}  # of an image, by geometry
-THEIRS, OURS, LLAMA = "diffusers' aMUSEd", "our U-ViT, aMUSEd's weights", "Hugging Face generate, Llama"
+THEIRS, OURS, LLAMA = "diffusers' aMUSEd", "our U-ViT, the same weights", "Hugging Face generate, Llama"
 
 
 def main() -> int:
@@ -86,18 +88,27 @@ def add_amused(
     run: Run, amused: Amused, geometry: str, batches: list[int], dtypes: list[str], repeats: int, compiles: bool
 ) -> None:
     """diffusers' aMUSEd and ours; with `compiles` once more with torch.compile: ours in bf16, both at the smallest batch."""
+    agreeing: dict[int, bool] = {}  # by batch
+
+    def agrees(batch: int) -> bool:
+        if batch not in agreeing:
+            amused.to(DTYPES["fp32"])
+            pair = Pair(run, amused, geometry, batch, "fp32")
+            agreeing[batch] = run.add(f"{named(geometry, batch)}, whether both agree", pair.check)
+        return agreeing[batch]
 
     def add(batch: int, dtype: str) -> None:
         amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
-        compile = compiles and (dtype == "bf16" or batch == min(batches))
-        run.add(named(geometry, batch, dtype), lambda: Pair(run, amused, geometry, batch, dtype).rows(repeats, compile))
+        pair, smallest = Pair(run, amused, geometry, batch, dtype), batch == min(batches)
+        run.add(pair.name, lambda: pair.rows(repeats, compiles and (dtype == "bf16" or smallest)))
+        if compiles and smallest and dtype == "bf16":
+            run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
+            if run.roofline.device.type == "cuda":
+                run.add(f"{THEIRS}, {pair.name}, compiled, as a graph", lambda: [pair.theirs_compiled(repeats, "reduce-overhead")])
 
     for batch, dtype in sorted(itertools.product(batches, dtypes), key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
-        add(batch, dtype)
-    if compiles and "bf16" in dtypes:
-        amused.to(DTYPES["bf16"])
-        pair = Pair(run, amused, geometry, min(batches), "bf16")
-        run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
+        if agrees(batch):
+            add(batch, dtype)
 
 
 def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:
@@ -112,9 +123,9 @@ def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: i
         add(batch)
 
 
-def named(geometry: str, batch: int, dtype: str) -> str:
-    """What a measurement of aMUSEd is called where it is left out or fails."""
-    return f"aMUSEd {geometry}, batch {batch}, {dtype}"
+def named(geometry: str, batch: int) -> str:
+    """What the measurements of aMUSEd at one batch are called where they are left out or fail."""
+    return f"aMUSEd {geometry}, batch {batch}"
 
 
 class Run(timing.Run):
@@ -132,9 +143,9 @@ class Run(timing.Run):
         theirs = self.like(row, system=THEIRS, launched="plainly")
         if theirs and theirs is not row:
             ratios["times_diffusers"] = theirs["p50_ms"] / own
-        theirs_compiled = self.like(row, system=THEIRS, launched="compiled")
-        if theirs_compiled and row["system"] != THEIRS:
-            ratios["times_diffusers_compiled"] = theirs_compiled["p50_ms"] / own
+        theirs_compiled = [self.like(row, system=THEIRS, launched=way) for way in ("compiled", "compiled, as a graph")]
+        if row["system"] != THEIRS and (times := [theirs["p50_ms"] for theirs in theirs_compiled if theirs]):
+            ratios["times_diffusers_compiled"] = min(times) / own
         if row["system"] in (PARALLEL, TWIN):
             llamas = [self.like(row, system=LLAMA, launched=way) for way in ("plainly", "compiled")]
             if times := [llama["p50_ms"] for llama in llamas if llama]:
@@ -156,9 +167,17 @@ class Pair:
     def __init__(self, run: Run, amused: Amused, geometry: str, batch: int, dtype: str):
         self.run, self.amused, self.clock, self.batch, self.dtype = run, amused, run.clock, batch, DTYPES[dtype]
         self.texts, self.noise = amused.texts(batch), amused.noise(batch)
-        self.geometry, self.name = geometry, named(geometry, batch, dtype)
+        self.geometry, self.name = geometry, f"{named(geometry, batch)}, {dtype}"
         self.drawn: Tensor | None = None  # by theirs, from the table
         self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
+
+    @torch.no_grad()
+    def check(self) -> tuple[()]:
+        """No rows; UserError where the two sides differ."""
+        self.logits()
+        if self.batch <= FEW:
+            self.tokens()
+        return ()
 
     @torch.no_grad()
     def rows(self, repeats: int, compile: bool) -> Iterator[dict[str, Any]]:
@@ -196,17 +215,18 @@ class Pair:
         return times | self.equal(graphs.decode(*arguments).tokens)
 
     @torch.no_grad()
-    def theirs_compiled(self, repeats: int) -> dict[str, Any]:
-        """The row of theirs by torch.compile, whose logits must be the same as before."""
+    def theirs_compiled(self, repeats: int, mode: str | None = None) -> dict[str, Any]:
+        """The row of theirs by torch.compile, whose logits must be the same as before. mode: torch.compile's."""
         unet, agreement = self.amused.unet, self.logits() | self.tokens()  # of theirs as it comes
 
         def theirs() -> Tensor:
             return self.amused.theirs(self.texts)
 
-        with compiled([unet]):
+        with compiled([unet], mode):
             cold = self.clock.once(theirs)
             agreement |= self.logits()
-            row = {"system": THEIRS, **self.known, "launched": "compiled", "parameters": parameters(unet), **agreement}
+            launched = "compiled" if mode is None else "compiled, as a graph"
+            row = {"system": THEIRS, **self.known, "launched": launched, "parameters": parameters(unet), **agreement}
             return row | self.timed(theirs, repeats, cold, self.floor(), self.batch)
 
     def timed(self, run: Callable[[], Any], repeats: int, cold: Call, floor: dict[str, float], batch: int) -> dict[str, Any]:

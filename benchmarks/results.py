@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from nar_t2i.cli import leave
 from nar_t2i.errors import UserError
@@ -61,10 +64,15 @@ def write(path: str | Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {
-        "command": command(), "machine": describe_machine(), "versions": versions(), "commit": commit(), **more,
+    content = {
+        "command": command(),
+        "machine": describe_machine() | {"threads": torch.get_num_threads()},
+        "versions": versions(),
+        "commit": commit(),
+        **more,
         "rows": [dict(row) for row in rows],
-    })  # fmt: skip
+    }
+    write_json(path, content)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -82,10 +90,11 @@ def number(value: float) -> str:
 
 
 def command() -> str:
-    """What was typed, from the root of the checkout, as a shell reads it."""
+    """What was typed, from the root of the checkout, as a shell reads it, and the environment that it was measured in."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
+    return threads + shlex.join(["python", str(name), *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -67,6 +67,7 @@ def main() -> int:
     if parsed.rank_of:
         work(Path(parsed.rank_of), parsed.strategies, parsed.precision)
         return 0
+    results.write(parsed.out, [])  # what is broken off leaves no older file behind
     rows = measure(sorted(parsed.ranks), parsed.strategies, parsed.precision)
     results.write(parsed.out, rows, images_a_step=IMAGES, precision=parsed.precision, cores=os.cpu_count())
     for row in rows:

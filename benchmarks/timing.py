@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.hardware import exact_fp32, matrix_rate
 
 LONG = 10  # seconds that warm calls of one kind may take
+FEWEST = 3  # warm calls that are made even so
 OVER = 30  # seconds that what has begun may take when a budget is at its end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,30 +51,32 @@ class Clock:
         return Call(taken, worked, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
 
     def warm(self, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Call]]:
-        """`repeats` calls of each, in turns, so that what else the machine does falls on all alike; fewer, but two, where
+        """`repeats` calls of each, in turns, so that what else the machine does falls on all alike; fewer, but FEWEST, where
         LONG seconds have gone by."""
         calls: dict[str, list[Call]] = {name: [] for name in runs}
         start = time.monotonic()
         for number in range(repeats):
-            if number >= 2 and time.monotonic() > start + LONG * len(runs):
+            if number >= FEWEST and time.monotonic() > start + LONG * len(runs):
                 break
             for name, run in runs.items():
                 calls[name].append(self.once(run))
         return calls
 
 
-def summary(cold: Call, warm: list[Call], others_mib: float = 0.0) -> dict[str, Any]:
-    """cold_ms, p50_ms, p95_ms (by rank, so of few calls the slowest), calls; on a GPU peak_mib, on a CPU cpu_p50_ms.
+def summary(cold: Call, warm: list[Call], others_mib: float = 0.0, held_mib: float = 0.0) -> dict[str, Any]:
+    """cold_ms, p50_ms (the median), p95_ms (by the nearest rank, so of few calls the slowest), calls; on a GPU peak_mib, on a CPU
+    cpu_p50_ms.
 
-    others_mib: what lay in memory all the while and belongs to something else.
+    others_mib: what lay in memory all the while and belongs to something else. held_mib: the peak of an earlier call whose
+    memory is still held, which no later call counts: that of a recorded graph.
     """
-    taken, worked = sorted(call.ms for call in warm), sorted(call.cpu_ms for call in warm)
-    times = {
-        "cold_ms": cold.ms, "p50_ms": taken[len(taken) // 2], "p95_ms": taken[min(len(taken) - 1, round(0.95 * len(taken)))],
-        "calls": len(taken),
-    }  # fmt: skip
+    taken = sorted(call.ms for call in warm)
+    rank = math.ceil(0.95 * len(taken))
+    times = {"cold_ms": cold.ms, "p50_ms": median(taken), "p95_ms": taken[rank - 1], "calls": len(taken)}
     peaks = [call.peak_mib for call in (cold, *warm) if call.peak_mib is not None]
-    return times | ({"peak_mib": max(peaks) - others_mib} if peaks else {"cpu_p50_ms": worked[len(worked) // 2]})
+    if peaks:
+        return times | {"peak_mib": max(*peaks, held_mib) - others_mib}
+    return times | {"cpu_p50_ms": median(call.cpu_ms for call in warm)}
 
 
 class Roofline:
@@ -142,17 +147,20 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.failed: list[str] = []
 
-    def add(self, name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> None:
-        """Take the rows of one measurement as they come, if there is time to begin it. name: what it is called where it is left
-        out or fails."""
+    def add(self, name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> bool:
+        """Take the rows of one measurement as they come, if there is time to begin it; whether it came to its end. name: what
+        it is called where it is left out or fails."""
+        ended = self.budget.allows(name)
         try:
-            for row in measure() if self.budget.allows(name) else ():
+            for row in measure() if ended else ():
                 self.rows.append(row)
                 self.save()
         except (UserError, RuntimeError) as error:  # torch's own, too little memory among them
             self.failed.append(f"{name}: {' '.join(str(error).split())[:300]}")
+            ended = False
         free()
         self.save()
+        return ended
 
     def save(self) -> None:
         """Write what there is so far; a run begins with it, so that none that is broken off leaves an older file behind."""
@@ -170,10 +178,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def compiled(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Layers of a network by torch.compile, one of each kind for all of that kind."""
+def compiled(parts: Sequence[torch.nn.Module], mode: str | None = None) -> Iterator[None]:
+    """Layers of a network by torch.compile, one of each kind for all of that kind. mode: torch.compile's."""
     for part in parts:
-        part.compile()
+        part.compile(mode=mode)
     try:
         yield
     finally:

@@ -91,7 +91,11 @@ def main() -> int:
             results.write(parsed.out, rows, left_out=left_out, **of_all_rows)
 
         chosen = variants(device.type == "cuda", not parsed.no_compile)
-        rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, save)
+        try:
+            rows = bench.compare(chosen, size, largest, parsed.rounds, deadline, save)
+        except UserError as error:  # rows that do not agree are no result
+            results.write(parsed.out, [], failed=[str(error)], **of_all_rows)
+            raise
     for row in rows:
         print(line(row))
     return 1 if any(row.get("failed", MEMORY) != MEMORY for row in rows) else 0
@@ -167,7 +171,10 @@ class Bench:
             of_rounds.setdefault(name, []).append(row)
             save(rows(), missing())
             if largest and not at_largest and len(of_rounds) >= 3 and time.monotonic() < deadline:  # which is compiled once more
-                at_largest.append({"row": AT_LARGEST, **self.run(largest, chosen["everything"])[0]})
+                row, losses = self.run(largest, chosen["everything"])
+                if losses:
+                    check_learned(losses)
+                at_largest.append({"row": AT_LARGEST, **row})
                 save(rows(), missing())
         return rows()
 
@@ -400,7 +407,7 @@ def trainer(folder: Path, callbacks: list[Callback], **settings: Any) -> Trainer
 
 
 def check_learned(losses: list[float]) -> None:
-    """UserError where losses stand still: they would then be equal whatever the updates were."""
+    """UserError where losses stand still, or are no numbers: they would then be equal whatever the updates were."""
     if not losses[0] - losses[-1] > 2e-3 * losses[0]:
         raise UserError(f"the loss does not fall ({losses[0]:.5f} to {losses[-1]:.5f}): nothing can be compared")
 

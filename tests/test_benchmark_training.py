@@ -51,6 +51,27 @@ def test_every_means_can_be_told_by_its_loss():
         training.check_learned([9.0, 9.0, 9.0])
 
 
+def test_rows_that_do_not_agree_are_no_result(tmp_path, monkeypatch):
+    """An update of another size in the first row alone."""
+    inner = training.random_generator
+
+    def generator(*arguments, **means):
+        module = inner(*arguments, **means)
+        if means["masked_head"]:
+            module.optimizer_config.learning_rate *= 4
+        return module
+
+    out = tmp_path / "training.json"
+    out.write_text('{"rows": ["of an earlier run"]}')
+    monkeypatch.setattr(training, "random_generator", generator)
+    line = ["training.py", "--small", "--no-compile", "--micro-batch", "4", "--steps", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(UserError, match="takes other losses than the first"):
+        training.main()
+    found = json.loads(out.read_text())
+    assert found["rows"] == [] and "takes other losses" in found["failed"][0]
+
+
 def test_the_full_size_needs_a_gpu(tmp_path):
     if not torch.cuda.is_available():
         done = subprocess.run([sys.executable, ROOT / "benchmarks/training.py"], cwd=tmp_path, capture_output=True, text=True)
