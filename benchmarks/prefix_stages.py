@@ -57,9 +57,8 @@ def main() -> int:
     print(f"right: {right.mean():.3f} of {len(prompts)}; " + ", ".join(f"{kind} {share:.2f}" for kind, share in of.items()))
     if parsed.drawings:
         several = [p for p in prompts if p.category in SEVERAL]
-        verdict, likelihood = map(
-            np.array, zip(*(drawn(t2i, several, 10**6 + 1000 * i) for i in range(parsed.drawings)), strict=True)
-        )
+        drawings = [drawn(t2i, several, 10**6 + 1000 * number) for number in range(parsed.drawings)]
+        verdict, likelihood = (np.array(of_drawings) for of_drawings in zip(*drawings, strict=True))
         picked = verdict[likelihood.argmax(0), np.arange(len(several))]
         print(
             f"of {parsed.drawings} drawings of {len(several)} prompts: each right in {verdict.mean():.3f}, the likeliest in "
@@ -82,11 +81,10 @@ def print_nats(t2i: TextToImage, count: int) -> None:
     given_before = together(t2i, tokens, condition).mean(0)[network.order]
     start, stages = 0, [*network.stages, network.spec.length - sum(network.stages)]
     for number, (size, questions) in enumerate(zip(stages, lesson.questions, strict=True)):
-        apart, last = nats[questions.start : questions.stop].sum(), number == len(stages) - 1
-        print(
-            f"stage of {size}: {apart:.2f} nats apart"
-            + ("" if last else f", {given_before[start + 1 : start + size].sum():.2f} together")
-        )
+        line = f"stage of {size}: {nats[questions.start : questions.stop].sum():.2f} nats apart"
+        if number < len(stages) - 1:
+            line += f", {given_before[start + 1 : start + size].sum():.2f} together"
+        print(line)
         start += size
     print(f"all that is read, token by token: {given_before[: sum(network.stages)].sum():.2f} nats")
 

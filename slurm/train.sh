@@ -69,8 +69,7 @@ if ! $goes_on; then
   make_folder "$snapshot" "$run"
   make_folder runs/.slurm
   cp slurm/python.sh "$snapshot"
-  # Not what another task is just writing.
-  # Status 1: a folder got another entry meanwhile.
+  # Not what another task is just writing. Status 1 of tar: a folder got another entry meanwhile.
   { tar --exclude=__pycache__ -cf - nar_t2i || [ $? -eq 1 ]; } | tar -xf - -C "$snapshot"
   git rev-parse HEAD 2>/dev/null | sed "$(git diff --quiet HEAD 2>/dev/null || echo 's/$/+changes/')" > "$snapshot/commit" || true
   printf '%s\n' "$resolved" > "$snapshot/recipe.yaml"
