@@ -18,6 +18,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,11 +96,13 @@ def main(arguments: argparse.Namespace) -> int:
                 raise UserError(f"the run {entry.run} failed")
             if status := done(entry, out, arguments):
                 return status
-        except (UserError, RuntimeError) as error:  # of which a device that is out of memory is one
-            if not isinstance(error, UserError) and os.environ.get("NAR_T2I_TRACEBACK") == "1":
-                raise
-            told = (str(error).strip().splitlines() or ["no more is said"])[0]
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
+        except Exception as error:  # a device that is out of memory, a mistake in a new strategy: the others are none the worse
+            if not isinstance(error, UserError):
+                if os.environ.get("NAR_T2I_TRACEBACK") == "1":
+                    raise
+                traceback.print_exc()
+            said = (str(error).strip().splitlines() or ["no more is said"])[0]
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
             print(f"✗ {entry.name}, seed {entry.seed}: {reason}", file=sys.stderr, flush=True)
             failed.append(entry)
             if not trained(entry):
@@ -191,6 +194,11 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
         config = recipes.load(paths, overrides).config
         if "learning" not in config.get("model", {}).get("init_args", {}):
             raise UserError(f"{name}: trains no generator; ablate compares learning and inference strategies")
+        steps = (config.get("trainer") or {}).get("max_steps")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise UserError(
+                f"{name}: trainer.max_steps is {steps}; ablate equalises steps, and a run that ends otherwise has no number"
+            )
         known = Path(name).stem
         if any(entry.name == known for entry in entries):
             raise UserError(f"two recipes are named {known}; their results would be one")

@@ -45,6 +45,7 @@ usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
   --init_from PATH           start from the weights of a checkpoint, a run or a model folder
   --print_config             print the resolved configuration and stop
 """
+STOPPED = "nar-t2i: interrupted; the same command goes on where it can"
 DOCTOR_USAGE = "nar-t2i doctor RECIPE [--nodes N] [--gpus-per-node G] [--gpu-memory-gib M] [--KEY VALUE …]"
 
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nar-t2i: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nar-t2i: interrupted; the same command goes on where it can", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return INTERRUPTED
 
 
@@ -88,10 +89,17 @@ def _at_home(argument: str) -> str:
 
 def program() -> NoReturn:
     """Run the command as a process of its own."""
-    if sys.argv[1:2] == ["fit"]:  # a job that is told to make room before it has begun
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
+    if sys.argv[1:2] == ["fit"]:  # until the run listens, which then has something to save
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a job that is told to make room before it has begun
             signal.signal(number, lambda *_: os._exit(REQUEUE))
+        signal.signal(signal.SIGINT, _interrupted_early)
     leave(main())
+
+
+def _interrupted_early(*_: object) -> NoReturn:
+    """Ctrl-C while libraries are imported, of which some take KeyboardInterrupt for an error of their own."""
+    os.write(2, f"{STOPPED}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 def leave(status: int) -> NoReturn:

@@ -238,15 +238,21 @@ class TextToImage:
 
 def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrategy:
     """The strategy with `name` set to `value`; where it wraps another one (`first`), that one, too."""
-    has = inspect.signature(type(inference).__init__).parameters
-    changes = {name: value} if name in has else {}
-    if changes and name == "temperature" and "final_temperature" in has:
+    changes = {name: value} if _takes(inference, name) else {}
+    if changes and name == "temperature" and _takes(inference, "final_temperature"):
         changes["final_temperature"] = None  # of all draws
-    if "first" in has and (not changes or name in inspect.signature(type(inference.first).__init__).parameters):
+    if _takes(inference, "first") and (not changes or _takes(inference.first, name)):
         changes["first"] = _with(inference.first, name, value)
     if not changes:
         raise UserError(f"{type(inference).__name__} has no {name}")
     return changed(inference, **changes)
+
+
+def _takes(inference: InferenceStrategy, name: str) -> bool:
+    """Whether a strategy is made with such an argument, or passes it on to the one that it is a kind of."""
+    parameters = inspect.signature(type(inference).__init__).parameters
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (passes_on and hasattr(inference, name))
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> Tensor:

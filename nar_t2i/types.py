@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nar_t2i.errors import UserError
+
 if TYPE_CHECKING:
     from nar_t2i.noise import Noise, SlotNoise
     from nar_t2i.schedules import Guidance
@@ -270,7 +272,7 @@ class TextEncoder(nn.Module):
 
     def fingerprint(self) -> dict[str, str]:
         """All that its states depend on, by name: a cache of states that were made by another one is refused by it."""
-        raise NotImplementedError(f"{type(self).__name__} has no fingerprint, so that its states cannot be cached")
+        raise UserError(f"{type(self).__name__} has no fingerprint, so that its states cannot be cached")
 
     def forward(self, captions: list[str]) -> Condition:
         """B captions → states (B, L, widths[i]) and a mask (B, L) of each stream, and (B, pooled_width) or None."""

@@ -21,6 +21,7 @@ from nar_t2i.evaluation.comparison import changes, compare, paired_interval, see
 from nar_t2i.evaluation.scene_accuracy import wilson
 from nar_t2i.evaluation.scene_prompts import CATEGORIES
 from nar_t2i.folders import load_part, save_part
+from nar_t2i.learning import Unrolled
 from nar_t2i.parts import build
 from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
@@ -270,6 +271,28 @@ def test_seeds_are_trainings_of_their_own(beside_a_quickstart, monkeypatch):
 def test_lists_that_cannot_be_compared_are_errors(names, reason):
     with pytest.raises(UserError, match=reason):
         plan(names, None, 1, [], Path("out"))
+
+
+@pytest.mark.parametrize("steps", ["-1", "null"])
+def test_what_ends_by_the_clock_has_no_steps_to_equalise(steps):
+    overrides = [f"trainer.max_steps={steps}", "model.init_args.budget_minutes=1"]
+    with pytest.raises(UserError, match="learning/masked: trainer.max_steps is (-1|None); ablate equalises steps"):
+        plan(["learning/masked"], "small", 1, overrides, Path("out"))
+
+
+def test_a_mistake_in_one_strategy_leaves_the_others(beside_a_quickstart, monkeypatch, capsys):
+    """Of any kind: those in new code are rarely of ours."""
+    monkeypatch.chdir(beside_a_quickstart)
+    monkeypatch.setattr(Unrolled, "loss", lambda *arguments: [][0])
+    line = [*LINE[:-1], "mistaken"] if LINE[-1] == "out" else [*LINE, "--out", "mistaken"]
+    assert main(["ablate", "learning/unrolled", "learning/masked", *line, "--equal", "steps"]) == 2
+    error = capsys.readouterr().err
+    assert "✗ unrolled, seed 0: IndexError: list index out of range" in error and "Traceback" in error
+    assert "not done: unrolled (seed 0)" in error and Path("mistaken/judged/masked-0/verdicts.json").exists()
+    shutil.rmtree("mistaken/judged")
+    assert main(["report", "mistaken"]) == 2
+    assert "mistaken: an ablation that is not finished" in capsys.readouterr().err
+    assert main(["report", "nothing"]) == 2 and "nothing: does not exist" in capsys.readouterr().err
 
 
 def test_a_signal_while_pictures_are_judged_asks_for_another_start():

@@ -1,6 +1,7 @@
 """The command: what a recipe resolves to, what a run leaves behind, how it goes on, and what each mistake prints."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -14,7 +15,10 @@ import torch
 import yaml
 
 from nar_t2i.cli import main
+from nar_t2i.folders import save_part
+from nar_t2i.networks import EncoderDecoder
 from nar_t2i.training import checkpoints
+from tests.tiny_pipeline import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -392,6 +396,97 @@ def test_names_are_told_beside_the_classes_that_may_take_their_place(capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("setting", "said"), [
+    ("overfit_batches=1", "overfit_batches: changes nothing here"), ("max_epochs=1", "max_epochs: is never reached"),
+    ("val_check_interval=0.5", "val_check_interval: the data have no end"), ("fast_dev_run=true", "fast_dev_run: would take"),
+])  # fmt: skip
+def test_settings_of_lightning_that_would_do_nothing_here_are_refused(capsys, setting, said):
+    assert fit(f"--trainer.{setting}", recipe="quickstart/tokenizer") == 2
+    assert f"key trainer.{said}" in capsys.readouterr().err
+
+
+def test_epochs_of_data_without_end_are_refused(capsys):
+    options = ["--trainer.val_check_interval=null", "--trainer.check_val_every_n_epoch=1"]
+    assert fit(*options, recipe="quickstart/tokenizer") == 2
+    assert "key trainer.check_val_every_n_epoch: the data have no end" in capsys.readouterr().err
+
+
+OWN = """
+from nar_t2i.inference import Confidence
+from nar_t2i.parts import part
+
+class Plain(Confidence):
+    def __init__(self, steps: int = 2):
+        super().__init__(steps)
+
+@part
+class Further(Confidence):
+    def __init__(self, boost: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+
+@part
+class Mistaken(Confidence):
+    def __init__(self, steps: int = 2):
+        super().__init__(steps)
+        self.other = undefined_name
+"""
+
+
+@pytest.fixture
+def own_package(folder, monkeypatch):
+    """A package of the user's, and a generator whose recipe takes seconds; `fit` with one of its strategies."""
+    (folder / "own_parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop("own_parts", None)
+    t2i = tiny_pipeline(folder)
+    save_part(t2i.tokenizer, folder / "codec")
+    small = ("text.init_args.vocabulary=tiny.model", "text.init_args.width=16", "text.init_args.depth=1", "text.init_args.heads=2",
+             "text.init_args.trainable=all", "network.init_args.width=16", "network.init_args.depth=1", "network.init_args.heads=2",
+             "network.init_args.code_width=0", "tokenizer=codec", "sample_prompts=[]", "optimizer.warmup_steps=1",
+             "optimizer.kind=adamw")  # fmt: skip
+    scenes = "{class_path: nar_t2i.data.captions.RenderedScenes, init_args: {count: 8, image_size: 16}}"
+    settings = [*(f"--model.init_args.{key}" for key in small), "--init_from=null", f"--data.init_args.train={scenes}",
+                "--data.init_args.validation=null", "--data.init_args.cache=null", "--data.init_args.validation_cache=null",
+                "--data.init_args.image_size=16", "--data.init_args.global_batch_size=4", "--trainer.max_steps=2",
+                "--run_dir=own", "--trainer.precision=32-true"]  # fmt: skip
+    return lambda inference, *more: fit(*settings, f"--model.init_args.inference={inference}", *more, recipe="quickstart/generator")
+
+
+def test_parts_of_ones_own_are_told_of_early_saved_and_loaded_where_they_are_trusted(own_package, folder, capsys, monkeypatch):
+    assert own_package("{class_path: own_parts.Plain}") == 2 and not Path("own/checkpoints").exists()
+    assert "Plain cannot be described; decorate the class with @part; without it the model" in capsys.readouterr().err
+    assert own_package("{class_path: own_parts.Mistaken}") == 2
+    assert f"NameError: name 'undefined_name' is not defined ({folder}/own_parts.py:18)" in capsys.readouterr().err
+    assert own_package("{class_path: own_parts.Further, init_args: {boost: 2.0, steps: 3}}") == 0
+    saved = json.loads(Path("own/model/config.json").read_text())["inference"]["init_args"]
+    assert saved["boost"] == 2 and saved["steps"] == 3 and "kwargs" not in saved
+    line = ["generate", "--model", "own/model", "--prompt", "a red star", "--steps", "2"]
+    assert main(line) == 2 and "NAR_T2I_TRUST=PACKAGE in the environment" in capsys.readouterr().err
+    monkeypatch.setenv("NAR_T2I_TRUST", "other,own_parts")
+    assert main(line) == 0
+
+
+def test_a_run_does_not_go_on_beside_other_frozen_weights(own_package, capsys, monkeypatch):
+    """Which no checkpoint holds: here of a network's embedding that is frozen and starts at random."""
+    made = EncoderDecoder.__init__
+
+    @functools.wraps(made)
+    def frozen(self, *arguments, **settings):
+        made(self, *arguments, **settings)
+        self.embedding.requires_grad_(False)
+
+    monkeypatch.setattr(EncoderDecoder, "__init__", frozen)
+    network = "--model.init_args.network={class_path: nar_t2i.networks.EncoderDecoder, init_args: {width: 16, depth: 1, heads: 2}}"
+    confidence = "{class_path: nar_t2i.inference.Confidence}"
+    assert own_package(confidence, network) == 0
+    assert own_package(confidence, network, "--trainer.max_steps=3") == 0  # of the same seed
+    capsys.readouterr()
+    assert own_package(confidence, network, "--trainer.max_steps=4", "--seed_everything=7") == 2
+    assert "trained beside other frozen weights than these: network.embedding." in capsys.readouterr().err
+    assert own_package(confidence, network, "--run_dir=other", "--init_from=own", "--seed_everything=7") == 0
+    assert "kept, frozen: network.embedding." in capsys.readouterr().err
+
+
 def test_circular_extends_and_yaml_mistakes(folder, capsys):
     (folder / "base.yaml").write_text("extends: toy.yaml\n")
     assert fit() == 2
@@ -532,13 +627,16 @@ def test_a_tilde_is_the_user_s_folder(folder, capsys, monkeypatch):
     assert (folder / "home/pictures/sheet.png").exists() and not Path("~").exists()
 
 
-@pytest.mark.parametrize("number", ["SIGUSR1", "SIGUSR2"])
-def test_a_run_that_is_told_to_make_room_before_it_has_begun_asks_to_be_started_again(folder, number):
+@pytest.mark.parametrize(("number", "status"), [("SIGUSR1", 85), ("SIGUSR2", 85), ("SIGINT", 130)])
+def test_a_run_that_is_told_to_end_before_it_has_begun_ends_at_once(folder, number, status):
+    """Asks to be started again where it is to make room; a library that swallows KeyboardInterrupt does not matter."""
     line = (
         "import os, signal, sys; sys.argv[1:] = ['fit', '--config', 'base.yaml']\nfrom nar_t2i import cli\n"
-        f"cli.main = lambda: os.kill(os.getpid(), signal.{number})\ncli.program()"
+        f"def main():\n  try: os.kill(os.getpid(), signal.{number})\n  except KeyboardInterrupt: return 1\n"
+        "cli.main = main\ncli.program()"
     )
-    assert subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 85
+    done = subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == status and ("interrupted" in done.stderr) == (status == 130)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/{00000..00009}.tar", "gs://bucket/0.tar", "hf://x/0.tar"])

@@ -1,12 +1,16 @@
 """The small model in the package: it fits, it draws what it is told, and its committed scores are its own."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nar_t2i.evaluation.drawing import evaluate_prompts
 from nar_t2i.evaluation.scene_prompts import committed, take
 from nar_t2i.generate import shipped_model
+from nar_t2i.pictures import contact_sheet
 from nar_t2i.pipeline import TextToImage
 
 RESULTS = shipped_model() / "metrics.json"
@@ -39,3 +43,14 @@ def test_the_likeliest_of_several_candidates_is_right_more_often() -> None:
     best, first = (evaluate_prompts(t2i, prompts, batch_size=64, candidates=count)[0] for count in (None, 1))
     assert (best["candidates"], best["steps"], best["decoder_passes"]) == (4, 16, 17)
     assert best["accuracy"]["overall"] >= first["accuracy"]["overall"] + 2 / len(prompts)
+
+
+def test_the_pictures_of_the_readme_are_this_models() -> None:
+    """What the command in its comment draws; a model that decodes otherwise would draw others."""
+    images = Path(__file__).parents[1] / "docs/images"
+    prompts = (images / "prompts.txt").read_text().splitlines()
+    drawn = TextToImage.from_pretrained(shipped_model())(prompts[:4])
+    sheet = np.asarray(Image.open(images / "sheet.png").convert("RGB")).astype(float)
+    here = np.asarray(contact_sheet(drawn, prompts[:4])).astype(float)[:160]
+    there = sheet[: len(here), : here.shape[1]]
+    assert np.abs(here - there).mean() < 3

@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     folders = [path for path in paths if not path.is_file() and not (path / "comparison.json").exists()]
     for folder in folders:
-        _check(folder)
+        runs_of(folder)
     for folder in folders:
         if _goes_on(folder) or not (folder / "metrics.json").exists():
             write_json(folder / "metrics.json", collect_metrics(folder))
@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` and return its path. UserError where the folder is neither a quickstart nor a run."""
     folder = Path(folder)
-    runs = _check(folder)
+    runs = runs_of(folder)
     path = folder / "metrics.json"
     metrics = read_json(path) if path.exists() else collect_metrics(folder)
     if not isinstance(metrics, dict):
@@ -130,12 +130,14 @@ class Run:
         return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
 
-def _check(folder: Path) -> list[Run]:
+def runs_of(folder: Path) -> list[Run]:
     """The runs of a folder; UserError where there are none."""
+    if not folder.exists():
+        raise UserError(f"{folder}: does not exist")
     if (folder / "metrics.csv").is_file() or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
         return [Run(folder, "")]
     runs = [Run(folder / name, name) for name in STAGES if (folder / name / "metrics.csv").is_file()]
-    if (folder / "judged").is_dir():
+    if (folder / "judged").is_dir() or any(folder.glob("runs/*/*/ablation.json")):
         raise UserError(f"{folder}: an ablation that is not finished; the same nar-t2i ablate goes on with it")
     if not runs:
         raise UserError(f"{folder}: neither a run (it has no metrics.csv) nor a quickstart (no {' or '.join(STAGES)} run in it)")

@@ -71,6 +71,8 @@ class GuidedNetwork:
                 else "all slots at once: not Autoregressive"
             )
             raise UserError(f"{type(self.network).__name__} sees {sees}")
+        if self.network.judges:
+            raise UserError(f"{type(self.network).__name__} judges tokens and draws none: CriticGuided asks it beside a generator")
         scale = self.guidance.at(progress)
         self.passes += 1
         if self.guidance.scale == 1 or (scale == 1 and cache is None):

@@ -45,10 +45,10 @@ class Particles(InferenceStrategy):
     ):
         if candidates < 1:
             raise UserError(f"Particles: candidates must be at least 1, not {candidates}")
-        if not (temperature > 0 and (final_temperature is None or final_temperature >= 0)):
-            raise UserError(
-                f"Particles: temperature {temperature} must be above 0, final_temperature {final_temperature} at least 0"
-            )
+        if not temperature > 0:
+            raise UserError(f"Particles: temperature must be above 0, not {temperature}")
+        if final_temperature is not None and not final_temperature >= 0:
+            raise UserError(f"Particles: final_temperature must be at least 0, not {final_temperature}")
         self.candidates, self.likeliest = candidates, likeliest
         self.temperature, self.final_temperature = temperature, temperature if final_temperature is None else final_temperature
         self.truncation = truncation(top_k, top_p)

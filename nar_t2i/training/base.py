@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nar_t2i.errors import UserError
+from nar_t2i.hashing import text_hash
+from nar_t2i.parts import describe
 from nar_t2i.training.collectives import mean_over_ranks
 from nar_t2i.training.ema import EMA
 from nar_t2i.training.guard import Guard
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.zero import gathered
+
+FROZEN = "frozen"  # of a checkpoint: see `TrainedModule.note_frozen`
 
 
 class TimeBudget(Callback):
@@ -90,6 +94,24 @@ class TrainedModule(lightning.LightningModule):
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
         self.gradient_norm: Tensor | None = None  # before clipping, where the module clips by itself
         self._logged_step, self._of_step = -1, {}  # see `log_of_step`
+        self._frozen_marks: dict[str, str] = {}  # see `note_frozen`
+
+    @property
+    def saved_parts(self) -> tuple[Any, ...]:
+        """What `write` saves."""
+        return ()
+
+    def check_parts(self) -> None:
+        """UserError where what is trained could not be saved at the end."""
+        for part in self.saved_parts:
+            try:
+                describe(part)
+            except TypeError as error:
+                raise UserError(f"{error}; without it the model could not be saved when the training has ended") from error
+
+    def note_frozen(self) -> None:
+        """Remember which frozen weights the module is trained beside, so that a checkpoint can tell: it does not hold them."""
+        self._frozen_marks = {name: _mark(p) for name, p in self.named_parameters() if not p.requires_grad}
 
     def write(self, folder: Path) -> None:
         """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
@@ -126,6 +148,8 @@ class TrainedModule(lightning.LightningModule):
         """Frozen weights are somebody else's: they come with the recipe, and no checkpoint repeats them."""
         for name in _frozen(self):
             checkpoint["state_dict"].pop(name, None)
+        if self._frozen_marks:
+            checkpoint[FROZEN] = self._frozen_marks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model with one error, before torch lists all that differs."""
@@ -139,6 +163,13 @@ class TrainedModule(lightning.LightningModule):
             raise UserError(
                 f"the checkpoint is of another model: {differing[0]} is {there} in it and {here} in the recipe's "
                 f"({len(differing)} such differences); give the run another run_dir, or start from it with --init_from"
+            )
+        trained_beside = checkpoint.get(FROZEN, {})
+        others = [name for name, mark in self._frozen_marks.items() if trained_beside.get(name, mark) != mark]
+        if others:
+            raise UserError(
+                f"the run was trained beside other frozen weights than these: {others[0]} ({len(others)} such). No checkpoint "
+                "holds them; name where they came from, or give them to the part as a file"
             )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -180,6 +211,12 @@ class TrainedModule(lightning.LightningModule):
     def progress(self) -> float:
         """0 at the first step, 1 at the last."""
         return min(1.0, self.trainer.global_step / max(1, self.total_steps() - 1))
+
+
+def _mark(weights: Tensor) -> str:
+    """What tells weights from others that are drawn anew: their shape and first values."""
+    first = weights.detach().flatten()[:64].float().cpu().numpy().tobytes()
+    return text_hash(str(tuple(weights.shape)).encode() + first)[:16]
 
 
 def has_frozen(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import sys
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -25,14 +26,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
+from nar_t2i import parts
 from nar_t2i import recipe as recipes
 from nar_t2i.data.opening import is_remote
 from nar_t2i.data.stream import expand
 from nar_t2i.errors import REQUEUE, UserError
-from nar_t2i.parts import with_defaults
 from nar_t2i.recipe import Recipe
 from nar_t2i.training import checkpoints, wandb_run, zero
-from nar_t2i.training.base import has_frozen
+from nar_t2i.training.base import TrainedModule, has_frozen
 from nar_t2i.training.config_errors import explain
 from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.init_from import check_frozen, check_vocabulary, load_weights
@@ -91,6 +92,8 @@ def run(subcommand: str, configs: Sequence[str], overrides: Sequence[str], print
     checkpoint = _checkpoint(subcommand, cli.config, recipe)
     cli.build(subcommand)
     _check_verb(subcommand, cli)
+    if subcommand == "fit" and isinstance(cli.model, TrainedModule):
+        cli.model.check_parts()
     _start_weights(cli, goes_on=checkpoint is not None)
     arguments: dict[str, Any] = {"datamodule": cli.datamodule, "ckpt_path": checkpoint, "weights_only": True}
     if subcommand == "predict":
@@ -113,12 +116,14 @@ def _start_weights(cli: RecipeCLI, goes_on: bool) -> None:
     """Those of `init_from`. A run that goes on has weights of its own, but for frozen ones, which no checkpoint holds."""
     if not cli.config.init_from or (goes_on and not has_frozen(cli.model)):
         check_frozen(cli.model, None)
-        return
-    report = load_weights(cli.model, cli.config.init_from)
-    check_frozen(cli.model, report)
-    check_vocabulary(cli.model, report)
-    if not goes_on:
-        print(report, file=sys.stderr)
+    else:
+        report = load_weights(cli.model, cli.config.init_from)
+        check_frozen(cli.model, report)
+        check_vocabulary(cli.model, report)
+        if not goes_on:
+            print(report, file=sys.stderr)
+    if isinstance(cli.model, TrainedModule):
+        cli.model.note_frozen()
 
 
 def _interrupted(cli: RecipeCLI) -> int:
@@ -199,7 +204,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
-            self.config = parser.parse_object(with_defaults(args))
+            self.config = parser.parse_object(parts.with_defaults(args))
         except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
             raise explain(self.recipe, error, parser) from error
 
@@ -225,7 +230,7 @@ class RecipeCLI(LightningCLI):
             own = _user_error(error)
             if own is not None:
                 raise UserError(str(own)) from error
-            raise UserError(f"{self.recipe.name}: cannot be built: {_one_line(error)}") from error
+            raise UserError(f"{self.recipe.name}: cannot be built: {_mistake(error) or _one_line(error)}") from error
 
     def build_model(self) -> LightningModule:
         """The model alone, for which neither data nor devices are needed."""
@@ -300,11 +305,21 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
                 "follows from data.init_args.global_batch_size and micro_batch_size; set these",
             ),
             ("gradient_clip_val", (None,), "is the module's: set model.init_args.optimizer.clip_norm"),
+            ("overfit_batches", (None, 0), "changes nothing here: set data.init_args.train to as few samples"),
+            ("max_epochs", (None, -1), "is never reached, since the data have no end: set trainer.max_steps"),
         ):
             if ours and trainer.get(key) not in harmless:
                 raise recipe.error(f"trainer.{key}", instead)
-        if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
+        interval, every = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch")
+        if isinstance(interval, int):  # of optimizer steps, whatever an epoch is
             trainer.setdefault("check_val_every_n_epoch", None)
+        elif ours and subcommand == "fit" and (interval is not None or every is not None):
+            key = "val_check_interval" if interval is not None else "check_val_every_n_epoch"
+            raise recipe.error(
+                f"trainer.{key}", "the data have no end, and so no epochs: set val_check_interval to a number of steps"
+            )
+        if subcommand == "fit" and trainer.get("fast_dev_run"):
+            raise recipe.error("trainer.fast_dev_run", "would take the place of the run's model: set max_steps and another run_dir")
     if recipe.config.get("run_dir") is None:
         recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
     _check_streams(recipe)
@@ -354,6 +369,16 @@ def _user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _mistake(error: BaseException) -> str | None:
+    """What a part's own code raised, and where, of an error that jsonargparse tells as one about types; None where it is one."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    if not frames or frames[-1].filename in (__file__, parts.__file__):
+        return None
+    return f"{type(error).__name__}: {_one_line(error)} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def _listed(value: Any) -> list[Any]:

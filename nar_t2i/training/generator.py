@@ -131,6 +131,10 @@ class GeneratorModule(TrainedModule):
     def codec(self) -> TokenCodec:
         return self._codec[0]
 
+    @property
+    def saved_parts(self) -> tuple[Any, ...]:
+        return self.codec, self.text, self.null, self.network, self.inference, self.guidance
+
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
         datamodule.check_codec(self.codec)

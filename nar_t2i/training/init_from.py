@@ -34,7 +34,7 @@ class LoadReport:
 
     loaded: taken over as they were. resized: position embeddings fitted to another length or grid.
     missing: the module has them, the source does not. unexpected: the other way round. kept: the module's own, from its tokenizer,
-    which is another than the source's.
+    which is another than the source's. frozen: the module's own, which are not trained and which the source does not have.
     wrong_shape: name → (the source's shape, the module's). reads: see GeneratorModule.reads, where the source says it.
     """
 
@@ -46,12 +46,13 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
     wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shapes = [f"{name} {old} → {new}" for name, (old, new) in self.wrong_shape.items()]
         kinds = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes,
-                 "kept, of another tokenizer": self.kept}  # fmt: skip
+                 "kept, of another tokenizer": self.kept, "kept, frozen": self.frozen}  # fmt: skip
         averaged = " (averaged)" if self.averaged else ""
         lines = [f"init_from {self.source}: {len(self.loaded)} tensors taken over{averaged}"]
         return "\n".join(lines + [f"  {kind}: {_listed(names)}" for kind, names in kinds.items() if names])
@@ -65,7 +66,7 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     (MODEL/text: the module's `text` alone). Position embeddings (named
     `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated, or, with an attribute
     `position_counts = True`, as that of words, cut off or followed by the module's own. What the module has from its tokenizer
-    (`of_tokenizer = True`) stays. Frozen parameters may be missing, without mention, but for those that come from nowhere else
+    (`of_tokenizer = True`) stays. Frozen parameters may be missing, but for those that come from nowhere else
     (`from_elsewhere = True`, see `check_frozen`). averaged: prefer averaged weights where there are some. Raises UserError where
     the source cannot be read or nothing fits.
     """
@@ -79,13 +80,13 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     for name, value in target.items():
         found = next((candidate for candidate in _spellings(name) if candidate in source), None)
         if found is None:
-            if not isinstance(value, nn.Parameter) or value.requires_grad or getattr(value, "from_elsewhere", False):
-                report.missing.append(name)
+            own = isinstance(value, nn.Parameter) and not value.requires_grad and not getattr(value, "from_elsewhere", False)
+            (report.frozen if own else report.missing).append(name)
             continue
         used.add(found)
         fitting = source[found]
         if getattr(value, "of_tokenizer", False):
-            same = fitting.shape == value.shape and torch.equal(fitting.to(value), value)
+            same = fitting.shape == value.shape and _equal(fitting.to(value), value)
             (report.loaded if same else report.kept).append(name)
             continue
         if fitting.shape != value.shape:
@@ -102,6 +103,11 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
             f"init_from: nothing in {path} fits this model; it holds {_listed(list(source))}, the model has {_listed(list(target))}"
         )
     return report
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Up to the rounding of weights that are stored in half precision."""
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0.01 * float(b.abs().max()))
 
 
 def check_frozen(module: nn.Module, report: LoadReport | None) -> None:

@@ -127,6 +127,10 @@ class TokenizerModule(TrainedModule):
             loss = loss + self.perceptual * network(images, targets)
         return loss
 
+    @property
+    def saved_parts(self) -> tuple[Any, ...]:
+        return (self.codec,)
+
     def training_step(self, batch: Batch, batch_index: int) -> None:
         images = to_float(batch.images)
         accumulation = self.trainer.datamodule.accumulation()

@@ -265,3 +265,10 @@ def test_a_critic_is_a_folder_too(tmp_path):
     for wrong in ({"persistent": 1.5}, {"choice_temperature": -1.0}):
         with pytest.raises(UserError, match="CriticGuided"):
             CriticGuided(str(tmp_path / "critic"), **wrong)
+
+
+def test_a_critic_draws_nothing_by_itself():
+    condition, null = make_condition(2)
+    with pytest.raises(UserError, match="TokenCritic judges tokens and draws none"):
+        critic = TokenCritic(SPEC, [state.shape[-1] for state in condition.states], width=16, depth=1, heads=2)
+        Confidence(2).decode(critic, condition, null, Noise(0, torch.arange(2)), Guidance(1.0))
