@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from nar_t2i.cli import leave
 from nar_t2i.errors import UserError
 from nar_t2i.files import read_json, write_json
 from nar_t2i.hardware import describe_machine
+from nar_t2i.provenance import git_commit, package_versions
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs/results/bench"
@@ -99,24 +98,11 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Python, and the packages whose version changes what is measured."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    return {"python": platform.python_version()} | package_versions(PACKAGES)
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+changes" where tracked code differs from it; "unknown" outside of one.
-
-    Code alone counts: what one benchmark writes under docs/results is no change to the next one.
+    """The commit of the checkout, or "unknown". Code alone counts as a change to it: what one benchmark writes under docs/results
+    is none to the next one.
     """
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        code = ["nar_t2i", "benchmarks", "recipes"]
-        differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, capture_output=True).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + "+changes" * bool(differs)
+    return git_commit(ROOT, ("nar_t2i", "benchmarks", "recipes")) or "unknown"

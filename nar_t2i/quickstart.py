@@ -45,6 +45,7 @@ from nar_t2i.prepare.rendering import write_source
 from nar_t2i.prepare.sentencepiece import captions_of, train_sentencepiece
 from nar_t2i.prepare.tokens import encode_tokens
 from nar_t2i.training.command import run
+from nar_t2i.training.run_folder import versions
 
 
 class Minutes(float):
@@ -268,7 +269,7 @@ class Quickstart:
         }
         wall["total"] = sum(wall.values())
         metrics = {**scores, "wall_seconds": {name: round(value, 1) for name, value in wall.items()}}
-        metrics["machine"] = describe_machine()
+        metrics |= {"machine": describe_machine(), "versions": versions()}
         write_json(self.folder / "metrics.json", metrics)
         write_report(self.folder)
         accuracy, tokenizer = scores["generator"]["scene_accuracy"], scores["tokenizer"]

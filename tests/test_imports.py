@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "nar_t2i"
 # which do not import each other.
 LAYERS = [
     ["errors", "liveness", "nar_t2i"],
-    ["recipe", "hardware", "hashing", "files"],
+    ["recipe", "hardware", "provenance", "hashing", "files"],
     ["types", "noise", "schedules", "parts", "pixels"],
     ["folders"],
     ["data"],

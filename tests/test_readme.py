@@ -5,6 +5,7 @@ assumes of the reader (images with captions, a file of prompts) is made here, sm
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from nar_t2i.evaluation.scene_prompts import CATEGORIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -125,3 +128,93 @@ def test_the_table_names_every_strategy() -> None:
         modules = set(re.findall(rf"from nar_t2i\.{folder}\.(\w+) import", init)) - {"null", "quantizers"}
         for module in modules:
             assert f"`nar_t2i/{folder}/{module}.py`" in README, f"{folder}/{module}.py is missing in the table"
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "docs/results" / name).read_text(encoding="utf-8"))
+
+
+def rows_of(name: str, **keys: object) -> list[dict]:
+    return [row for row in results(f"bench/{name}.json")["rows"] if all(row.get(key) == value for key, value in keys.items())]
+
+
+def rounded(value: float, digits: int) -> str:
+    """Halves up."""
+    return f"{math.floor(value * 10**digits + 0.5 + 1e-9) / 10**digits:,.{digits}f}"
+
+
+@pytest.mark.parametrize("metrics", ["docs/results/quickstart/metrics.json", "docs/results/shipped/metrics.json"])
+def test_the_tables_of_scores_are_those_of_the_results(metrics: str) -> None:
+    accuracy = json.loads((ROOT / metrics).read_text())["generator"]["scene_accuracy"]
+    for which in ("seen", "held_out", "shuffled"):
+        values = [rounded(accuracy[which][category], 2) for category in (*CATEGORIES, "overall")]
+        assert f"| {which.replace('_', ' ')} | {' | '.join(values)} |" in README
+
+
+def test_the_tables_of_times_are_those_of_the_results() -> None:
+    def ms(system: str, batch: int, launched: str, name: str = "peers-size", dtype: str = "bf16") -> str:
+        (row,) = rows_of(name, system=system, batch=batch, launched=launched, dtype=dtype)
+        return f"{rounded(row['p50_ms'], 0)} ms"
+
+    parallel, graph = "emage/346m-256", "as a graph"
+    for name, system in (
+        ("with the text encoder", f"{parallel}, from the text"),
+        ("with the text encoder and the image decoder", f"{parallel}, from the text to the image"),
+    ):
+        assert f"| {name} | {ms(system, 1, graph)} | {ms(system, 16, graph)} | |" in README
+    shares = [rounded(100 * rows_of("peers-size", system=parallel, batch=batch, launched=graph)[0]["share_of_roofline"], 0)
+              for batch in (1, 16)]  # fmt: skip
+    times = " | ".join(ms(parallel, batch, graph) for batch in (1, 16))
+    assert f"| 16 passes, as a CUDA graph | {times} | {shares[0]}%; {shares[1]}% at 16 images |" in README
+    assert f"as a CUDA graph | {ms('emage/ar-346m-256', 1, graph)} | not measured |" in README
+    assert f"compiled | {ms('Hugging Face generate, Llama', 1, 'compiled')} | not measured |" in README
+    theirs, ours = (rows_of("peers-256", launched="plainly", dtype="bf16")[number]["system"] for number in (0, 1))
+    for batch in (1, 8):
+        both = [
+            rows_of("peers-256", system=ours, batch=batch, launched=way, dtype="bf16")[0] for way in (graph, f"compiled, {graph}")
+        ]
+        times = [rounded(row["times_diffusers"], 0 if batch == 1 else 1) for row in both]
+        assert (
+            f"| {batch} | {ms(theirs, batch, 'plainly', 'peers-256')} | {rounded(both[0]['p50_ms'], 0)} ms as a CUDA graph, "
+            f"{rounded(both[1]['p50_ms'], 0)} ms also compiled | {times[0]}, {times[1]} |"
+        ) in README
+    (row,) = rows_of("peers-256", system=ours, batch=64, launched="plainly", dtype="bf16")
+    assert f"| {rounded(row['p50_ms'], 0)} ms, launched plainly | {rounded(row['times_diffusers'], 1)} |" in README
+
+
+@pytest.mark.parametrize(("name", "batch", "label"), [
+    ("peers-cpu", 1, "AMD EPYC, narrow network"), ("peers-cpu", 8, ""),
+    ("peers-cpu-amx", 1, "Intel Xeon with matrix instructions, narrow network"), ("peers-cpu-amx", 8, ""),
+    ("peers-cpu-wide", 1, "the same, two layers as wide as aMUSEd's"),
+])  # fmt: skip
+def test_the_table_of_a_cpu_is_that_of_the_results(name: str, batch: int, label: str) -> None:
+    ours = {row["dtype"]: row for row in rows_of(name, batch=batch) if "times_diffusers" in row}
+    values = [ours["fp32"]["times_diffusers"], ours["bf16"]["times_diffusers"], ours["bf16"]["times_fp32"]]
+    assert f"| {label} | {batch} | {' | '.join(rounded(value, 1) for value in values)} |".replace("|  |", "| |") in README
+
+
+def test_what_it_says_of_training_and_of_few_passes_are_the_results() -> None:
+    rows = {row["row"]: row for row in results("bench/training.json")["rows"]}
+    largest = rows["everything, largest micro-batch"]
+    assert (
+        f"at {rounded(largest['images_per_second'], 0)} images a second at the largest micro-batch, {largest['micro_batch']}"
+        in README
+    )
+    assert f"That is {rounded(100 * largest['utilisation'], 1)}% of what" in README
+    few = {row["entry"]: row for row in results("few-passes/few-passes.json")["rows"]}
+    shipped = few["shipped, 6 passes, of 32"]
+    assert f"is right on {rounded(shipped['seen'], 2)} of the seen prompts and {rounded(shipped['held_out'], 2)} of the" in README
+    half, masked = few["prefixes, 6 passes"], few["long, 6 passes, one"]
+    apart, behind = rounded(half["deficit"], 3), rounded(masked["deficit"], 3)
+    said = f"these two are {apart} apart, and masked training, decoded in six passes, is {behind} behind"
+    assert said in README
+
+
+def test_the_distances_of_spoilt_scenes_are_those_of_the_results() -> None:
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    distances = {row["pictures"]: row["scene_frechet"] for row in results("scene-frechet.json")["rows"]}
+    blurred, noise = ([f"{value:.3g}" for name, value in distances.items() if name.startswith(kind)] for kind in ("blur", "noise"))
+    assert f"| blurred by a Gaussian of 0.5, 1, 2 px | {', '.join(blurred)} |" in text
+    assert f"| noise of 5, 15, 30 levels | {noise[0]}, {noise[1]}.0, {noise[2]} |" in text
+    for name in ("other real scenes", "colour channels exchanged"):
+        assert f"| {name} | {distances[name]:.3g} |" in text

@@ -19,11 +19,9 @@ import fcntl
 import io
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from nar_t2i.errors import UserError
 from nar_t2i.files import write_json, write_text
 from nar_t2i.hashing import text_hash
 from nar_t2i.liveness import going_on
+from nar_t2i.provenance import git_commit, package_versions
 from nar_t2i.training import checkpoints, wandb_run
 from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
@@ -80,13 +79,12 @@ class CheckpointConfig:
 
 def versions() -> dict[str, Any]:
     """What a result depends on besides its configuration."""
-    packages = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
     return {
         "nar_t2i": nar_t2i.__version__,
-        "git_commit": _git_commit(),
+        "git_commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": package_versions(PACKAGES),
     }
 
 
@@ -365,26 +363,10 @@ class _ContinuedWriter(ExperimentWriter):
         """An existing file is continued, not deleted."""
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _git_commit() -> str | None:
-    """The checkout's commit, with "+changes" where the working tree differs; of a job's copy of the code what slurm/train.sh
-    wrote beside it; None where the package is installed.
-    """
+def _commit() -> str | None:
+    """The checkout's; of a job's copy of the code what slurm/train.sh wrote beside it; None where the package is installed."""
     root = Path(nar_t2i.__file__).resolve().parents[1]
+    copied = root / "commit"
     if not (root / ".git").exists():
-        copied = root / "commit"
         return copied.read_text(encoding="utf-8").strip() or None if copied.is_file() else None
-    try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changed.stdout.strip() else "")
+    return git_commit(root)
