@@ -122,7 +122,7 @@ def class_path(cls: type) -> str:
 
 def resolve(path: str, trusted: Sequence[str] = ()) -> type:
     """The class that a path names, if it and its package are trusted: named here, or in the environment (TRUST)."""
-    packages = ("nar_t2i", *trusted, *os.environ.get(TRUST, "").split(","))
+    packages = ("nar_t2i", *trusted, *filter(None, os.environ.get(TRUST, "").split(",")))
     if not isinstance(path, str) or path.split(".", 1)[0] not in packages:
         raise UserError(
             f"class {path!r} is not part of nar_t2i; {TRUST}=PACKAGE in the environment lets classes of yours be loaded"

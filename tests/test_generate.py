@@ -151,7 +151,7 @@ def test_prompts_of_json_lines(model: Path, capsys: pytest.CaptureFixture) -> No
     for line, words in (
         ('{"caption": "a"}', "is no object with a prompt"),
         ('{"prompt": null}', "is no object with a prompt"),
-        ('{"prompt": "a star"}\n\n{"prompt": "  "}', 'line 3: \'{"prompt": "  "}\' is no object with a prompt'),
+        ('{"prompt": "a star"}\n\n{"prompt": " "}', 'line 3: \'{"prompt": " "}\' is no object with a prompt'),
         ("a star", "line 1: 'a star' is not JSON"),
     ):
         Path("other.jsonl").write_text(line)

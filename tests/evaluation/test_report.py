@@ -293,9 +293,9 @@ def test_a_run_that_has_not_logged_anything_is_one(tmp_path: Path, capsys: pytes
     assert main(["report", str(run)]) == 0 and "2.5" in page_of(run).text
 
 
-@pytest.mark.parametrize("folder", ["", "absent"])
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match="neither a run"):
+@pytest.mark.parametrize(("folder", "words"), [("", "neither a run"), ("absent", "does not exist")])
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, folder: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match=words):
         write_report(tmp_path / folder)
     assert main(["report", str(tmp_path / folder)]) == 2
     message = capsys.readouterr().err

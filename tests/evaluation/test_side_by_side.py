@@ -129,4 +129,4 @@ def test_a_single_run_has_no_table_and_an_ablation_takes_no_name(tmp_path, capsy
     assert main(["report", str(tmp_path / "out"), "--out", "x.html"]) == 2
     assert "--out: the comparison of ablations is written into the first" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run"), str(tmp_path / "nothing")]) == 2
-    assert "nothing: neither a run" in capsys.readouterr().err
+    assert "nothing: does not exist" in capsys.readouterr().err

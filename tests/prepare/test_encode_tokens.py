@@ -192,7 +192,8 @@ def test_images_that_do_not_decode_have_no_tokens_and_are_reported(tmp_path, cap
     cached = CachedSource(source, TokenCache(str(tmp_path / "cache")))
     assert [cached.read(i).key for i in range(len(cached))] == ["g0", "g1", "g2", "g3"]
     for index, original in enumerate(i for i in range(5) if source.read_text(i).key != "broken"):
-        found = torch.from_numpy(cached.read(index).tokens)
+        middle = np.array([0.5]), np.array([False])
+        (found,) = cached.read_tokens(np.array([index]), np.array([0.0]), *middle).tokens
         assert torch.equal(found, direct(PooledCodec(KINDS[0]), source, original))
     data = CaptionedImages(str(tmp_path / "s"), 8, 4, cache=str(tmp_path / "cache"), max_lost_share=0.9)
     with caplog.at_level(logging.WARNING):
@@ -269,7 +270,9 @@ def test_several_crops_and_mirrored_images(wide, tmp_path):
                 view = opened.view(np.array([(crop + 0.5) / 3]), np.array([flip]))
                 assert torch.equal(opened.tokens(np.array([index]), view), expected.tokens)
                 assert np.allclose(opened.rows("errors", np.array([index]), view), expected.error, rtol=1e-3)
-                assert opened.rows("conditions", np.array([index]), view).tolist() == [[32, 16, 0, 4 * crop]]
+                assert opened.rows("conditions", np.array([index]), view).tolist() == [
+                    [32, 16, 0, 8 - 4 * crop if flip else 4 * crop]
+                ]
     looks = {tuple(opened.tokens(np.array([0]), view)[0].tolist()) for view in range(6)}
     assert len(looks) == 6
 
@@ -286,7 +289,7 @@ def test_a_run_takes_each_view_as_often_and_validation_the_one_in_the_middle(wid
         for key, tokens, left in zip(batch.keys, batch.tokens, batch.scalars["crop_left"]):
             views = torch.stack([opened.tokens(np.array([int(key[1:])]), view)[0] for view in range(6)])
             (view,) = np.flatnonzero((views == tokens).all(1))
-            assert left == 4 * (view // 2)
+            assert left == (8 - 4 * (view // 2) if view % 2 else 4 * (view // 2))
             taken[view] += 1
     assert abs(taken - 100).max() < 40
     (batch,) = data.val_dataloader()
