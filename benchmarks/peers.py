@@ -109,6 +109,8 @@ def add_amused(
     for batch, dtype in sorted(itertools.product(batches, dtypes), key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
         if agrees(batch):
             add(batch, dtype)
+        elif f"{named(geometry, batch)}, whether both agree" in run.budget.left_out:
+            run.budget.left_out.append(f"{named(geometry, batch)}, {dtype}")
 
 
 def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:

@@ -199,6 +199,10 @@ def plan(names: Sequence[str], scale: str | None, seeds: int, overrides: Sequenc
             raise UserError(
                 f"{name}: trainer.max_steps is {steps}; ablate equalises steps, and a run that ends otherwise has no number"
             )
+        for part in ("text", "network", "inference"):  # which are loaded from a folder when they are judged
+            described = config["model"]["init_args"].get(part)
+            if isinstance(described, dict) and "." in str(described.get("class_path")):
+                resolve(described["class_path"])
         known = Path(name).stem
         if any(entry.name == known for entry in entries):
             raise UserError(f"two recipes are named {known}; their results would be one")

@@ -39,6 +39,7 @@ usage: nar-t2i {verb} --config RECIPE [--config RECIPE …] [--KEY VALUE …]
 
 {what} with a recipe: a YAML file, or the name of a shipped one. Later recipes lie on top of earlier ones.
 
+  --config RECIPE, -c RECIPE  may be given several times
   --KEY VALUE, --KEY=VALUE   override a key, anywhere in the line: --trainer.max_steps=100
   --run_dir FOLDER           the run's folder (default: runs/<name of the recipe>); one that holds a checkpoint goes on
   --ckpt_path FILE|fresh     the checkpoint to go on from; fresh: none
@@ -89,7 +90,7 @@ def _at_home(argument: str) -> str:
 
 def program() -> NoReturn:
     """Run the command as a process of its own."""
-    if sys.argv[1:2] == ["fit"]:  # until the run listens, which then has something to save
+    if sys.argv[1:2] == ["fit"]:
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # a job that is told to make room before it has begun
             signal.signal(number, lambda *_: os._exit(REQUEUE))
         signal.signal(signal.SIGINT, _interrupted_early)
@@ -244,7 +245,10 @@ def _lightning(verb: str, arguments: list[str]) -> int:
     configs, overrides, print_config = _recipe(arguments)
     if not configs:
         raise UserError(f"command line: {verb} needs --config RECIPE; see nar-t2i {verb} --help")
-    return importlib.import_module("nar_t2i.training.command").run(verb, configs, overrides, print_config)
+    command = importlib.import_module("nar_t2i.training.command")
+    if signal.getsignal(signal.SIGINT) is _interrupted_early:  # all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return command.run(verb, configs, overrides, print_config)
 
 
 def _recipe(arguments: list[str]) -> tuple[list[str], list[str], bool]:
@@ -258,13 +262,13 @@ def _recipe(arguments: list[str]) -> tuple[list[str], list[str], bool]:
         if argument == "--print_config":
             print_config = True
             continue
-        if not argument.startswith("--"):
+        if not argument.startswith("--") and argument != "-c":
             raise UserError(f"command line: unexpected argument {argument!r}; overrides are --KEY VALUE")
         if not equals:
             if not arguments or arguments[0].startswith("--"):
                 raise UserError(f"command line: {argument} needs a value")
             value = arguments.pop(0)
-        if name == "config":
+        if argument == "-c" or name == "config":
             configs.append(value)
         else:
             overrides.append(f"{name}={value}")

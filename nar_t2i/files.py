@@ -112,7 +112,7 @@ def temporary_name(path: Path) -> Path:
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(node)}.*.tmp"):
         process = left.suffixes[-2][1:].partition("-")[0]
         if not Path("/proc", process).exists() and Path("/proc/self").exists():
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{node}.{_writer()}.tmp")
 
 

@@ -25,19 +25,19 @@ TRUST = "NAR_T2I_TRUST"  # packages whose classes may be built, with commas betw
 
 
 def part(cls: T) -> T:
-    """Class decorator: remember the arguments of `__init__` for `describe`. Each must have a name: TypeError for *args."""
+    """Class decorator: remember the arguments of `__init__` for `describe`. TypeError where one is given without a name (*args)."""
     original = cls.__init__
     signature = inspect.signature(original)
     kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
     nameless, further = kinds.get(inspect.Parameter.VAR_POSITIONAL), kinds.get(inspect.Parameter.VAR_KEYWORD)
-    if nameless and "__init__" in vars(cls):  # and is not torch's, for a class that takes none
-        raise TypeError(f"{cls.__name__}: a part's arguments need names, which those of *{nameless} have not")
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
+            if bound.arguments.get(nameless):
+                raise TypeError(f"{cls.__name__}: a part's arguments need names, which those of *{nameless} have not")
             arguments = {k: v for k, v in bound.arguments.items() if k not in ("self", nameless, further)}
             arguments.update(bound.arguments.get(further, {}))
             self.__dict__["_described_args"] = arguments
@@ -122,7 +122,7 @@ def class_path(cls: type) -> str:
 
 def resolve(path: str, trusted: Sequence[str] = ()) -> type:
     """The class that a path names, if it and its package are trusted: named here, or in the environment (TRUST)."""
-    packages = ("nar_t2i", *trusted, *filter(None, os.environ.get(TRUST, "").split(",")))
+    packages = ("nar_t2i", *trusted, *filter(None, map(str.strip, os.environ.get(TRUST, "").split(","))))
     if not isinstance(path, str) or path.split(".", 1)[0] not in packages:
         raise UserError(
             f"class {path!r} is not part of nar_t2i; {TRUST}=PACKAGE in the environment lets classes of yours be loaded"

@@ -250,7 +250,8 @@ def _with(inference: InferenceStrategy, name: str, value: Any) -> InferenceStrat
 
 def _takes(inference: InferenceStrategy, name: str) -> bool:
     """Whether a strategy is made with such an argument, or passes it on to the one that it is a kind of."""
-    parameters = inspect.signature(type(inference).__init__).parameters
+    made = type(inference).__init__
+    parameters = {} if made is object.__init__ else inspect.signature(made).parameters
     passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return name in parameters or (passes_on and hasattr(inference, name))
 

@@ -1,6 +1,6 @@
 # Sourced by the other scripts, with $root and `fail`: how Python is run, and what a job does at its begin and its end.
 
-readonly REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/errors.py
+REQUEUE=85  # what a run ends with that is to be started again; see nar_t2i/errors.py
 
 # python_of FOLDER…: sets the words $python, in a container with these folders in it where NAR_T2I_CONTAINER names one.
 python_of() {

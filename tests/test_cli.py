@@ -398,17 +398,25 @@ def test_names_are_told_beside_the_classes_that_may_take_their_place(capsys):
 
 @pytest.mark.parametrize(("setting", "said"), [
     ("overfit_batches=1", "overfit_batches: changes nothing here"), ("max_epochs=1", "max_epochs: is never reached"),
-    ("val_check_interval=0.5", "val_check_interval: the data have no end"), ("fast_dev_run=true", "fast_dev_run: would take"),
+    ("val_check_interval=0.5", "val_check_interval: is a share of an epoch"), ("fast_dev_run=true", "fast_dev_run: would take"),
 ])  # fmt: skip
 def test_settings_of_lightning_that_would_do_nothing_here_are_refused(capsys, setting, said):
     assert fit(f"--trainer.{setting}", recipe="quickstart/tokenizer") == 2
     assert f"key trainer.{said}" in capsys.readouterr().err
 
 
-def test_epochs_of_data_without_end_are_refused(capsys):
-    options = ["--trainer.val_check_interval=null", "--trainer.check_val_every_n_epoch=1"]
-    assert fit(*options, recipe="quickstart/tokenizer") == 2
-    assert "key trainer.check_val_every_n_epoch: the data have no end" in capsys.readouterr().err
+def test_a_run_that_will_not_be_validated_says_so_and_its_resolved_configuration_is_accepted(folder, capsys):
+    """As slurm/train.sh makes one of a recipe that says nothing of validation: it holds what Lightning would take."""
+    settings = ["--trainer.val_check_interval=null", "--trainer.check_val_every_n_epoch=1", "--print_config"]
+    assert fit(*settings, recipe="quickstart/tokenizer") == 0
+    printed = capsys.readouterr()
+    assert "this run will not be validated" in printed.err
+    recipe = yaml.safe_load(printed.out)
+    for every in (None, 1):
+        recipe["trainer"]["check_val_every_n_epoch"] = every
+        (folder / "resolved.yaml").write_text(yaml.safe_dump(recipe))
+        assert fit("--print_config", recipe="resolved.yaml") == 0
+    assert fit("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--print_config", recipe="quickstart/tokenizer") == 0
 
 
 OWN = """

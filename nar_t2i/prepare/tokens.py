@@ -74,6 +74,7 @@ def encode_tokens(
         "crops": crops,
         "flips": flips,
         "errors": errors,
+        **({"crop_left": "mirrored where the image is"} if flips else {}),  # which earlier versions did not; one cache has one kind
     }
     starts = np.concatenate([[0], np.cumsum(source.blocks)])
     chosen = shard_range(shards, len(source.blocks))

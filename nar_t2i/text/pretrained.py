@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
+from nar_t2i.files import temporary_name
 from nar_t2i.hashing import text_hash, weights_hash
 from nar_t2i.text.layers import choose_trained, copied, mean_state, readable
 from nar_t2i.types import Condition, TextEncoder
@@ -159,16 +160,20 @@ class PretrainedTextEncoder(TextEncoder):
 
         That is the configuration and the tokenizer, and a frozen model's weights.
         """
-        (folder / SAVED).mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{SAVED}.") as beside, _quiet_transformers():
-            self._tokenizer.save_pretrained(beside)
-            if not self._frozen:
-                self.network.config.save_pretrained(beside)
-            else:
-                state = {name: value.to(dtype or value.dtype) for name, value in self.network.state_dict().items()}
-                self.network.save_pretrained(beside, state_dict=self._as_transformers_names(state))
-            for file in Path(beside).iterdir():
+        beside = temporary_name(folder / SAVED)
+        try:
+            with _quiet_transformers():
+                self._tokenizer.save_pretrained(beside)
+                if not self._frozen:
+                    self.network.config.save_pretrained(beside)
+                else:
+                    state = {name: value.to(dtype or value.dtype) for name, value in self.network.state_dict().items()}
+                    self.network.save_pretrained(beside, state_dict=self._as_transformers_names(state))
+            (folder / SAVED).mkdir(exist_ok=True)
+            for file in beside.iterdir():
                 os.replace(file, folder / SAVED / file.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         return {"folder": SAVED, "pretrained": bool(self._frozen), "layer": self._saved_layer}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PretrainedTextEncoder:

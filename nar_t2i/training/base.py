@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nar_t2i.errors import UserError
-from nar_t2i.hashing import text_hash
 from nar_t2i.parts import describe
+from nar_t2i.training.checkpoints import FROZEN
 from nar_t2i.training.collectives import mean_over_ranks
 from nar_t2i.training.ema import EMA
 from nar_t2i.training.guard import Guard
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.training.zero import gathered
-
-FROZEN = "frozen"  # of a checkpoint: see `TrainedModule.note_frozen`
 
 
 class TimeBudget(Callback):
@@ -94,7 +93,7 @@ class TrainedModule(lightning.LightningModule):
         self.budget = TimeBudget(budget_minutes) if budget_minutes else None
         self.gradient_norm: Tensor | None = None  # before clipping, where the module clips by itself
         self._logged_step, self._of_step = -1, {}  # see `log_of_step`
-        self._frozen_marks: dict[str, str] = {}  # see `note_frozen`
+        self._frozen_marks: dict[str, list[float]] = {}  # see `note_frozen`
 
     @property
     def saved_parts(self) -> tuple[Any, ...]:
@@ -112,6 +111,15 @@ class TrainedModule(lightning.LightningModule):
     def note_frozen(self) -> None:
         """Remember which frozen weights the module is trained beside, so that a checkpoint can tell: it does not hold them."""
         self._frozen_marks = {name: _mark(p) for name, p in self.named_parameters() if not p.requires_grad}
+
+    def check_noted(self, trained_beside: Mapping[str, list[float]]) -> None:
+        """UserError where a checkpoint was trained beside other frozen weights than those that were noted last."""
+        others = [name for name, mark in self._frozen_marks.items() if not _alike(trained_beside.get(name, mark), mark)]
+        if others:
+            raise UserError(
+                f"the run was trained beside other frozen weights than these: {others[0]} ({len(others)} such). No checkpoint "
+                "holds them; name where they came from, or give them to the part as a file"
+            )
 
     def write(self, folder: Path) -> None:
         """Save what was trained as a folder that can be loaded, with the weights that the module holds."""
@@ -164,13 +172,7 @@ class TrainedModule(lightning.LightningModule):
                 f"the checkpoint is of another model: {differing[0]} is {there} in it and {here} in the recipe's "
                 f"({len(differing)} such differences); give the run another run_dir, or start from it with --init_from"
             )
-        trained_beside = checkpoint.get(FROZEN, {})
-        others = [name for name, mark in self._frozen_marks.items() if trained_beside.get(name, mark) != mark]
-        if others:
-            raise UserError(
-                f"the run was trained beside other frozen weights than these: {others[0]} ({len(others)} such). No checkpoint "
-                "holds them; name where they came from, or give them to the part as a file"
-            )
+        self.check_noted(checkpoint.get(FROZEN, {}))
 
     def configure_callbacks(self) -> list[Callback]:
         return [callback for callback in (self.ema, self.budget) if callback]
@@ -213,10 +215,15 @@ class TrainedModule(lightning.LightningModule):
         return min(1.0, self.trainer.global_step / max(1, self.total_steps() - 1))
 
 
-def _mark(weights: Tensor) -> str:
-    """What tells weights from others that are drawn anew: their shape and first values."""
-    first = weights.detach().flatten()[:64].float().cpu().numpy().tobytes()
-    return text_hash(str(tuple(weights.shape)).encode() + first)[:16]
+def _mark(weights: Tensor) -> list[float]:
+    """What tells weights from others that are drawn anew: the first of them."""
+    return weights.detach().flatten()[:16].float().tolist()
+
+
+def _alike(one: list[float], other: list[float]) -> bool:
+    """Up to the rounding of weights that are stored in half precision."""
+    largest = max(map(abs, (*one, *other)), default=0.0)
+    return len(one) == len(other) and all(abs(a - b) <= 0.01 * largest for a, b in zip(one, other, strict=True))
 
 
 def has_frozen(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ from nar_t2i.training.collectives import distributed, gather, say
 FORMAT = 1
 MANIFEST, RUN = "manifest.json", "run.pt"
 READS = "reads"  # of a generator's checkpoint: see GeneratorModule.reads
+FROZEN = "frozen"  # see TrainedModule.note_frozen
 PART = ".part"  # what a folder is called while it is written
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import sys
+import sysconfig
 import traceback
 import warnings
 import zipfile
@@ -296,7 +297,7 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
         raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")
     if isinstance(trainer, dict) and trainer.get("use_distributed_sampler"):
         raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
-    ours = str((recipe.config.get("model") or {}).get("class_path", "")).startswith("nar_t2i.")
+    ours = _is_ours(recipe, "model")
     if isinstance(trainer, dict):
         for key, harmless, instead in (
             (
@@ -305,19 +306,13 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
                 "follows from data.init_args.global_batch_size and micro_batch_size; set these",
             ),
             ("gradient_clip_val", (None,), "is the module's: set model.init_args.optimizer.clip_norm"),
-            ("overfit_batches", (None, 0), "changes nothing here: set data.init_args.train to as few samples"),
-            ("max_epochs", (None, -1), "is never reached, since the data have no end: set trainer.max_steps"),
         ):
             if ours and trainer.get(key) not in harmless:
                 raise recipe.error(f"trainer.{key}", instead)
-        interval, every = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch")
-        if isinstance(interval, int):  # of optimizer steps, whatever an epoch is
+        if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
             trainer.setdefault("check_val_every_n_epoch", None)
-        elif ours and subcommand == "fit" and (interval is not None or every is not None):
-            key = "val_check_interval" if interval is not None else "check_val_every_n_epoch"
-            raise recipe.error(
-                f"trainer.{key}", "the data have no end, and so no epochs: set val_check_interval to a number of steps"
-            )
+        if subcommand == "fit" and trainer.get("limit_train_batches") is None and _is_ours(recipe, "data"):
+            _check_epochs(recipe, trainer)
         if subcommand == "fit" and trainer.get("fast_dev_run"):
             raise recipe.error("trainer.fast_dev_run", "would take the place of the run's model: set max_steps and another run_dir")
     if recipe.config.get("run_dir") is None:
@@ -329,11 +324,36 @@ def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str
     return recipe
 
 
+def _is_ours(recipe: Recipe, key: str) -> bool:
+    part = recipe.config.get(key)
+    return isinstance(part, dict) and str(part.get("class_path")).startswith("nar_t2i.")
+
+
+def _check_epochs(recipe: Recipe, trainer: dict[str, Any]) -> None:
+    """UserError where something is said by epochs, which our data, that have no end, do not have, and so would not happen. A
+    configuration that was resolved before may hold Lightning's default.
+    """
+    for key, harmless, instead in (
+        ("overfit_batches", (None, 0), "changes nothing here: set data.init_args.train to as few samples"),
+        ("max_epochs", (None, -1), "is never reached, since the data have no end: set trainer.max_steps"),
+    ):
+        if trainer.get(key) not in harmless:
+            raise recipe.error(f"trainer.{key}", instead)
+    if isinstance(trainer.get("val_check_interval"), float):
+        raise recipe.error("trainer.val_check_interval", "is a share of an epoch, and the data have no end: set a number of steps")
+    if trainer.get("val_check_interval") is None and trainer.get("check_val_every_n_epoch") is not None:
+        if (recipe.config["data"].get("init_args") or {}).get("validation") is not None:
+            print(
+                "nar-t2i: trainer.check_val_every_n_epoch: the data have no end, and so no epochs: this run will not be validated; "
+                "trainer.val_check_interval is a number of steps",
+                file=sys.stderr,
+            )
+        trainer["check_val_every_n_epoch"] = None
+
+
 def _check_streams(recipe: Recipe) -> None:
     """Before jsonargparse takes a URL for a file that it is to open."""
-    data = recipe.config.get("data")
-    ours = isinstance(data, dict) and str(data.get("class_path")).startswith("nar_t2i.")
-    settings = data.get("init_args") if ours else None
+    settings = recipe.config["data"].get("init_args") if _is_ours(recipe, "data") else None
     for split in ("train", "validation") if isinstance(settings, dict) else ():
         if isinstance(given := settings.get(split), str) and is_remote(given):
             try:
@@ -371,14 +391,19 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
-def _mistake(error: BaseException) -> str | None:
+def _mistake(error: BaseException | None) -> str | None:
     """What a part's own code raised, and where, of an error that jsonargparse tells as one about types; None where it is one."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    if not frames or frames[-1].filename in (__file__, parts.__file__):
-        return None
-    return f"{type(error).__name__}: {_one_line(error)} ({frames[-1].filename}:{frames[-1].lineno})"
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_foreign(frame.filename)]
+        if frames:
+            return f"{type(error).__name__}: {_one_line(error)} ({frames[-1].filename}:{frames[-1].lineno})"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _is_foreign(file: str) -> bool:
+    """Whether code of this file is no part's: libraries, and what builds parts here."""
+    return file.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in file or file in (__file__, parts.__file__)
 
 
 def _listed(value: Any) -> list[Any]:

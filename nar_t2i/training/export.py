@@ -9,6 +9,7 @@ from nar_t2i import recipe as recipes
 from nar_t2i.errors import UserError
 from nar_t2i.hashing import file_hash
 from nar_t2i.training import checkpoints
+from nar_t2i.training.base import TrainedModule
 from nar_t2i.training.command import RecipeCLI, quieten
 from nar_t2i.training.init_from import load_weights
 
@@ -41,6 +42,9 @@ def export(checkpoint: Path, folder: Path, averaged: bool, exactly: bool = False
     was_averaged = report.averaged
     if hasattr(model, "check_reads"):
         model.check_reads(report.reads)
+    if isinstance(model, TrainedModule):
+        model.note_frozen()
+        model.check_noted(report.trained_beside)
     brought = set(before) & {name for name, p in model.named_parameters() if not p.requires_grad}
     if others := sorted({*report.wrong_shape, *report.resized, *report.missing} - brought):
         raise UserError(

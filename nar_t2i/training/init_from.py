@@ -35,12 +35,14 @@ class LoadReport:
     loaded: taken over as they were. resized: position embeddings fitted to another length or grid.
     missing: the module has them, the source does not. unexpected: the other way round. kept: the module's own, from its tokenizer,
     which is another than the source's. frozen: the module's own, which are not trained and which the source does not have.
-    wrong_shape: name → (the source's shape, the module's). reads: see GeneratorModule.reads, where the source says it.
+    wrong_shape: name → (the source's shape, the module's). reads: see GeneratorModule.reads, trained_beside: see
+    TrainedModule.note_frozen, where the source says them.
     """
 
     source: str
     averaged: bool = False
     reads: Mapping[str, str] = field(default_factory=dict)
+    trained_beside: Mapping[str, list[float]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -70,12 +72,12 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     (`from_elsewhere = True`, see `check_frozen`). averaged: prefer averaged weights where there are some. Raises UserError where
     the source cannot be read or nothing fits.
     """
-    source, averaged, reads = _read(Path(path), averaged)
+    source, averaged, reads, trained_beside = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
     part = Path(path).name
     if (Path(path) / WEIGHTS).is_file() and any(name.startswith(f"{part}.") for name in target):
         source = {f"{part}.{name}": value for name, value in source.items()}
-    report = LoadReport(str(path), averaged, reads)
+    report = LoadReport(str(path), averaged, reads, trained_beside)
     used = set()
     for name, value in target.items():
         found = next((candidate for candidate in _spellings(name) if candidate in source), None)
@@ -124,11 +126,12 @@ def check_frozen(module: nn.Module, report: LoadReport | None) -> None:
 
 
 class Weights(NamedTuple):
-    """All tensors by name, whether they are averaged ones, and what they were trained to read, where that is known."""
+    """All tensors by name, whether they are averaged ones, and what they were trained to read and beside, where that is known."""
 
     tensors: dict[str, Tensor]
     averaged: bool = False
     reads: Mapping[str, str] = {}
+    trained_beside: Mapping[str, list[float]] = {}
 
 
 def check_vocabulary(module: nn.Module, report: LoadReport) -> None:
@@ -191,7 +194,7 @@ def _weights(content: Mapping[str, Any], averaged: bool) -> Weights:
     averages = [average for average in averages_of(content) if averaged and average]
     for average in averages:
         tensors.update({_plain(k): v for k, v in average.items()})
-    return Weights(tensors, bool(averages), content.get(checkpoints.READS, {}))
+    return Weights(tensors, bool(averages), content.get(checkpoints.READS, {}), content.get(checkpoints.FROZEN, {}))
 
 
 def _plain(name: str) -> str:
