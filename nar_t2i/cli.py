@@ -216,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
 
     quickstart = commands.add_parser("quickstart", help="captions to pictures on the embedded data set, in minutes")
     quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
-    quickstart.add_argument("--shortened", action="store_true", help="ten minutes on single objects, for continuous integration")
+    quickstart.add_argument(
+        "--shortened", action="store_true", help="some ten minutes on single objects, for continuous integration"
+    )
     quickstart.add_argument("--shuffled-captions", action="store_true", help="a control: captions of other pictures")
     return parser
 
