@@ -144,7 +144,7 @@ def test_in_bf16_nothing_is_timed_of_peers_that_differ(tmp_path, broken):
 
     amused = Amused("tiny", torch.device("cpu"))
     run = peers.Run(Roofline(torch.device("cpu")), Budget(2), str(tmp_path / "found.json"))
-    layer = amused.network.layers[0]
+    layer = amused.network.layers[1]
     if broken == "choice":
         amused.inference.choice_temperature = 0.0
     elif broken == "attention":
