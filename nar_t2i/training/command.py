@@ -6,8 +6,6 @@ import logging
 import os
 import pickle
 import sys
-import sysconfig
-import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -28,18 +26,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
 from nar_t2i import parts
-from nar_t2i import recipe as recipes
-from nar_t2i.data.opening import is_remote
-from nar_t2i.data.stream import expand
 from nar_t2i.errors import REQUEUE, UserError
 from nar_t2i.recipe import Recipe
 from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import TrainedModule, has_frozen
-from nar_t2i.training.config_errors import explain
+from nar_t2i.training.config_errors import explain, mistake, user_error
 from nar_t2i.training.guard import Guard, GuardConfig
 from nar_t2i.training.init_from import check_frozen, check_vocabulary, load_weights
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals, StallWatch
+from nar_t2i.training.resolving import load_recipe
 from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFolder, RunLogger
 from nar_t2i.training.validation import OwedValidation
 from nar_t2i.training.wandb_run import WandbConfig
@@ -228,10 +224,10 @@ class RecipeCLI(LightningCLI):
             return build()
         except (ValueError, TypeError, MisconfigurationException) as error:
             # jsonargparse tells of an error in a list's item as one of several refused alternatives.
-            own = _user_error(error)
+            own = user_error(error)
             if own is not None:
                 raise UserError(str(own)) from error
-            raise UserError(f"{self.recipe.name}: cannot be built: {_mistake(error) or _one_line(error)}") from error
+            raise UserError(f"{self.recipe.name}: cannot be built: {mistake(error) or _one_line(error)}") from error
 
     def build_model(self) -> LightningModule:
         """The model alone, for which neither data nor devices are needed."""
@@ -287,81 +283,6 @@ class RecipeCLI(LightningCLI):
         return [logger for logger in (own, *loggers, on_wandb) if logger is not None]
 
 
-def load_recipe(subcommand: str, configs: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """The resolved recipe, with a run folder, and without what would contradict one."""
-    recipe = recipes.load(configs, overrides)
-    if "metrics" in recipe.config:
-        raise recipe.error("metrics", "is a protocol's, for nar-t2i evaluate --protocol NAME, and no recipe's")
-    trainer = recipe.config.get("trainer")
-    if isinstance(trainer, dict) and trainer.get("default_root_dir") is not None:
-        raise recipe.error("trainer.default_root_dir", "is the run's folder; set run_dir")
-    if isinstance(trainer, dict) and trainer.get("use_distributed_sampler"):
-        raise recipe.error("trainer.use_distributed_sampler", "must be false: the data module deals out the samples")
-    ours = _is_ours(recipe, "model")
-    if isinstance(trainer, dict):
-        for key, harmless, instead in (
-            (
-                "accumulate_grad_batches",
-                (None, 1),
-                "follows from data.init_args.global_batch_size and micro_batch_size; set these",
-            ),
-            ("gradient_clip_val", (None,), "is the module's: set model.init_args.optimizer.clip_norm"),
-        ):
-            if ours and trainer.get(key) not in harmless:
-                raise recipe.error(f"trainer.{key}", instead)
-        if isinstance(trainer.get("val_check_interval"), int):  # of optimizer steps, whatever an epoch is
-            trainer.setdefault("check_val_every_n_epoch", None)
-        if subcommand == "fit" and trainer.get("limit_train_batches") is None and _is_ours(recipe, "data"):
-            _check_epochs(recipe, trainer)
-        if subcommand == "fit" and trainer.get("fast_dev_run"):
-            raise recipe.error("trainer.fast_dev_run", "would take the place of the run's model: set max_steps and another run_dir")
-    if recipe.config.get("run_dir") is None:
-        recipe.config["run_dir"] = str(Path("runs", Path(configs[0]).stem))
-    _check_streams(recipe)
-    trial = wandb_run.trial()
-    if trial is not None and subcommand == "fit":  # the trials of a sweep would go on from one another
-        recipe.config["run_dir"] = str(Path(recipe.config["run_dir"], "sweeps", *trial))
-    return recipe
-
-
-def _is_ours(recipe: Recipe, key: str) -> bool:
-    part = recipe.config.get(key)
-    return isinstance(part, dict) and str(part.get("class_path")).startswith("nar_t2i.")
-
-
-def _check_epochs(recipe: Recipe, trainer: dict[str, Any]) -> None:
-    """UserError where something is said by epochs, which our data, that have no end, do not have, and so would not happen. A
-    configuration that was resolved before may hold Lightning's default.
-    """
-    for key, harmless, instead in (
-        ("overfit_batches", (None, 0), "changes nothing here: set data.init_args.train to as few samples"),
-        ("max_epochs", (None, -1), "is never reached, since the data have no end: set trainer.max_steps"),
-    ):
-        if trainer.get(key) not in harmless:
-            raise recipe.error(f"trainer.{key}", instead)
-    if isinstance(trainer.get("val_check_interval"), float):
-        raise recipe.error("trainer.val_check_interval", "is a share of an epoch, and the data have no end: set a number of steps")
-    if trainer.get("val_check_interval") is None and trainer.get("check_val_every_n_epoch") is not None:
-        if (recipe.config["data"].get("init_args") or {}).get("validation") is not None:
-            print(
-                "nar-t2i: trainer.check_val_every_n_epoch: the data have no end, and so no epochs: this run will not be validated; "
-                "trainer.val_check_interval is a number of steps",
-                file=sys.stderr,
-            )
-        trainer["check_val_every_n_epoch"] = None
-
-
-def _check_streams(recipe: Recipe) -> None:
-    """Before jsonargparse takes a URL for a file that it is to open."""
-    settings = recipe.config["data"].get("init_args") if _is_ours(recipe, "data") else None
-    for split in ("train", "validation") if isinstance(settings, dict) else ():
-        if isinstance(given := settings.get(split), str) and is_remote(given):
-            try:
-                expand(given)
-            except UserError as error:
-                raise recipe.error(f"data.init_args.{split}", str(error)) from error
-
-
 def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
     """Which checkpoint to load, and so to resume where `subcommand` is fit; None = none."""
     asked = config.ckpt_path
@@ -382,28 +303,6 @@ def _checkpoint(subcommand: str, config: Any, recipe: Recipe) -> Path | None:
     if path is None and subcommand != "fit" and config.init_from is None:
         raise recipe.error("ckpt_path", f"there is no checkpoint in {config.run_dir}; give one, or 'fresh'")
     return path
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception was raised from, if any."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _mistake(error: BaseException | None) -> str | None:
-    """What a part's own code raised, and where, of an error that jsonargparse tells as one about types; None where it is one."""
-    while error is not None:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_foreign(frame.filename)]
-        if frames:
-            return f"{type(error).__name__}: {_one_line(error)} ({frames[-1].filename}:{frames[-1].lineno})"
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None
-
-
-def _is_foreign(file: str) -> bool:
-    """Whether code of this file is no part's: libraries, and what builds parts here."""
-    return file.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in file or file in (__file__, parts.__file__)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from nar_t2i import parts
 from nar_t2i.errors import UserError
 from nar_t2i.recipe import Recipe
 from nar_t2i.training.wandb_run import WandbConfig
 
+OURS = (__file__, parts.__file__, str(Path(__file__).with_name("command.py")))  # what builds parts
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_HINTS = 12
 REQUIRED = "is required"
@@ -137,3 +142,25 @@ def _at(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception was raised from, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def mistake(error: BaseException | None) -> str | None:
+    """What a part's own code raised, and where, of an error that jsonargparse tells as one about types; None where it is one."""
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_foreign(frame.filename)]
+        if frames:
+            return f"{type(error).__name__}: {' '.join(str(error).split())} ({frames[-1].filename}:{frames[-1].lineno})"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _is_foreign(file: str) -> bool:
+    """Whether code of this file is no part's: libraries, and what builds parts here."""
+    return file.startswith((sysconfig.get_path("stdlib"), "<")) or "site-packages" in file or file in OURS

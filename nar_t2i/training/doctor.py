@@ -30,6 +30,7 @@ from nar_t2i.training import command, zero
 from nar_t2i.training.base import has_frozen
 from nar_t2i.training.init_from import load_weights
 from nar_t2i.training.memory import STAGES, Held, Trained, held
+from nar_t2i.training.resolving import load_recipe
 
 MIB = 2**20
 CAPTIONED = 2000  # samples whose captions are read
@@ -113,7 +114,7 @@ def main(arguments: argparse.Namespace) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     zero.register()
     configs, overrides = arguments.recipes, arguments.overrides
-    recipe = command.load_recipe("fit", configs, overrides)
+    recipe = load_recipe("fit", configs, overrides)
     cli = command.RecipeCLI(recipe)  # the recipe as it is: its keys and types
     trainer = cli.config.trainer
     nodes = _positive("--nodes", trainer.num_nodes if arguments.nodes is None else arguments.nodes)
