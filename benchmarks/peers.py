@@ -8,9 +8,9 @@ Llama as large as our autoregressive twin; that twin; and our parallel network o
 aMUSEd: its geometry with random weights, 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on
 both sides. Before anything is timed, in whichever precision, the logits of both are compared in fp32, and at small batches the
 tokens that both draw from one table of numbers; where they differ, nothing is reported. The logits are compared in bf16 as well,
-and again once ours is compiled. Both sides are called in turns. Their floor is one and the same: what the function needs when
-the text's part is computed once. With --compile theirs is compiled, too, at the smallest batch in bf16, as diffusers'
-documentation has it, and on a GPU once more with CUDA graphs (`mode="reduce-overhead"`).
+and again once ours is compiled. Both sides are called in turns, and on a CPU so are both precisions. Their floor is one and the
+same: what the function needs when the text's part is computed once. With --compile theirs is compiled, too, at the smallest batch
+in bf16, as diffusers' documentation has it, and on a GPU once more with CUDA graphs (`mode="reduce-overhead"`).
 
 Of the twin's size: 32 words, 1,024 tokens in the full size, guidance on, so two rows an image. Llama takes the words in front
 of its tokens instead of by cross-attention; its two rows are combined, and tokens drawn, in a logits processor, which stays on
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,25 +92,32 @@ def add_amused(
 
     def agrees(batch: int) -> bool:
         if batch not in agreeing:
-            amused.to(DTYPES["fp32"])
             pair = Pair(run, amused, geometry, batch, "fp32")
             agreeing[batch] = run.add(f"{named(geometry, batch)}, whether both agree", pair.check)
         return agreeing[batch]
 
-    def add(batch: int, dtype: str) -> None:
-        amused.to(DTYPES[dtype])  # and back: weights that are rounded to bf16 are as good as others
-        pair, smallest = Pair(run, amused, geometry, batch, dtype), batch == min(batches)
-        run.add(pair.name, lambda: pair.rows(repeats, compiles and (dtype == "bf16" or smallest)))
-        if compiles and smallest and dtype == "bf16":
-            run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
-            if run.roofline.device.type == "cuda":
-                run.add(f"{THEIRS}, {pair.name}, compiled, as a graph", lambda: [pair.theirs_compiled(repeats, "reduce-overhead")])
+    def add(batch: int, dtypes: Sequence[str]) -> None:
+        pairs, smallest = [Pair(run, amused, geometry, batch, dtype) for dtype in dtypes], batch == min(batches)
+        in_bf16 = [pair for pair in pairs if pair.dtype == torch.bfloat16]
+        to_compile = (pairs if smallest else in_bf16) if compiles else []
+        run.add(names(pairs), lambda: rows(pairs, repeats, to_compile))
+        for pair in in_bf16:
+            if compiles and smallest:
+                run.add(f"{THEIRS}, {pair.name}, compiled", lambda: [pair.theirs_compiled(repeats)])
+                if run.on_gpu:
+                    run.add(
+                        f"{THEIRS}, {pair.name}, compiled, as a graph", lambda: [pair.theirs_compiled(repeats, "reduce-overhead")]
+                    )
 
-    for batch, dtype in sorted(itertools.product(batches, dtypes), key=lambda case: case[0] * SLOWER[case[1]]):  # the longest last
+    def slowness(case: tuple[int, Sequence[str]]) -> int:
+        return case[0] * max(SLOWER[dtype] for dtype in case[1])
+
+    precisions = [[dtype] for dtype in dtypes] if run.on_gpu else [dtypes]
+    for batch, together in sorted(itertools.product(batches, precisions), key=slowness):  # the longest last
         if agrees(batch):
-            add(batch, dtype)
+            add(batch, together)
         elif f"{named(geometry, batch)}, whether both agree" in run.budget.left_out:
-            run.budget.left_out.append(f"{named(geometry, batch)}, {dtype}")
+            run.budget.left_out += [f"{named(geometry, batch)}, {dtype}" for dtype in together]
 
 
 def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:
@@ -132,6 +139,10 @@ def named(geometry: str, batch: int) -> str:
 
 class Run(timing.Run):
     """Of peers: each row also says how much faster it is."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.roofline.device.type == "cuda"
 
     def save(self) -> None:
         """As every run; ratios are those of the rows so far."""
@@ -168,46 +179,57 @@ class Pair:
 
     def __init__(self, run: Run, amused: Amused, geometry: str, batch: int, dtype: str):
         self.run, self.amused, self.clock, self.batch, self.dtype = run, amused, run.clock, batch, DTYPES[dtype]
+        self.take()
         self.texts, self.noise = amused.texts(batch), amused.noise(batch)
-        self.geometry, self.name = geometry, f"{named(geometry, batch)}, {dtype}"
+        self.geometry, self.batch_name = geometry, named(geometry, batch)
+        self.name = f"{self.batch_name}, {dtype}"
         self.drawn: Tensor | None = None  # by theirs, from the table
         self.known = {"geometry": geometry, "batch": batch, "dtype": dtype, "passes": STEPS, "launched": "plainly"}
 
     @torch.no_grad()
     def check(self) -> tuple[()]:
         """No rows; UserError where the two sides differ."""
+        self.take()
         self.logits()
         if self.batch <= FEW:
             self.tokens()
         return ()
 
-    @torch.no_grad()
-    def rows(self, repeats: int, compile: bool) -> Iterator[dict[str, Any]]:
-        """One after the other, as they are measured; none where there would not be the time."""
-        amused, texts, network = self.amused, self.texts, self.amused.network
-        floor = self.floor()
-        call = 2 * floor["floor_ms"] / 1000  # a guess
-        if not self.run.budget.allows(self.name, CALLS * call):
-            return
-        runs = {THEIRS: lambda: amused.theirs(texts), OURS: lambda: amused.ours(texts, self.noise)}
-        cold = {system: self.clock.once(run) for system, run in runs.items()}
-        agreement = self.logits() | self.tokens()
-        warm = self.clock.warm(runs, repeats)
-        for system, own, other in ((THEIRS, amused.unet, network), (OURS, network, amused.unet)):
+    def take(self) -> None:
+        """Its precision for the weights of both, and back: those that were rounded to bf16 are as good as others."""
+        if self.amused.dtype != self.dtype:
+            self.amused.to(self.dtype)
+
+    def runs(self) -> dict[str, Callable[[], Any]]:
+        """What each side does."""
+        return {THEIRS: lambda: self.amused.theirs(self.texts), OURS: lambda: self.amused.ours(self.texts, self.noise)}
+
+    def sides(self, cold: dict[str, Call], warm: dict[str, list[Call]], agreement: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """The rows of both, launched plainly, of what `runs` took."""
+        floor, unet, network = self.floor(), self.amused.unet, self.amused.network
+        for system, own, other in ((THEIRS, unet, network), (OURS, network, unet)):
             times = summary(cold[system], warm[system], weight_bytes(other) / 2**20)
             row = {"system": system, **self.known, "parameters": parameters(own), **agreement}
-            row |= self.beside_floor(times, floor)
-            yield row
-        cuda = self.run.roofline.device.type == "cuda"
-        if cuda and self.run.budget.allows(f"{self.name}, as a graph", CALLS_OF_GRAPH * call):
+            yield row | self.beside_floor(times, floor)
+
+    def others(self, row: dict[str, Any], repeats: int, compile: bool) -> Iterator[dict[str, Any]]:
+        """Rows of ours launched otherwise, as far as there is time. row: that of plain launches."""
+        self.take()
+        floor, allows, (_, run) = self.floor(), self.run.budget.allows, self.runs().values()
+        graph = CALLS_OF_GRAPH * self.guess()
+        if self.run.on_gpu and allows(f"{self.name}, as a graph", graph):
             yield row | self.as_graph(repeats, floor)
-        if compile and self.run.budget.allows(f"{self.name}, compiled"):
-            with compiled(network.stack):
-                cold = self.clock.once(runs[OURS])
+        if compile and allows(f"{self.name}, compiled"):
+            with compiled(self.amused.network.stack):
+                cold = self.clock.once(run)
                 row |= self.logits() | self.tokens()
-                yield row | {"launched": "compiled"} | self.timed(runs[OURS], repeats, cold, floor, self.batch)
-                if cuda and self.run.budget.allows(f"{self.name}, compiled, as a graph", CALLS_OF_GRAPH * call):
+                yield row | {"launched": "compiled"} | self.timed(run, repeats, cold, floor, self.batch)
+                if self.run.on_gpu and allows(f"{self.name}, compiled, as a graph", graph):
                     yield row | self.as_graph(repeats, floor) | {"launched": "compiled, as a graph"}
+
+    def guess(self) -> float:
+        """Seconds that a call may take."""
+        return 2 * self.floor()["floor_ms"] / 1000
 
     def as_graph(self, repeats: int, floor: dict[str, float]) -> dict[str, Any]:
         """What a row of ours says of a graph: its times, and how many tokens are those of theirs."""
@@ -219,6 +241,7 @@ class Pair:
     @torch.no_grad()
     def theirs_compiled(self, repeats: int, mode: str | None = None) -> dict[str, Any]:
         """The row of theirs by torch.compile, whose logits must be the same as before. mode: torch.compile's."""
+        self.take()
         unet, agreement = self.amused.unet, self.logits() | self.tokens()  # of theirs as it comes
 
         def theirs() -> Tensor:
@@ -266,10 +289,11 @@ class Pair:
         return {"equal_tokens": equal}
 
     def floor(self) -> dict[str, float]:
-        """Of what ours computes: with the text's part once. Counted for one image on a device without memory, so that the first
-        call of all is yet to come."""
+        """Of what ours computes: with the text's part once, and its padding from 77 words to 80 (0.3% of all). Counted for one
+        image on a device without memory, so that the first call of all is yet to come."""
         amused, meta = self.amused, torch.device("meta")
         if self.geometry not in OPERATIONS:
+            self.take()
             with meta:
                 network = UVit(**amused.network._described_args).to(self.dtype)
             condition, null = (texts.map(lambda x: x.to(meta)) for texts in amused.texts(1))
@@ -279,6 +303,31 @@ class Pair:
             OPERATIONS[self.geometry] = counter.get_total_flops()
         moved = STEPS * weight_bytes(amused.network)
         return self.run.roofline.floor(self.batch * OPERATIONS[self.geometry], moved, self.dtype)
+
+
+@torch.no_grad()
+def rows(pairs: Sequence[Pair], repeats: int, compile: Sequence[Pair] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of one batch in all precisions that are given, whose calls are made in turns; none where there would not be the
+    time. compile: with torch.compile as well."""
+    if not pairs[0].run.budget.allows(names(pairs), CALLS * sum(pair.guess() for pair in pairs)):
+        return
+    clock, colds, agreements = pairs[0].clock, [], []
+    for pair in pairs:
+        pair.take()
+        colds.append({system: clock.once(run) for system, run in pair.runs().items()})
+        agreements.append(pair.logits() | pair.tokens())
+    runs = {(number, system): run for number, pair in enumerate(pairs) for system, run in pair.runs().items()}
+    warm = clock.warm(runs, repeats, before=lambda key: pairs[key[0]].take())
+    for number, pair in enumerate(pairs):
+        pair.take()
+        for row in pair.sides(colds[number], {system: warm[number, system] for system in pair.runs()}, agreements[number]):
+            yield row
+        yield from pair.others(row, repeats, pair in compile)
+
+
+def names(pairs: Sequence[Pair]) -> str:
+    """What is left out, or fails, of several precisions of one batch."""
+    return f"{pairs[0].batch_name}, {' and '.join(short(pair.dtype) for pair in pairs)}"
 
 
 class GuidedDraw(transformers.LogitsProcessor):

@@ -7,9 +7,9 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ LONG = 10  # seconds that warm calls of one kind may take
 FEWEST = 3  # warm calls that are made even so
 OVER = 30  # seconds that what has begun may take when a budget is at its end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Key = TypeVar("Key", bound=Hashable)  # of what is timed
 
 
 class Call(NamedTuple):
@@ -50,16 +51,19 @@ class Clock:
         taken, worked = 1000 * (time.perf_counter() - start), 1000 * (time.process_time() - worked)
         return Call(taken, worked, torch.cuda.max_memory_allocated() / 2**20 if self.cuda else None)
 
-    def warm(self, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Call]]:
+    def warm(
+        self, runs: Mapping[Key, Callable[[], Any]], repeats: int, before: Callable[[Key], None] = lambda key: None
+    ) -> dict[Key, list[Call]]:
         """`repeats` calls of each, in turns, so that what else the machine does falls on all alike; fewer, but FEWEST, where
-        LONG seconds have gone by."""
-        calls: dict[str, list[Call]] = {name: [] for name in runs}
+        LONG seconds have gone by. before: what is done ahead of a call and not timed."""
+        calls: dict[Key, list[Call]] = {key: [] for key in runs}
         start = time.monotonic()
         for number in range(repeats):
             if number >= FEWEST and time.monotonic() > start + LONG * len(runs):
                 break
-            for name, run in runs.items():
-                calls[name].append(self.once(run))
+            for key, run in runs.items():
+                before(key)
+                calls[key].append(self.once(run))
         return calls
 
 

@@ -132,8 +132,10 @@ def resolve(path: str, trusted: Sequence[str] = ()) -> type:
         if "__main__" in path.split("."):
             raise ImportError("a module that is a command, which importing would run")
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"class {path!r} does not exist in this version of nar_t2i") from error
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        if path.split(".", 1)[0] == "nar_t2i":
+            raise UserError(f"class {path!r} does not exist in this version of nar_t2i") from error
+        raise UserError(f"class {path!r} cannot be loaded: {error}") from error
     # A module of ours may have imported a foreign class.
     foreign = getattr(cls, "__module__", "").split(".", 1)[0] not in packages
     if foreign or not (isinstance(cls, type) and (hasattr(cls.__init__, "__wrapped__") or is_dataclass(cls))):

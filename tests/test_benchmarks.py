@@ -114,7 +114,7 @@ def test_peers_that_differ_are_not_reported(tmp_path):
     run = peers.Run(Roofline(device), Budget(1), str(tmp_path / "found.json"))
 
     def measure():
-        run.add("tiny", lambda: peers.Pair(run, amused, "tiny", 1, "fp32").rows(1, False))
+        run.add("tiny", lambda: peers.rows([peers.Pair(run, amused, "tiny", 1, "fp32")], 1))
 
     right = amused.inference.choice_temperature
     amused.inference.choice_temperature = 0.5 * right
@@ -151,7 +151,6 @@ def test_in_bf16_nothing_is_timed_of_peers_that_differ(tmp_path, broken):
         layer.cross_attention.out.weight.zero_()
     elif broken == "MLP":
         layer.mlp.out.weight.mul_(1.5)
-    amused.to(torch.bfloat16)
     pair = peers.Pair(run, amused, "tiny", 1, "bf16")
     if broken in ("attention", "MLP"):
         with pytest.raises(UserError, match="the logits differ"):
@@ -161,6 +160,35 @@ def test_in_bf16_nothing_is_timed_of_peers_that_differ(tmp_path, broken):
     peers.add_amused(run, amused, "tiny", [1], ["bf16"], 2, False)
     assert len(run.rows) == (0 if broken else 2) and len(run.failed) == bool(broken)
     assert not broken or "whether both agree: " in run.failed[0]
+
+
+def test_calls_are_made_in_turns_and_what_goes_before_them_is_not_timed(monkeypatch):
+    from benchmarks.timing import Clock
+
+    told = []
+    monkeypatch.setattr(Clock, "once", lambda self, run: [told.append("begins"), run(), told.append("ends")])
+    runs = {name: lambda name=name: told.append(name) for name in "ab"}
+    warm = Clock(torch.device("cpu")).warm(runs, 3, before=lambda name: told.append(f"before {name}"))
+    assert told == ["before a", "begins", "a", "ends", "before b", "begins", "b", "ends"] * 3
+    assert [len(calls) for calls in warm.values()] == [3, 3]
+
+
+def test_on_a_cpu_the_precisions_of_peers_take_turns(tmp_path, monkeypatch):
+    from benchmarks import peers
+    from benchmarks.amused import Amused
+    from benchmarks.timing import Budget, Roofline
+
+    amused, called = Amused("tiny", torch.device("cpu")), []
+    for side in ("theirs", "ours"):
+        run = getattr(amused, side)
+        monkeypatch.setattr(amused, side, lambda *a, run=run, side=side: called.append((side, amused.dtype)) or run(*a))
+    run = peers.Run(Roofline(torch.device("cpu")), Budget(2), str(tmp_path / "found.json"))
+    peers.add_amused(run, amused, "tiny", [1], ["bf16", "fp32"], 2, False)
+    assert not run.failed and [row["dtype"] for row in run.rows] == ["bf16", "bf16", "fp32", "fp32"]
+    a_round = [(side, dtype) for dtype in (torch.bfloat16, torch.float32) for side in ("theirs", "ours")]
+    assert called[-8:] == a_round * 2
+    for row, other in zip(run.rows[:2], run.rows[2:], strict=True):
+        assert row["times_fp32"] == other["p50_ms"] / row["p50_ms"]
 
 
 def test_medians_ranks_and_memory_that_is_held():

@@ -122,6 +122,27 @@ def test_what_does_not_exist_is_named(path):
         resolve(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import nothing_there", "No module named 'nothing_there'"),
+        ("def f(:", r"invalid syntax \(mistaken.py, line 1\)"),
+        ("", "module 'own_parts.mistaken' has no attribute 'Mine'"),
+    ],
+)
+def test_why_a_class_of_ones_own_cannot_be_loaded_is_told(tmp_path, monkeypatch, text, told):
+    (tmp_path / "own_parts").mkdir()
+    (tmp_path / "own_parts/mistaken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("NAR_T2I_TRUST", "own_parts")
+    try:
+        with pytest.raises(UserError, match=f"^class 'own_parts.mistaken.Mine' cannot be loaded: {told}"):
+            resolve("own_parts.mistaken.Mine")
+    finally:
+        for name in ("own_parts", "own_parts.mistaken"):
+            sys.modules.pop(name, None)
+
+
 def test_a_refused_package_is_not_even_imported(tmp_path):
     (tmp_path / "evil.py").write_text("print('ran')\nclass X: pass\n")
     code = "from nar_t2i.parts import resolve\ntry: resolve('evil.X')\nexcept Exception as e: print(type(e).__name__)"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_t2i.errors import UserError
@@ -14,6 +15,8 @@ from nar_t2i.networks.recomputed import recomputed
 from nar_t2i.networks.tokens import CodeVectors, TokenEmbedding, TokenHead, select
 from nar_t2i.parts import part
 from nar_t2i.types import Condition, KVCache, Prediction, TokenNetwork, TokenSpec, TokenState
+
+ROUND_TO = 16  # words: attention of other lengths takes up to twice the time on a CPU, and copies of its mask on a GPU
 
 
 class PreparedText(NamedTuple):
@@ -77,8 +80,8 @@ def initialise(module: nn.Module, last_layers: Iterable[nn.Linear], depth: int) 
 
 
 def states_and_mask(projections: nn.ModuleList, norm: nn.LayerNorm, condition: Condition) -> tuple[Tensor, Tensor]:
-    """(B, L, width), the text streams projected and side by side, and (B, 1, 1, L), True = a word. UserError where a stream has
-    not the width that it is projected from."""
+    """(B, L, width), the text streams projected and side by side, and (B, 1, 1, L), True = a word: with padding up to the next
+    multiple of ROUND_TO. UserError where a stream has not the width that it is projected from."""
     reads, given = [projection.in_features for projection in projections], [states.shape[-1] for states in condition.states]
     if reads != given:
         raise UserError(
@@ -86,7 +89,8 @@ def states_and_mask(projections: nn.ModuleList, norm: nn.LayerNorm, condition: C
             "text encoder"
         )
     text = torch.cat([project(s) for project, s in zip(projections, condition.states, strict=True)], dim=1)
-    return norm(text), torch.cat(condition.masks, dim=1)[:, None, None, :]
+    mask, missing = torch.cat(condition.masks, dim=1), -text.shape[1] % ROUND_TO
+    return F.pad(norm(text), (0, 0, 0, missing)), F.pad(mask, (0, missing))[:, None, None, :]
 
 
 @part

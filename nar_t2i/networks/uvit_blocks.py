@@ -127,7 +127,7 @@ def norm_over_tokens(x: Tensor) -> Tensor:
     """(B, N, C) → (B, 1, C). On a CPU torch's norm along a dimension that is not the last takes several times what a sum takes."""
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim=1, keepdim=True).sqrt().to(x.dtype)
+    return x.square().sum(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).sqrt().to(x.dtype)
 
 
 class ResponseNorm(nn.Module):

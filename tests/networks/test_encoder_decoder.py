@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from nar_t2i.errors import UserError
 from nar_t2i.networks import EncoderDecoder, attention
 from nar_t2i.networks.attention import CrossAttention, SelfAttention, attend, attend_among
+from nar_t2i.networks.encoder_decoder import states_and_mask
 from nar_t2i.types import Condition, TokenSpec, TokenState
 
 SPEC = TokenSpec((3, 4), "categorical", 10)
@@ -78,12 +79,22 @@ def test_padding_of_the_text_does_not_matter(gradients):
 
 def padding_does_not_matter():
     net, tokens = network(), state()
-    given, padded = condition(), condition(padding=4)
+    given, padded = condition(), condition(padding=14)  # beyond the multiple that is padded to
     padded = padded._replace(states=(torch.where(padded.masks[0][..., None], padded.states[0], 100.0),))
     whole = net(tokens, net.prepare(given)).logits
     torch.testing.assert_close(net(tokens, net.prepare(padded)).logits, whole)
     text = given._replace(states=(given.states[0] + given.masks[0].unsqueeze(-1),))
     assert not torch.allclose(net(tokens, net.prepare(text)).logits, whole, atol=1e-3), "the text is not read"
+
+
+@pytest.mark.parametrize(("words", "length"), [(5, 16), (16, 16), (77, 80)])
+def test_texts_are_padded_to_a_length_that_attention_is_fast_at(words, length):
+    net, given = network(), condition(lengths=(words, 3))
+    states, mask = states_and_mask(net.text, net.text_norm, given)
+    assert states.shape == (2, length, 16) and mask.shape == (2, 1, 1, length) and mask.flatten(1).sum(1).tolist() == [words, 3]
+    torch.testing.assert_close(states[:, :words], net.text_norm(net.text[0](given.states[0])))
+    prepared = net.prepare(given)
+    assert all(k.shape[2] == v.shape[2] == length for k, v in prepared.keys_and_values) and prepared.mask.shape[-1] == length
 
 
 def test_two_streams_of_text():
