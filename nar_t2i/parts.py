@@ -25,11 +25,13 @@ TRUST = "NAR_T2I_TRUST"  # packages whose classes may be built, with commas betw
 
 
 def part(cls: T) -> T:
-    """Class decorator: remember the arguments of `__init__` for `describe`. TypeError where one is given without a name (*args)."""
+    """Class decorator: remember the arguments of `__init__` for `describe`. TypeError where one is given without a name (*args).
+    UserError where one that has neither type nor default is None, which jsonargparse gives for what a recipe lacks."""
     original = cls.__init__
     signature = inspect.signature(original)
     kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
     nameless, further = kinds.get(inspect.Parameter.VAR_POSITIONAL), kinds.get(inspect.Parameter.VAR_KEYWORD)
+    bare = [name for name, p in signature.parameters.items() if p.annotation is p.default is inspect.Parameter.empty]
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -38,6 +40,9 @@ def part(cls: T) -> T:
             bound.apply_defaults()
             if bound.arguments.get(nameless):
                 raise TypeError(f"{cls.__name__}: a part's arguments need names, which those of *{nameless} have not")
+            missing = [name for name in bare if bound.arguments[name] is None]
+            if missing:
+                raise UserError(f"{cls.__name__}: {', '.join(missing)} must be given; where None is meant, make it the default")
             arguments = {k: v for k, v in bound.arguments.items() if k not in ("self", nameless, further)}
             arguments.update(bound.arguments.get(further, {}))
             self.__dict__["_described_args"] = arguments

@@ -122,6 +122,17 @@ def test_what_does_not_exist_is_named(path):
         resolve(path)
 
 
+def test_an_argument_without_type_and_default_must_be_given():
+    @part
+    class Needs:
+        def __init__(self, steps, scale=None, *others, typed: int | None, **more):
+            self.steps = steps
+
+    assert describe(Needs(3, typed=None))["init_args"] == {"steps": 3, "scale": None, "typed": None}
+    with pytest.raises(UserError, match="^Needs: steps must be given; where None is meant, make it the default$"):
+        Needs(None, typed=None)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
