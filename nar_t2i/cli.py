@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nar_t2i import __version__
-from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError, unwritable
+from nar_t2i.errors import INTERRUPTED, REQUEUE, UserError, note_preempted, unwritable
 
 LIGHTNING_VERBS = {
     "fit": "train a model, or go on training it",
@@ -90,11 +90,18 @@ def _at_home(argument: str) -> str:
 
 def program() -> NoReturn:
     """Run the command as a process of its own."""
+    if sys.argv[1:2] in (["fit"], ["ablate"]):
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a job that is told to make room before it has begun, or between runs
+            signal.signal(number, _asked_early)
     if sys.argv[1:2] == ["fit"]:
-        for number in (signal.SIGUSR1, signal.SIGUSR2):  # a job that is told to make room before it has begun
-            signal.signal(number, lambda *_: os._exit(REQUEUE))
         signal.signal(signal.SIGINT, _interrupted_early)
     leave(main())
+
+
+def _asked_early(*_: object) -> NoReturn:
+    """Leave, to be started again: there is nothing to save."""
+    note_preempted()
+    os._exit(REQUEUE)
 
 
 def _interrupted_early(*_: object) -> NoReturn:

@@ -1,6 +1,8 @@
 """The one exception that a user is meant to read, and those of the system that are no fault of the program."""
 
 import errno
+import os
+from pathlib import Path
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 TERMINATED = 143  # after SIGTERM, as shells have it
@@ -8,6 +10,12 @@ REQUEUE = 85  # saved, and to be started again; slurm/train.sh does so
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def note_preempted() -> None:
+    """Tell slurm/sweep.sh, which sees its agent's status alone, that this process leaves with REQUEUE."""
+    if marker := os.environ.get("NAR_T2I_PREEMPTED"):
+        Path(marker).touch()
 
 
 def unwritable(error: OSError) -> str | None:

@@ -241,6 +241,10 @@ class TokenCodec(nn.Module):
         """(B, N, …) → (B, 3, H, W), about [−1, 1]. `size`: output pixels a side where the codec can choose."""
         raise NotImplementedError
 
+    def code_vectors(self) -> Tensor:
+        """(K, D), what is known of each code, for networks with a `code_width`. UserError where nothing is."""
+        raise UserError(f"code_width: a {type(self).__name__} has no vectors of its codes; set it to 0")
+
 
 class Encoded(NamedTuple):
     """tokens: (B, N, *value_shape). error: (B, N) squared quantisation error of each token, None where there is none."""
@@ -311,14 +315,16 @@ class TokenBatch(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One part of a loss. total: the sum of per-image means over this micro-batch; weight: the number of images."""
+    """One part of a loss. total: the sum of per-image means over this micro-batch; weight: the number of its images, all of them,
+    since the means of micro-batches and of ranks are averaged as they are."""
 
     total: Tensor
     weight: Tensor
 
 
 class LearningStrategy(nn.Module):
-    """How a network learns to fill tokens. Its buffers are saved and reduced over ranks; frozen helpers come in __init__.
+    """How a network learns to fill tokens. Frozen helpers come in __init__. Buffers are saved as the first rank has them: a
+    strategy that updates one sums over the ranks itself, as `VectorQuantizer.step` does.
 
     passes: forward passes of the network in a training step, by which ablations equalise cost; one without a gradient counts a
     third. draws: whether the network that it teaches draws pictures; a critic does not. causal: whether it teaches causal

@@ -6,7 +6,8 @@
 #
 # The first line trains each recipe as slurm/train.sh does. The second runs `nar-t2i ablate` with the options after the
 # two dashes: a task trains one run, on one device, and judges all that draws with it; the last one to end writes the table.
-# Everything that starts with a dash, and the word after it where it has no "=" and that is no recipe, goes to sbatch.
+# Everything that starts with a dash, and the word after it where it has no "=" and that is neither a recipe nor an option, goes to
+# sbatch.
 #
 #SBATCH --job-name=nar-t2i-ablate
 #SBATCH --ntasks=1
@@ -51,7 +52,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --) judged=true; shift; ablation=("$@"); break ;;
     -*=*) options+=("$1") ;;
-    -*) options+=("$1"); if [ $# -gt 1 ] && [ "$2" != -- ] && ! is_recipe "$2"; then options+=("$2"); shift; fi ;;
+    -*) options+=("$1"); if [ $# -gt 1 ] && [[ $2 != -* ]] && ! is_recipe "$2"; then options+=("$2"); shift; fi ;;
     *) recipes+=("$(absolute "$1")") ;;
   esac
   shift

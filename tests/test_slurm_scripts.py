@@ -69,6 +69,8 @@ def test_recipes_are_files_from_where_one_stands_or_names(script, tmp_path, monk
     done = script("ablate.sh", "--exclusive", "one.yaml", "two.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(f"--exclusive slurm/train.sh --one-of {tmp_path}/one.yaml {tmp_path}/two.yaml")
+    further = script("ablate.sh", "--exclusive", "--gpus", 1, "one.yaml", cwd=tmp_path)
+    assert further.stdout.strip().endswith(f"--exclusive --gpus 1 slurm/train.sh --one-of {tmp_path}/one.yaml"), further.stderr
     (tmp_path / "before.log").touch()
     logged = script("ablate.sh", "--output", "before.log", "one.yaml", cwd=tmp_path)
     assert logged.stdout.strip().endswith(f"--output before.log slurm/train.sh --one-of {tmp_path}/one.yaml"), logged.stderr

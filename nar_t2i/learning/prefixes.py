@@ -33,7 +33,7 @@ class Prefixes(LearningStrategy):
     def loss(self, network: TokenNetwork, batch: TokenBatch, noise: Noise, progress: float) -> dict[str, Term]:
         if not network.staged:
             raise UserError(f"Prefixes teaches a PrefixDecoder; {type(network).__name__} has no order in stages")
-        entries, weights = self._chosen(network.lesson, progress)
+        entries, weights = self._chosen(network.lesson, noise.seed, progress)
         lesson = network.lesson.take(entries)
         about = network.about(lesson.slots, lesson.asked)
         prediction = network(network.along(lesson, batch.tokens), network.prepare(batch.condition))
@@ -41,10 +41,10 @@ class Prefixes(LearningStrategy):
         per_image = (nll * weights).sum(dim=1) / weights.sum()
         return {"loss": term(per_image)}
 
-    def _chosen(self, lesson: Layout, progress: float) -> tuple[Tensor, Tensor]:
-        """(K,) the entries of a step, and what each weighs."""
+    def _chosen(self, lesson: Layout, seed: int, progress: float) -> tuple[Tensor, Tensor]:
+        """(K,) the entries of a step, and what each weighs. No sample's own: by the run's seed and how far it has come."""
         device, done = lesson.slots.device, 0
-        by_step = Noise(0, torch.full((1,), int(progress * 2**40), device=device))
+        by_step = Noise(seed, torch.full((1,), int(progress * 2**40), device=device))
         entries, weights = [], []
         for stage, questions in enumerate(lesson.questions):
             count = min(self.most, len(questions)) if self.training else len(questions)

@@ -73,7 +73,8 @@ class Categorical:
         return _cross_entropy(self._given.flatten(0, -2), target.flatten()).view(target.shape)
 
     def guide(self, unconditional: Categorical, scale: float | Tensor) -> Categorical:
-        return Categorical(unconditional.logits + scale * (self.logits - unconditional.logits))
+        difference = self.logits - unconditional.logits
+        return Categorical(difference.mul_(scale).add_(unconditional.logits))  # in place: logits are the largest tensors there are
 
     def tempered(self, temperature: float) -> Categorical:
         return Categorical(self.logits / temperature)
@@ -94,7 +95,7 @@ class Categorical:
             probabilities, cut = _truncated(tempered.softmax(dim=-1), top_k, top_p)
             mass = probabilities.cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
-            values = (mass < drawn).sum(dim=-1)
+            values = torch.searchsorted(mass, drawn).squeeze(-1)
             if cut:  # a GPU's sums need not be equal where nothing is added, and a draw may fall between them
                 likely = probabilities.gather(-1, values.unsqueeze(-1)).squeeze(-1) > 0
                 values = values.where(likely, probabilities.argmax(dim=-1))

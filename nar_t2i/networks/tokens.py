@@ -57,8 +57,10 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, state: TokenState) -> Tensor:
         values = state.values
+        if self.spec.kind != "categorical":
+            values = values.to(self.mask.dtype)
         if self.spec.kind == "binary":
-            values = 2 * values.to(self.mask.dtype) - 1
+            values = 2 * values - 1
         embedded = self.value(values)
         for codes in self.codes:
             embedded = embedded + F.embedding(values, self.project(codes.vectors.to(self.project.weight.dtype)))

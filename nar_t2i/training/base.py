@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from nar_t2i.errors import UserError
 from nar_t2i.parts import describe
 from nar_t2i.training.checkpoints import FROZEN
-from nar_t2i.training.collectives import mean_over_ranks
+from nar_t2i.training.collectives import mean_over_ranks, on_first
 from nar_t2i.training.ema import EMA
 from nar_t2i.training.guard import Guard
 from nar_t2i.training.optim import OptimizerConfig
@@ -128,9 +128,7 @@ class TrainedModule(lightning.LightningModule):
     def on_fit_end(self) -> None:
         """On all ranks: the averaged weights, whole, are written by the first, for which the others wait."""
         with self.ema.applied(self) if self.ema is not None else nullcontext(), gathered(self):
-            if self.global_rank == 0:
-                self.write(Path(self.trainer.default_root_dir) / "model")
-        self.trainer.strategy.barrier()
+            on_first(lambda: self.write(Path(self.trainer.default_root_dir) / "model"))
         super().cpu()
 
     def cpu(self) -> TrainedModule:
@@ -193,12 +191,12 @@ class TrainedModule(lightning.LightningModule):
         for name, mean in zip(values, means, strict=True):
             self.log(name, mean)
 
-    def check(self, optimizer: Optimizer) -> None:
+    def check(self, optimizer: Optimizer, step: int, done: str) -> None:
         """Raises BadStep where the gradients are not such that an update should be made; for modules that make their
-        updates themselves."""
+        updates themselves. step: which it is. done: what then is to be said of updates."""
         for callback in self.trainer.callbacks:
             if isinstance(callback, Guard):
-                callback.check(self.trainer, optimizer)
+                callback.check(self.trainer, optimizer, step, done)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; an estimate under a time budget."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+from nar_t2i.errors import UserError
 
 T = TypeVar("T")
 
@@ -29,6 +32,23 @@ def say(text: str) -> None:
     """Print a line for the user, on the first rank alone."""
     if not distributed() or dist.get_rank() == 0:
         print(f"nar-t2i: {text}", file=sys.stderr)
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Have the first rank do something. All must call it, and each waits for it, so that none goes on where it went wrong: what
+    was raised there is a UserError on the others."""
+    raised: Exception | None = None
+    if not distributed() or dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            raised = error
+    told = None if raised is None else str(raised) if isinstance(raised, UserError) else f"the first rank: {raised!r}"
+    problem = gather(told)[0]
+    if raised is not None:
+        raise raised
+    if problem is not None:
+        raise UserError(problem)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import nar_t2i
 from nar_t2i import parts
-from nar_t2i.errors import REQUEUE, UserError
+from nar_t2i.errors import REQUEUE, UserError, note_preempted
 from nar_t2i.recipe import Recipe
 from nar_t2i.training import checkpoints, wandb_run, zero
 from nar_t2i.training.base import TrainedModule, has_frozen
@@ -40,6 +42,7 @@ from nar_t2i.training.run_folder import CheckpointConfig, RunCheckpoint, RunFold
 from nar_t2i.training.validation import OwedValidation
 from nar_t2i.training.wandb_run import WandbConfig
 
+PATIENCE = 10  # seconds for other ranks of this process to end by themselves
 FRESH = ("none", "fresh")  # values of ckpt_path that start without a checkpoint
 T = TypeVar("T")
 # What Lightning and DeepSpeed say that no user of this package can act on, or that is settled here.
@@ -127,8 +130,8 @@ def _interrupted(cli: RecipeCLI) -> int:
     """The exit status of a run that was told to end and has saved itself; says how it goes on."""
     status, config = cli.signals.status, cli.config
     wandb_run.finish(cli.trainer.loggers, status, preempted=status == REQUEUE)
-    if status == REQUEUE and (marker := os.environ.get("NAR_T2I_PREEMPTED")):
-        Path(marker).touch()  # for slurm/sweep.sh, which sees its agent's status alone
+    if status == REQUEUE:
+        note_preempted()
     without = f" with --ckpt_path=null, not {config.ckpt_path}," if config.ckpt_path is not None else ""
     print(
         f"nar-t2i: {cli.signals.meaning}; the same command{without} goes on from the checkpoint in {config.run_dir}",
@@ -152,7 +155,11 @@ def _check_verb(subcommand: str, cli: RecipeCLI) -> None:
 def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:
     """One of the trainer's verbs; what a user can mend, as UserError."""
     try:
-        getattr(cli.trainer, subcommand)(cli.model, **arguments)
+        try:
+            getattr(cli.trainer, subcommand)(cli.model, **arguments)
+        except Exception:
+            _end_other_ranks(cli.trainer)
+            raise
     except MisconfigurationException as error:
         raise UserError(f"{cli.recipe.name}: {_one_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -164,6 +171,17 @@ def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:
             f"{_one_line(error)} Often memory ran out: take fewer data.init_args.workers. The same command goes on from the "
             f"newest checkpoint in {cli.config.run_dir}"
         ) from error
+
+
+def _end_other_ranks(trainer: Trainer) -> None:
+    """Those that this process has started and that do not end by themselves: they wait for it, and would hold their GPUs."""
+    ranks = getattr(trainer.strategy.launcher, "procs", [])
+    until = time.monotonic() + PATIENCE
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
 
 
 class RecipeCLI(LightningCLI):

@@ -74,19 +74,25 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
-        """Inside, `module` holds the average; afterwards exactly its own weights again. May be nested."""
+        """Inside, `module` holds the average; afterwards exactly its own weights again. May be nested.
+
+        Under ZeRO all ranks must enter, and leave, unless by an exception: one rank may be alone with that.
+        """
         if self._kept is not None:
             yield
             return
         if not self.average:
             self._begin(module)
         self._kept = {name: value.detach().clone() for name, value in self._values.items()}
-        self._put(self.average, module)
+        self._put(self.average)
+        _refresh(module)
         try:
             yield
-        finally:
-            self._put(self._kept, module)
-            self._kept = None
+        except BaseException:
+            self._put_back()
+            raise
+        self._put_back()
+        _refresh(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(pl_module)
@@ -118,7 +124,7 @@ class EMA(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # A checkpoint may be saved next, and it must hold the training weights.
-        self._leave()
+        self._leave(exception)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": dict(self.average)}
@@ -132,10 +138,10 @@ class EMA(Callback):
         self._evaluation = self.applied(module)
         self._evaluation.__enter__()
 
-    def _leave(self) -> None:
+    def _leave(self, exception: BaseException | None = None) -> None:
         if self._evaluation is not None:
             evaluation, self._evaluation = self._evaluation, None
-            evaluation.__exit__(None, None, None)
+            evaluation.__exit__(*((type(exception), exception, exception.__traceback__) if exception else (None, None, None)))
 
     def _begin(self, module: LightningModule) -> None:
         """Start the average at the module's weights, or at what a checkpoint restored."""
@@ -156,13 +162,15 @@ class EMA(Callback):
                     average.copy_(self._restored[name])
             self._restored = {}
 
-    def _put(self, source: Mapping[str, Tensor], module: LightningModule) -> None:
-        """Copy into the module's weights. Under ZeRO all ranks must take part."""
+    def _put(self, source: Mapping[str, Tensor]) -> None:
+        """Copy into the module's weights, or under ZeRO into the pieces of them that this rank updates."""
         with torch.no_grad():
             for name, value in self._values.items():
                 value.copy_(source[name])
-        if (strategy := _dividing(module)) is not None:
-            strategy.refresh()
+
+    def _put_back(self) -> None:
+        self._put(self._kept)
+        self._kept = None
 
     def _names(self, module: LightningModule) -> Sequence[str]:
         return getattr(module, "ema_submodules", ()) if self.submodules is None else self.submodules
@@ -189,6 +197,12 @@ def _dividing(module: LightningModule) -> Any:
     """The strategy, if it divides the weights that it trains over the ranks; else None."""
     strategy = module._trainer.strategy if module._trainer is not None else None
     return strategy if hasattr(strategy, "divide") and module._trainer.state.fn == TrainerFn.FITTING else None
+
+
+def _refresh(module: LightningModule) -> None:
+    """Under ZeRO, make the weights what the pieces of all ranks say. All must call it."""
+    if (strategy := _dividing(module)) is not None:
+        strategy.refresh()
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

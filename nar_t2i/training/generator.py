@@ -20,6 +20,7 @@ from nar_t2i.folders import load_part
 from nar_t2i.hashing import weights_hash
 from nar_t2i.inference.confidence import Confidence
 from nar_t2i.networks import predictions
+from nar_t2i.networks.tokens import CodeVectors
 from nar_t2i.noise import Noise
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_arrays, to_float
@@ -42,7 +43,7 @@ from nar_t2i.types import (
     TokenSpec,
 )
 
-VALIDATION_SEED = 1  # apart from training's, so that validation draws masks of its own
+VALIDATION_SEED = 2**31 - 1  # apart from training's, so that validation draws masks of its own
 
 
 class GeneratorModule(TrainedModule):
@@ -111,7 +112,7 @@ class GeneratorModule(TrainedModule):
                 f"caption_dropout {caption_dropout}: a critic is never asked without a caption, and its generator would be "
                 "shown a null caption that is not its own; set it to 0"
             )
-        if getattr(self.network, "codes", None) is not None:
+        if isinstance(getattr(self.network, "codes", None), CodeVectors):
             self.network.codes.adopt(codec.code_vectors())
         self.text_learning_rate, self.text_weight_decay = text_learning_rate, text_weight_decay
         self._compilation = compile
@@ -148,6 +149,9 @@ class GeneratorModule(TrainedModule):
             if self._compilation and can_compile(self._compilation, self.trainer):
                 self._compiled = [compiled(self.network, self._compilation)]
         self.codec.to(self.trainer.strategy.root_device)  # Lightning moves the module itself only later
+        # Lightning's would round sizes in pixels, errors and continuous tokens to a short precision, under ZeRO and in bf16-true.
+        # Networks cast what they read.
+        self.trainer.precision_plugin.convert_input = lambda batch: batch
 
     @cached_property
     def reads(self) -> dict[str, str]:
@@ -231,7 +235,7 @@ class GeneratorModule(TrainedModule):
             self.log("truncated_captions", torch.tensor(truncated))
         means = {name: total / weight for name, (total, weight) in terms.items()}
         self.log_of_step(means)
-        self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.log("learning_rate", torch.tensor(optim.learning_rate(self.trainer.optimizers[0])))
         return means["loss"]
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -17,6 +17,7 @@ from nar_t2i.training.collectives import gather, mean_over_ranks
 from nar_t2i.types import Batch
 
 NOT_FINITE = "a gradient is not finite"
+NOT_MADE = "Its update was not made; bad_steps.policy: skip would go on without it"
 
 
 class BadStep(UserError):
@@ -104,14 +105,15 @@ class Guard(Callback):
             if self._loss is None:
                 trainer.strategy.skip_step()
 
-    def check(self, trainer: Trainer, optimizer: Optimizer) -> bool:
-        """Whether an update is to be made; to be called before each, on all ranks. Raises BadStep."""
+    def check(self, trainer: Trainer, optimizer: Optimizer, step: int | None = None, done: str = NOT_MADE) -> bool:
+        """Whether an update is to be made; to be called before each, on all ranks. Raises BadStep. step: default: the trainer's.
+        done: what BadStep says of updates."""
         self._read()
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if self.config.spike is None and trainer.lightning_module.automatic_optimization and _leaves_out(optimizer) and not scaled:
             self._ask(trainer, optimizer)
             return True
-        loss = self._judge(trainer, optimizer)
+        loss = self._judge(trainer, optimizer, step, done)
         if loss is not None:
             self._accept(loss)
         return loss is not None
@@ -161,7 +163,7 @@ class Guard(Callback):
         else:
             self._accept(loss)
 
-    def _judge(self, trainer: Trainer, optimizer: Optimizer | None) -> float | None:
+    def _judge(self, trainer: Trainer, optimizer: Optimizer | None, step: int | None = None, done: str = NOT_MADE) -> float | None:
         """The mean loss of the step, or None where it is to be left out."""
         own = torch.stack(self._losses).sum()  # each is divided by their number already
         self._losses = []
@@ -175,7 +177,7 @@ class Guard(Callback):
             problem = NOT_FINITE  # on all ranks, which have the same gradients; in fp16 the scaler sees to them
         if problem is None:
             return loss
-        self._refuse(trainer, problem, float(own), trainer.global_step, self._keys)
+        self._refuse(trainer, problem, float(own), trainer.global_step if step is None else step, self._keys, done)
         return None
 
     def _accept(self, loss: float) -> None:
@@ -184,14 +186,14 @@ class Guard(Callback):
         decay = min(self.DECAY, 1 - 1 / self.steps)
         self.mean = decay * self.mean + (1 - decay) * loss
 
-    def _refuse(self, trainer: Trainer, problem: str, own: float, step: int, keys: list[str]) -> None:
+    def _refuse(self, trainer: Trainer, problem: str, own: float, step: int, keys: list[str], done: str = NOT_MADE) -> None:
         """Raise BadStep, or say that the step is skipped, on all ranks alike. own, keys: this rank's loss and samples."""
         self.skipped += 1
         told = gather((own, keys))
         samples = "; ".join(f"rank {rank} ({loss:.4g}): {', '.join(keys)}" for rank, (loss, keys) in enumerate(told))
         message = f"step {step}: {problem}; samples of {samples}"
         if self.config.policy == "stop":
-            raise BadStep(f"{message}. Its update was not made; bad_steps.policy: skip would go on without it")
+            raise BadStep(f"{message}. {done}")
         if self.skipped > self.config.patience:
             raise BadStep(f"{message}. {self.skipped} steps in a row are more than bad_steps.patience")
         if trainer.is_global_zero:

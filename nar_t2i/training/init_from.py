@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
 
     path: a checkpoint file, a .safetensors file, a run's folder (its newest checkpoint), a pipeline folder (all its
     .safetensors, each under the name of its part: text/weights.safetensors holds `text.…`), or one part of such a folder
-    (MODEL/text: the module's `text` alone). Position embeddings (named
+    (MODEL/text: the module's `text` alone), or its file: see `_whole_names`. Position embeddings (named
     `position`, or with an attribute `position_grid = (H, W)`) of another length are interpolated, or, with an attribute
     `position_counts = True`, as that of words, cut off or followed by the module's own. What the module has from its tokenizer
     (`of_tokenizer = True`) stays. Frozen parameters may be missing, but for those that come from nowhere else
@@ -74,14 +74,12 @@ def load_weights(module: nn.Module, path: str | Path, averaged: bool = True) -> 
     """
     source, averaged, reads, trained_beside = _read(Path(path), averaged)
     target = module.state_dict(keep_vars=True)
-    part = Path(path).name
-    if (Path(path) / WEIGHTS).is_file() and any(name.startswith(f"{part}.") for name in target):
-        source = {f"{part}.{name}": value for name, value in source.items()}
+    source = _whole_names(source, {_plain(name): value for name, value in target.items()}, Path(path))
     report = LoadReport(str(path), averaged, reads, trained_beside)
     used = set()
     for name, value in target.items():
-        found = next((candidate for candidate in _spellings(name) if candidate in source), None)
-        if found is None:
+        found = _plain(name)
+        if found not in source:
             own = isinstance(value, nn.Parameter) and not value.requires_grad and not getattr(value, "from_elsewhere", False)
             (report.frozen if own else report.missing).append(name)
             continue
@@ -202,12 +200,27 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _spellings(name: str) -> Iterator[str]:
-    """Names under which a source may hold a tensor: the whole one, and the one inside its first submodule."""
-    name = _plain(name)
-    yield name
-    if "." in name:
-        yield name.split(".", 1)[1]
+def _whole_names(source: dict[str, Tensor], target: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of `source` by the names of a whole model. Those of a part's folder that is named after a part of `target` are
+    that part's. Others are whatever most of them fit: the whole model, or else one of its parts, of which no other gets any.
+    UserError where two parts are as likely.
+    """
+    parts = sorted({name.partition(".")[0] for name in target if "." in name})
+    if (path / WEIGHTS).is_file() and path.name in parts:
+        likeliest = [f"{path.name}."]
+    else:
+        fits = {prefix: _fits(source, target, prefix) for prefix in ("", *(f"{part}." for part in parts))}
+        likeliest = [prefix for prefix, fit in fits.items() if fit == max(fits.values())]
+    if len(likeliest) > 1 and likeliest[0]:
+        names = " and ".join(prefix.removesuffix(".") for prefix in likeliest)
+        raise UserError(f"init_from: {path} fits {names} alike; name a folder that is called as one of them, such as MODEL/network")
+    return {f"{likeliest[0]}{name}": value for name, value in source.items()}
+
+
+def _fits(source: Mapping[str, Tensor], target: Mapping[str, Tensor], prefix: str) -> tuple[int, int]:
+    """How many tensors have the name and the shape of one of the target's below `prefix`, and how many the name."""
+    known = [(value, target[prefix + name]) for name, value in source.items() if prefix + name in target]
+    return sum(value.shape == own.shape for value, own in known), len(known)
 
 
 def _is_position(name: str, value: Tensor) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nar_t2i.pixels import to_arrays
+from nar_t2i.training.collectives import say
 
 
 def rows_of(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -25,12 +26,16 @@ def rows_of(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def log_picture(module: LightningModule, name: str, picture: Image.Image) -> None:
-    """Save as `<run>/pictures/<name>-<step>.png` and log it. Rank 0 only; nothing before the first step."""
+    """Save as `<run>/pictures/<name>-<step>.png` and log it. Rank 0 only; nothing before the first step. Where it cannot be
+    written, that is told, and training goes on."""
     if not module.trainer.is_global_zero or module.trainer.sanity_checking:
         return
     folder = Path(module.trainer.default_root_dir) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{name}-{module.global_step:08d}.png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}-{module.global_step:08d}.png")
+    except OSError as error:
+        say(f"{error.filename or folder}: {error.strerror or error}; the picture of step {module.global_step} is missing")
     for logger in module.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [picture], step=module.global_step)

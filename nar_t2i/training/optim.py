@@ -186,6 +186,13 @@ def _check_groups(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         )
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Where the schedule has brought `OptimizerConfig.learning_rate`: the rate of the first group that is not Muon's, which has one
+    of its own."""
+    groups = optimizer.param_groups
+    return next((group for group in groups if not group.get("muon")), groups[0])["lr"]
+
+
 def _divided(groups: list[dict[str, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
     """The groups, with those of matrices divided into Muon's and AdamW's. Thin matrices (inputs of pixels, heads of a
     few outputs) have hardly a spectrum to make flat: AdamW's."""

@@ -39,6 +39,7 @@ from nar_t2i.hashing import text_hash
 from nar_t2i.liveness import going_on
 from nar_t2i.provenance import git_commit, package_versions
 from nar_t2i.training import checkpoints, wandb_run
+from nar_t2i.training.collectives import on_first
 from nar_t2i.training.guard import BadStep
 from nar_t2i.training.monitor import Monitor
 from nar_t2i.training.preemption import Signals
@@ -111,7 +112,7 @@ class RunFolder(Callback):
                 self._take()
             self._tell_loggers(trainer, stage)
 
-        self._on_first(trainer, begin)
+        on_first(lambda: self._told(begin))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._write_once(trainer)
@@ -122,21 +123,14 @@ class RunFolder(Callback):
     def _write_once(self, trainer: Trainer) -> None:
         if not self._written:
             self._written = True
-            self._on_first(trainer, self._write)
+            on_first(lambda: self._told(self._write))
 
-    def _on_first(self, trainer: Trainer, work: Callable[[], None]) -> None:
-        """Have the first rank do something; what goes wrong is a UserError on all."""
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                work()
-            except OSError as error:
-                problem = f"run_dir: {error.filename or self.folder}: {error.strerror or error}"
-            except UserError as error:
-                problem = str(error)
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise UserError(problem)
+    def _told(self, work: Callable[[], None]) -> None:
+        """Do something; what goes wrong with files is a UserError."""
+        try:
+            work()
+        except OSError as error:
+            raise UserError(f"run_dir: {error.filename or self.folder}: {error.strerror or error}") from error
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._lock is not None:

@@ -30,6 +30,10 @@ from nar_t2i.training.logged_pictures import log_picture, rows_of
 from nar_t2i.training.optim import OptimizerConfig
 from nar_t2i.types import Batch
 
+DISCRIMINATING = "discriminating"  # of a checkpoint: see TokenizerModule.discriminating
+# What is said where a step is refused at one of the two optimizers.
+UPDATES = "Its update was not made", "The codec's update was made, the discriminator's was not; neither is saved"
+
 
 class TokenizerModule(TrainedModule):
     """Trains a VQGAN (Esser et al., arXiv 2012.09841).
@@ -109,8 +113,16 @@ class TokenizerModule(TrainedModule):
         other = torch.optim.AdamW(self.discriminator.parameters(), self.discriminator_learning_rate, (0.5, 0.9))
         return [optimizer, other], [scheduler, optim.Schedule(other, lambda step: 1.0)]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[DISCRIMINATING] = self._discriminating
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._discriminating = checkpoint.get(DISCRIMINATING, False)
+
     def on_train_start(self) -> None:
-        self._accumulated, self._discriminating = 0, False
+        self._accumulated = 0
 
     def discriminating(self) -> bool:
         """Whether the discriminator takes part in the present step: decided at its first micro-batch, and never undone
@@ -150,7 +162,7 @@ class TokenizerModule(TrainedModule):
             weight = self.discriminator_weight * adaptive_weight(loss, adversarial, self.codec.decoder.last_weight)
             total = total + weight * adversarial
             self.log_of_step({"adversarial_weight": weight})
-        self._backward_and_step(0, total / accumulation, last)
+        self._backward_and_step(0, total / accumulation, step, last)
         if last:
             used = self.codec.quantizer.step()
             self.log("batch_codebook_use", (used > 0).float().mean())
@@ -161,15 +173,15 @@ class TokenizerModule(TrainedModule):
         real, fake = self.discriminator(images), self.discriminator(reconstruction)
         loss = discriminator_loss(real, fake)
         self.log_of_step({"discriminator_loss": loss, "discriminator_real": real.mean(), "discriminator_fake": fake.mean()}, step)
-        self._backward_and_step(1, loss / accumulation, last)
+        self._backward_and_step(1, loss / accumulation, step, last)
 
-    def _backward_and_step(self, index: int, loss: Tensor, last: bool) -> None:
+    def _backward_and_step(self, index: int, loss: Tensor, step: int, last: bool) -> None:
         optimizers = self.optimizers()
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         self.manual_backward(loss)
         if not last:
             return
-        self.check(optimizer.optimizer)
+        self.check(optimizer.optimizer, step, UPDATES[index])
         parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
         norm = clip_grad_norm_(parameters, self.optimizer_config.clip_norm or math.inf)
         if index == 0:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from nar_t2i.training.collectives import gather, on_first
+
 VALIDATED = "validated"  # in a run's folder: global_step at the last validation that came to its end
 
 
@@ -45,16 +47,24 @@ class OwedValidation(Checkpoint):
             self._settle(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.validating and trainer.is_global_zero:
-            self.path.write_text(f"{trainer.global_step}\n", encoding="utf-8")
+        if trainer.validating:
+            on_first(lambda: self._note(trainer.global_step))
+
+    def _note(self, step: int) -> None:
+        self.path.write_text(f"{step}\n", encoding="utf-8")
 
     def _settle(self, trainer: Trainer) -> None:
         validated = 0
-        if trainer.is_global_zero and self.path.is_file():
-            text = self.path.read_text(encoding="utf-8").strip()
-            validated = min(int(text) if text.isdecimal() else 0, trainer.global_step)
-            self.path.write_text(f"{validated}\n", encoding="utf-8")  # what came later is not of this run's past
-        owed, self._owed = self._owed and trainer.strategy.broadcast(validated) < trainer.global_step, False
+
+        def read() -> None:
+            nonlocal validated
+            if self.path.is_file():
+                text = self.path.read_text(encoding="utf-8").strip()
+                validated = min(int(text) if text.isdecimal() else 0, trainer.global_step)
+                self._note(validated)  # what came later is not of this run's past
+
+        on_first(read)
+        owed, self._owed = self._owed and gather(validated)[0] < trainer.global_step, False
         if owed:
             loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
             first_iteration = connector._first_loop_iter

@@ -217,16 +217,20 @@ def test_export_takes_the_newest_checkpoint_that_is_whole(folder, capsys):
     assert "init_from" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGUSR1", 85), ("SIGUSR2", 85), ("SIGINT", 130)])
-def test_a_run_that_is_told_to_end_before_it_has_begun_ends_at_once(folder, number, status):
+@pytest.mark.parametrize(("verb", "number", "status"), [
+    ("fit", "SIGUSR1", 85), ("fit", "SIGUSR2", 85), ("fit", "SIGINT", 130), ("ablate", "SIGUSR1", 85)
+])  # fmt: skip
+def test_a_run_that_is_told_to_end_before_it_has_begun_ends_at_once(folder, verb, number, status):
     """Asks to be started again where it is to make room; a library that swallows KeyboardInterrupt does not matter."""
     line = (
-        "import os, signal, sys; sys.argv[1:] = ['fit', '--config', 'base.yaml']\nfrom nar_t2i import cli\n"
+        f"import os, signal, sys; sys.argv[1:] = ['{verb}', 'base.yaml']\nfrom nar_t2i import cli\n"
         f"def main():\n  try: os.kill(os.getpid(), signal.{number})\n  except KeyboardInterrupt: return 1\n"
         "cli.main = main\ncli.program()"
     )
-    done = subprocess.run([sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NAR_T2I_PREEMPTED": str(folder / "preempted")}
+    done = subprocess.run([sys.executable, "-c", line], env=environment, capture_output=True, text=True)
     assert done.returncode == status and ("interrupted" in done.stderr) == (status == 130)
+    assert (folder / "preempted").exists() == (status == 85)  # for a sweep's script
 
 
 def test_where_every_checkpoint_is_cut_off_nothing_starts_over_unasked(folder, capsys):

@@ -1,5 +1,6 @@
 """What goes wrong on purpose, as callbacks that a recipe can name."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import Callback
 
+from nar_t2i.errors import UserError
 from nar_t2i.training import checkpoints
 
 
@@ -148,3 +150,29 @@ class SignalAtSanityCheck(Callback):
     def on_sanity_check_start(self, trainer, *arguments) -> None:
         if trainer.global_rank == self.rank:
             os.kill(os.getpid(), getattr(signal, self.name))
+
+
+class RaiseAt(Callback):
+    """One rank meets an error that no other does: in the second batch of the validation after so many steps, before a step of
+    training, or when the model is written at the end."""
+
+    def __init__(self, where: str, rank: int, step: int = 0) -> None:
+        self.where, self.rank, self.step = where, rank, step
+
+    def _raise_if(self, trainer, where) -> None:
+        if (where, trainer.global_rank, trainer.global_step) == (self.where, self.rank, self.step):
+            raise UserError(f"rank {self.rank} alone cannot go on")
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, *arguments) -> None:
+        if trainer.validating and batch_idx == 1:
+            self._raise_if(trainer, "validation")
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        self._raise_if(trainer, "training")
+
+    def on_fit_start(self, trainer, module) -> None:
+        if self.where == "write" and trainer.global_rank == self.rank:
+            module.write = self._full
+
+    def _full(self, folder) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))

@@ -1,7 +1,10 @@
 """Whichever rank is told to stop, all do, after the same step and with a checkpoint of it; a rank that hangs ends the run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 
 from nar_t2i.training import checkpoints
 from tests.cluster import ranks
+from tests.cluster.forks import ROOT
 from tests.cluster.test_resume import assert_closely, fit, result, went_well
 
 STATUS = {"SIGUSR1": 85, "SIGUSR2": 85, "SIGTERM": 143, "SIGINT": 130}
@@ -60,6 +64,51 @@ def test_a_rank_that_stalls_is_shown_and_ends_the_run(tmp_path, strategy):
     assert "Timeout (0:00:15" in waiting or "onnection" in waiting
     went_well(fit(tmp_path, 2, strategy))
     result(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_an_error_of_one_rank_in_validation_is_told_by_it_and_hangs_nobody(tmp_path, strategy):
+    """Where the averaged weights are in the place of the others, which under ZeRO are put back by all ranks together."""
+    options = ("--trainer.val_check_interval=4", "--data.init_args.validation.init_args.count=64", "--stall_minutes=1")
+    ended = fit(tmp_path, 2, strategy, fault("RaiseAt", where="validation", rank=1, step=4), *options)
+    assert ended.status[1] == 2 and ended.status[0] != 0, ended.status
+    assert "nar-t2i: error: rank 1 alone cannot go on" in ended.errors[1]
+    assert not any("Timeout (0:01:00" in error for error in ended.errors)
+    went_well(fit(tmp_path, 2, strategy, *options))
+    result(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_a_model_that_cannot_be_written_ends_all_ranks(tmp_path, strategy):
+    ended = fit(tmp_path, 2, strategy, fault("RaiseAt", where="write", rank=0), "--stall_minutes=1")
+    assert ended.status == [2, 2], ended.errors
+    assert "nar-t2i: error: run/model: No space left on device; the same command goes on where it can" in ended.errors[0]
+    assert "nar-t2i: error: the first rank: OSError(28, 'No space left on device')" in ended.errors[1]
+    went_well(fit(tmp_path, 2, strategy))
+    assert (tmp_path / "run/model/config.json").is_file()
+
+
+def test_ranks_that_a_command_has_started_itself_end_with_it(tmp_path):
+    """Without Slurm: one rank gives up, and the other stands where nothing tells it."""
+    shutil.copyfile(Path(__file__).parent / "tiny.yaml", tmp_path / "tiny.yaml")
+    faults = [
+        {"class_path": "tests.cluster.faults.RaiseAt", "init_args": {"where": "training", "rank": 0, "step": 2}},
+        {"class_path": "tests.cluster.faults.StallAt", "init_args": {"step": 2, "rank": 1}},
+    ]
+    line = [sys.executable, "-m", "nar_t2i", "fit", "--config", "tiny.yaml", "--trainer.devices=2", "--trainer.strategy=ddp",
+            f"--trainer.callbacks={json.dumps(faults)}"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "nar-t2i: error: rank 0 alone cannot go on" in done.stderr
+    assert not [process for process in Path("/proc").glob("[0-9]*") if marked(process, f"MARK={tmp_path}")]
+
+
+def marked(process, mark):
+    """Whether a process has that in its environment."""
+    try:
+        return mark.encode() in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # it has ended, or is another user's
 
 
 def test_a_signal_before_training_begins_hangs_nobody(tmp_path):

@@ -1,10 +1,13 @@
 """Generator training: captions are dropped at the stated rate, masks are a sample's own, and runs can be divided."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
 
 from nar_t2i.data import CaptionedImages
 from nar_t2i.data.captions import RenderedScenes
@@ -23,7 +26,8 @@ from nar_t2i.schedules import Guidance
 from nar_t2i.text import BertTextEncoder, ScratchTextEncoder
 from nar_t2i.training import GeneratorModule, checkpoints
 from nar_t2i.training.init_from import check_vocabulary, load_weights
-from nar_t2i.training.optim import OptimizerConfig
+from nar_t2i.training.logged_pictures import log_picture
+from nar_t2i.training.optim import OptimizerConfig, learning_rate
 from nar_t2i.types import Batch, Encoded, LearningStrategy
 from tests.text.tiny_models import tiny_bert
 from tests.tiny_pipeline import CAPTIONS, tiny_pipeline
@@ -96,7 +100,8 @@ def test_the_text_encoder_has_a_rate_and_a_decay_of_its_own(tmp_path, kind, rate
     text = BertTextEncoder(tiny_bert(tmp_path), trainable="all", max_length=16)
     module = Planned(ToyCodec(), text, small, Masked(), optimizer=config, text_learning_rate=rate, text_weight_decay=decay)
     own, told = {id(p) for p in module.text.parameters()}, []
-    for group in module.configure_optimizers()["optimizer"].param_groups:
+    optimizer = module.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
         (is_text,) = {id(p) in own for p in group["params"]}
         peak = (5e-2 if group.get("muon") else 1e-2) * (rate / 1e-2 if is_text and rate else 1)
         assert group["initial_lr"] == pytest.approx(peak)
@@ -104,6 +109,31 @@ def test_the_text_encoder_has_a_rate_and_a_decay_of_its_own(tmp_path, kind, rate
         assert not (is_text and rate and group.get("muon"))  # pretrained by AdamW, trained on by AdamW
         told.append((is_text, group["weight_decay"] > 0))
     assert set(told) == {(True, True), (True, False), (False, True), (False, False)}
+    assert learning_rate(optimizer) == pytest.approx(1e-2 * group["lr"] / group["initial_lr"])  # the key's, whatever Muon's is
+
+
+def test_code_vectors_of_a_tokenizer_that_has_none_are_named():
+    def network(spec, widths):
+        return EncoderDecoder(spec, widths, width=16, depth=1, heads=2, code_width=4)
+
+    with pytest.raises(UserError, match="^code_width: a ToyCodec has no vectors of its codes; set it to 0$"):
+        GeneratorModule(ToyCodec(), ToyText(), network, Masked())
+
+
+def test_what_a_batch_holds_is_rounded_in_no_precision(tmp_path, cached):
+    """As Lightning does for bf16-true, and under ZeRO in all precisions but fp32."""
+    trainer = fit(made(), tmp_path, cached, steps=1, precision="bf16-true")
+    given = batch([0, 1])._replace(scalars={"original_width": torch.tensor([1333.0, 70000.0])}, errors=torch.full((2, 4), 1.001))
+    taken = trainer.precision_plugin.convert_input(given)
+    assert torch.equal(taken.scalars["original_width"], given.scalars["original_width"])
+    assert torch.equal(taken.errors, given.errors) and taken.errors.dtype == torch.float32
+
+
+def test_a_picture_that_cannot_be_written_is_told_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / "pictures").write_text("a file where a folder should be")
+    trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, default_root_dir=tmp_path)
+    log_picture(SimpleNamespace(trainer=trainer, global_step=3, loggers=[]), "samples", Image.new("RGB", (2, 2)))
+    assert f"nar-t2i: {tmp_path}/pictures: File exists; the picture of step 3 is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])

@@ -155,6 +155,28 @@ def test_a_bare_network_file_fits_a_module_that_holds_it(tmp_path):
     assert len(load_weights(target, tmp_path / "n.safetensors").loaded) == 3
 
 
+@pytest.mark.parametrize("given", ["network", "other", "other/weights.safetensors"])
+def test_a_part_goes_into_the_part_that_it_fits_and_no_other(tmp_path, given):
+    """Whose parts have layers of the same names and shapes, as networks and text encoders have."""
+    target, source = nn.ModuleDict({"text": Net(length=2), "network": Net(extra=True), "other_one": Net(width=2)}), Net(extra=True)
+    (tmp_path / given.partition("/")[0]).mkdir()
+    save_file(source.state_dict(), tmp_path / given.partition("/")[0] / "weights.safetensors")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    report = load_weights(target, tmp_path / given)
+    assert report.loaded == [f"network.{name}" for name in source.state_dict()] and not report.unexpected
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items() if "network" not in name)
+
+
+def test_a_part_that_fits_two_parts_alike_is_refused(tmp_path):
+    target = nn.ModuleDict({"text": Net(), "network": Net()})
+    (tmp_path / "network").mkdir()
+    for file in ("n.safetensors", "network/weights.safetensors"):
+        save_file(Net().state_dict(), tmp_path / file)
+    with pytest.raises(UserError, match=r"n.safetensors fits network and text alike; name a folder"):
+        load_weights(target, tmp_path / "n.safetensors")
+    assert len(load_weights(target, tmp_path / "network").loaded) == 3
+
+
 def test_run_folders_give_their_newest_checkpoint(tmp_path):
     source = Net()
     folder = tmp_path / "checkpoints/step-00000003.ckpt"

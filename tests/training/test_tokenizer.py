@@ -44,6 +44,16 @@ def made(discriminator=True, start=0.5, weight=0.1, ema_decay=0.5, **kwargs):
     )  # fmt: skip
 
 
+def test_a_discriminator_that_has_begun_goes_on_after_a_restart(tmp_path):
+    """Whatever the progress then is, which under a time budget is an estimate."""
+    trainer = fit(made(start=0.5), tmp_path, 4)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for resume, expected in ((tmp_path / "last.ckpt", [4, 5]), (None, [5])):
+        record = Record()
+        fit(made(start=1.0), tmp_path, 6, resume=resume, callbacks=[record])
+        assert [step for step, _ in record.of("adversarial_weight")] == expected
+
+
 class Record(Callback):
     """Everything that is logged, by the number of steps finished before, and the weights before each batch."""
 
