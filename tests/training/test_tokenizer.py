@@ -150,7 +150,7 @@ def test_adaptive_weight_and_gradients_by_hand(tmp_path):
     module, record, hand = made(), Record(), ByHand()
     losses = []
     step = module._backward_and_step
-    module._backward_and_step = lambda index, loss, last: (losses.append((index, float(loss))), step(index, loss, last))
+    module._backward_and_step = lambda index, loss, *more: (losses.append((index, float(loss))), step(index, loss, *more))
     fit(module, tmp_path, 7, callbacks=[hand, record])
     assert record.of("adversarial_weight")[0][1] == pytest.approx(hand.weight, rel=1e-4)
     first = next(i for i, (index, _) in enumerate(losses) if index == 1)
