@@ -103,8 +103,11 @@ class BadLoss(Callback):
     def __init__(self, step: int | list[int], rank: int, factor: str | float) -> None:
         self.steps, self.rank, self.factor = [step] if isinstance(step, int) else step, rank, factor
 
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        self._step = trainer.global_step  # which the first of two optimizers moves on
+
     def _due(self, trainer) -> bool:
-        return trainer.global_step in self.steps and trainer.global_rank == self.rank
+        return self._step in self.steps and trainer.global_rank == self.rank
 
     def on_before_backward(self, trainer, module, loss) -> None:
         if self._due(trainer) and self.factor == "gradient":
