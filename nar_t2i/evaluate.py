@@ -11,6 +11,7 @@ so that they are the same on any number of ranks. Nothing stands in for weights 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,17 +32,18 @@ from nar_t2i.evaluation.pieces import Piece, Pieces, work_folder
 from nar_t2i.evaluation.protocol import NEEDS, Protocol, chosen_metrics, read_protocol
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.scene_prompts import ScenePrompt, committed, load, take
-from nar_t2i.files import write_json
+from nar_t2i.files import file_to_write, read_json, write_json
 from nar_t2i.folders import check_same
 from nar_t2i.hardware import describe_machine, exact_fp32
 from nar_t2i.hashing import text_hash
 from nar_t2i.pictures import contact_sheet, save_whole
 from nar_t2i.pipeline import TextToImage
 from nar_t2i.pixels import to_arrays, to_pil
-from nar_t2i.training.models import Opened, open_models
+from nar_t2i.training.models import EXPORTED, Opened, open_models
 
 FORMAT = 1
 SHOWN = 32  # pictures of a sheet
+SUITE = "suite"  # a key that the settings of a suite's pictures have
 SHUFFLED = "shuffled"  # the control, beside the sets of prompts
 
 
@@ -96,7 +98,7 @@ class Evaluation:
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol, group: Ranks):
         self.arguments, self.protocol, self.group = arguments, protocol, group
-        self.out = Path(arguments.out)
+        self.out = file_to_write("--out", arguments.out, "evaluation")
         self.folder = work_folder(self.out)
         self._made = False  # whether this process made the folder
         self.models: list[Opened] = []
@@ -135,13 +137,13 @@ class Evaluation:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _holds_pieces(self) -> bool:
-        return any(not file.parent.name.startswith("model-") for file in self.folder.glob("*/*.safetensors"))
+        return any(not file.parent.name.startswith(EXPORTED) for file in self.folder.glob("*/*.safetensors"))
 
     def write(self) -> None:
         """Compute the numbers and write them."""
         results = {model.name: self._results(model.name) for model in self.models}
         content: dict[str, Any] = {
-            "format": FORMAT, "kind": "evaluation",
+            "format": FORMAT, "kind": "evaluation", "settings": _hash(self._settings()),
             "model": {"path": str(self.arguments.model), **{model.name: model.facts for model in self.models}},
             "protocol": self._told(), "results": results, "machine": describe_machine(),
             "versions": {"nar_t2i": __version__, "torch": torch.__version__},
@@ -190,17 +192,20 @@ class Evaluation:
         }  # fmt: skip
 
     def _make_folder(self) -> None:
-        if self.out.is_dir():
-            raise UserError(f"--out {self.out}: is a folder; name a file, such as {self.out / 'scores.json'}")
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _check_settings(self) -> None:
-        path = self.folder / "settings.json"
+        path, settings = self.folder / "settings.json", self._settings()
+        before = read_json(self.out) if self.out.is_file() and self.out.stat().st_size else {}
+        if path.exists() and SUITE in read_json(path):
+            raise UserError(f"--out {self.out}: {path} is of a suite's pictures; name another file")
         if self._holds_pieces():  # something was drawn by them
-            check_same(path, self._settings())
+            check_same(path, settings)
+        elif before.get("settings") not in (None, _hash(settings)):
+            raise UserError(f"--out {self.out}: holds an evaluation of something else; name another file, or delete it")
         else:
-            write_json(path, self._settings())
+            write_json(path, settings)
 
     # Drawing
 
@@ -271,7 +276,8 @@ class Evaluation:
             device = self.group.device
             for metric in self.protocol.metrics:
                 kinds = (tensors[metric.features], real.get(metric.features), tensors.get(f"{metric.features}-texts"))
-                result[metric.name] = metric.result(Compared(*(kind if kind is None else kind.to(device) for kind in kinds)))
+                of_kinds = (kind if kind is None else kind.to(device) for kind in kinds)
+                result[metric.name] = metric.result(Compared(*of_kinds, paired=self.protocol.reference == "same"))
         result["decoding"] |= {
             "decoder_passes": max(piece["passes"] for piece in notes), "decoder_rows": max(piece["rows"] for piece in notes),
             "truncated_prompts": sum(piece["truncated"] for piece in notes) / max(1, sum(piece["encoded"] for piece in notes)),
@@ -303,6 +309,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         if name not in ("scene_accuracy", "decoding"):
             told.append(f"{name}: " + ", ".join(f"{k} {v:.5g}" for k, v in numbers.items() if isinstance(v, (int, float))))
     return told
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    """Of what the pieces depend on."""
+    return text_hash(json.dumps(settings, sort_keys=True))
 
 
 def _scene_prompts(arguments: argparse.Namespace) -> dict[str, list[ScenePrompt]]:

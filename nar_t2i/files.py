@@ -39,6 +39,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON: {error}") from error
 
 
+def file_to_write(option: str, name: str, kind: str) -> Path:
+    """Where a JSON of a kind, which it says of itself under "kind", is to be written. UserError where that is a folder, or a
+    file of anything else, which would be lost."""
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file, such as {path / 'scores.json'}")
+    if path.is_file() and path.stat().st_size:
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("kind") != kind:
+            raise UserError(f"{option} {path}: is a file of something else, and would be lost; name another")
+    return path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Texts stay readable; names of files that are no UTF-8 are escaped."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

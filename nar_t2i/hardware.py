@@ -84,4 +84,4 @@ def describe_machine() -> dict[str, str | int]:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"processor": model, "cores": usable_cores(), "accelerator": accelerator, "precision": fast_precision()}
+    return {"processor": model, "cores": usable_cores(), "accelerator": accelerator, "fast_precision": fast_precision()}

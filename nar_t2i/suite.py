@@ -23,7 +23,7 @@ from nar_t2i.evaluation.drawing import Sampler
 from nar_t2i.evaluation.ranks import Ranks, ranks
 from nar_t2i.evaluation.suites import SUITES, Suite
 from nar_t2i.evaluation.suites.suite import Item
-from nar_t2i.files import whole_file, write_json
+from nar_t2i.files import file_to_write, read_json, whole_file, write_json
 from nar_t2i.folders import check_same
 from nar_t2i.hardware import exact_fp32
 from nar_t2i.hashing import file_hash, text_hash
@@ -38,7 +38,7 @@ JPEG_QUALITY = 95  # our choice
 def main(arguments: argparse.Namespace) -> int:
     suite = SUITES[arguments.name]
     if arguments.step == "ingest":
-        return ingest(suite, Path(arguments.results), Path(arguments.out))
+        return ingest(suite, Path(arguments.results), file_to_write("--out", arguments.out, "suite"))
     exact_fp32()
     with ranks() as group:
         draw(suite, arguments, group)
@@ -65,7 +65,9 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
     if arguments.weights == "both":
         raise UserError("--weights both: a suite is drawn by one kind of weights at a time; take ema or raw")
     items = suite.read(Path(arguments.prompts))
-    out = Path(arguments.out)
+    out = Path(arguments.out).absolute()
+    if out.is_dir() and out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--out {arguments.out}: holds other things than a suite's pictures; name a folder of their own")
     work = out.with_name(f"{out.name}.work")
     files = [suite.files(item, index, pictures) for index, item in enumerate(items)]
     group.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
@@ -106,6 +108,8 @@ def draw(suite: Suite, arguments: argparse.Namespace, group: Ranks) -> None:
 
 
 def _settle(path: Path, settings: dict[str, Any], out: Path) -> None:
+    if path.exists() and "suite" not in read_json(path):
+        raise UserError(f"--out {out}: {path} is of an evaluation; name another folder")
     if not (out.is_dir() and any(out.iterdir())):
         write_json(path, settings)
     elif path.exists():

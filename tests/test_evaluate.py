@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nar_t2i.cli import main
 from nar_t2i.evaluation.chosen import Chosen, open_data
-from nar_t2i.evaluation.features import InceptionFeatures, SceneFeatures
+from nar_t2i.evaluation.features import ClipFeatures, InceptionFeatures, SceneFeatures
 from nar_t2i.evaluation.metrics import Fid, SceneFrechet
 from nar_t2i.evaluation.metrics.metric import Compared
 from nar_t2i.evaluation.scene_accuracy import score
@@ -331,6 +331,78 @@ def test_a_protocol_that_cannot_be_is_refused_before_anything_is_drawn(place, tm
     evaluate(place, tmp_path / "out.json", "--protocol", str(tmp_path / "own.yaml"), *options, status=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error and error.startswith("nar-t2i: error: ")
+
+
+def test_pictures_of_a_model_folder_are_not_scored_as_those_of_other_settings(place, clip, tmp_path, capsys):  # noqa: F811
+    """By metrics that compare with no real pictures, so that what is drawn is all there is."""
+    line = ("--metrics", "clip_score", "--data", "@shards", "--clip", str(clip), "--count", "8", "--steps", "2")
+    evaluate(place, tmp_path / "out.json", *line)
+    (tmp_path / "out.json").unlink()
+    for other in (("--seed", "3"), ("--steps", "1"), ("--count", "9")):
+        evaluate(place, tmp_path / "out.json", *line, *other, status=2)
+        assert "out.work was made with" in capsys.readouterr().err
+    assert evaluate(place, tmp_path / "out.json", *line)["results"]["model"]["decoding"]["steps"] == 2
+
+
+def test_what_was_drawn_before_an_error_stays(place, clip, tmp_path, monkeypatch, capsys):  # noqa: F811
+    line = ("--metrics", "clip_score", "--data", "@shards", "--clip", str(clip), "--batch-size", "8")
+    of_texts, calls = ClipFeatures.of_texts, []
+
+    def full(self, texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "somewhere")
+        return of_texts(self, texts)
+
+    monkeypatch.setattr(ClipFeatures, "of_texts", full)
+    evaluate(place, tmp_path / "out.json", *line, status=2)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out.work/model-captions").iterdir()] == ["00000000.safetensors"]
+    evaluate(place, tmp_path / "out.json", *line)
+    assert len(calls) == 4  # the first batch is not drawn again
+
+
+@pytest.mark.parametrize("content", ["a: b\n", '{"kind": "suite"}', '{"prompt": "x"}\n{"prompt": "y"}\n'])
+def test_another_file_is_not_written_over(place, tmp_path, capsys, content):
+    (tmp_path / "out.json").write_text(content)
+    evaluate(place, tmp_path / "out.json", "--metrics", "scene_frechet", "--data", "@shards", status=2)
+    assert "out.json: is a file of something else, and would be lost" in capsys.readouterr().err
+    assert (tmp_path / "out.json").read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_numbers_of_another_evaluation_are_not_written_over(place, tmp_path, capsys):
+    line = ("--metrics", "scene_frechet", "--data", "@shards", "--count", "4")
+    evaluate(place, tmp_path / "out.json", *line)
+    before = (tmp_path / "out.json").read_text()
+    shutil.rmtree(tmp_path / "out.work")
+    evaluate(place, tmp_path / "out.json", *line, "--seed", "1", status=2)
+    assert "out.json: holds an evaluation of something else" in capsys.readouterr().err
+    assert (tmp_path / "out.json").read_text() == before
+    evaluate(place, tmp_path / "out.json", *line)
+
+
+def test_an_evaluation_and_a_suite_do_not_share_a_folder(place, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    draw = ["suite", "draw", "t2i-compbench", str(place / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "1",
+            "--pictures", "1"]  # fmt: skip
+    score = ("--metrics", "scene_frechet", "--data", "@shards", "--count", "4")
+    assert main([*draw, "--out", str(tmp_path / "one")]) == 0
+    evaluate(place, tmp_path / "one.json", *score, status=2)
+    assert "one.work/settings.json is of a suite's pictures" in capsys.readouterr().err
+    evaluate(place, tmp_path / "two.json", *score)
+    assert main([*draw, "--out", str(tmp_path / "two")]) == 2
+    assert "two.work/settings.json is of an evaluation" in capsys.readouterr().err
+    assert main([*draw, "--out", str(tmp_path / "one")]) == 0
+
+
+@pytest.mark.parametrize("line", [
+    ["evaluate", "m"], ["suite", "ingest", "geneval", "x"], ["suite", "draw", "geneval", "m", "--prompts", "x"], ["report", "x"]
+])  # fmt: skip
+def test_folders_in_the_place_of_files_are_named(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text('{"tag": "counting", "prompt": "p", "correct": true, "kind": "suite", "scores": {}}\n')
+    assert main([*line, "--out", "."]) == 2
+    assert "error: --out .: " in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_every_file_has_pieces_of_its_own(place, tmp_path):

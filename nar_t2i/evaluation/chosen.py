@@ -84,7 +84,8 @@ class Chosen:
         return torch.from_numpy(np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2)))
 
     def identity(self) -> dict[str, Any]:
-        """What the choice depends on; hash: of what the source holds, and of the order."""
+        """What the choice depends on; hash: of what the source holds, and of the order. Of shards that is the names, captions,
+        sizes and places of their samples: other pictures of the very same sizes in bytes are not told apart."""
         blocks = [self._source.identity(block) for block in range(len(self._source.blocks))]
         return {"source": self._source.name, "held": len(self._source), "samples": len(self), "choice_seed": self._seed,
                 "caption": self._caption, "hash": text_hash(repr((blocks, self.indices.tolist())))}  # fmt: skip

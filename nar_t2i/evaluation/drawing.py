@@ -58,6 +58,7 @@ class Sampler:
         inference = self.t2i.inference
         return {
             "precision": "bf16" if self._bf16 else "fp32",
+            "bits": 16 if self._bf16 else 32,
             "steps": getattr(getattr(inference, "first", inference), "steps", None) if self._steps is None else self._steps,
             "candidates": getattr(inference, "candidates", 1),
             "guidance_scale": self.t2i.guidance.scale,

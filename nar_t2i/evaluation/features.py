@@ -5,6 +5,7 @@ Weights are files of the user's; nothing is downloaded, and none stands in for a
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nar_t2i.errors import UserError
 from nar_t2i.evaluation.scene_features import SIDE, shipped_network
 from nar_t2i.files import read_json
-from nar_t2i.hashing import file_hash, weights_hash
+from nar_t2i.hashing import file_hash, text_hash, weights_hash
 from nar_t2i.pixels import to_arrays
 
+PROBES = "red", "two"  # captions of the same length that a tokenizer must tell apart
 FILTERS = {name: getattr(Image.Resampling, name.upper()) for name in ("bilinear", "bicubic", "lanczos")}
 
 
@@ -146,9 +149,14 @@ class ClipFeatures(Features):
                 ignore_mismatched_sizes=True,  # which are told below
             )  # fmt: skip
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: {reason}") from error
+        vocabulary, reads = self._tokenizer.get_vocab(), self._tokenizer(list(PROBES))["input_ids"]
+        most = model.config.text_config.vocab_size
+        if len({tuple(ids) for ids in reads}) < len(PROBES) or max(vocabulary.values()) >= most:
+            # Where its files are missing, transformers makes one up that knows no word.
+            raise UserError(f"--clip {folder}: not a whole folder of a CLIPModel: its tokenizer is not that of its {most} words")
         # What is missing would be drawn at random, on each rank anew; the scale of logits is not asked.
         absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         if wrong := sorted(name for name in map(str, absent) if name != "logit_scale" and "position_ids" not in name):
@@ -160,7 +168,11 @@ class ClipFeatures(Features):
         self.protocol = {
             "folder": folder.resolve().name, "sha256": {file.name: file_hash(file) for file in weights},
             "resize": f"shorter side to {self._shorter} px, {self._resample.name.lower()}, centre crop of {self._size} px",
+            "pixels": f"less {_listed(self._mean)}, over {_listed(self._std)}",
+            "towers": {tower: f"{config.hidden_act}, {config.num_attention_heads} heads, epsilon {config.layer_norm_eps}"
+                       for tower, config in (("text", model.config.text_config), ("vision", model.config.vision_config))},
             "captions": f"the first {self._length} tokens", "precision": "fp32",
+            "vocabulary": text_hash(json.dumps([sorted(vocabulary.items()), reads])),
         }  # fmt: skip
 
     @torch.no_grad()
@@ -181,6 +193,10 @@ class ClipFeatures(Features):
         codes = self._tokenizer(texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt").to(self._device)
         states = self._model.text_model(input_ids=codes["input_ids"], attention_mask=codes["attention_mask"]).pooler_output
         return _finite(F.normalize(self._model.text_projection(states), dim=-1).cpu(), f"--clip {self._folder}")
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
 
 
 def _finite(features: Tensor, option: str) -> Tensor:

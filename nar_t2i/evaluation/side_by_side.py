@@ -20,7 +20,10 @@ from nar_t2i.evaluation.values import is_number, mapping_at, numbers_of
 from nar_t2i.files import read_json, write_text
 from nar_t2i.folders import flat
 
-DECODING = ("steps", "guidance_scale", "candidates", "seed", "decoder_passes", "decoder_rows", "images_per_second")
+DECODING = (
+    "steps", "guidance_scale", "candidates", "seed", "bits", "decoder_passes", "decoder_rows", "truncated_prompts",
+    "images_per_second",
+)  # fmt: skip
 # Keys of a protocol that say what was used, and those beside them that say how it was called.
 ALIKE = (("data.hash", "data.source"), ("features.sha256", "features.file"), ("features.sha256", "features.folder"))
 OTHER = "†"  # marks a number by another protocol than the row's first
@@ -67,7 +70,8 @@ def write_side_by_side(entries: Sequence[Entry], out: Path) -> Path:
     """Write the table as `out` (HTML) and beside it as CSV. UserError where `out` is named like another kind of file, as those are
     that were read."""
     if out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out {out}: is the page, beside which a .csv is written; name it {out.with_suffix('.html')}")
+        named = out.with_suffix(".html") if out.name else Path("side-by-side.html")
+        raise UserError(f"--out {out}: is the page, beside which a .csv is written; name it {named}")
     entries = _named_apart(entries)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out.with_suffix(".csv"), as_csv(entries))

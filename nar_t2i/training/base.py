@@ -114,7 +114,9 @@ class TrainedModule(lightning.LightningModule):
 
     def check_noted(self, trained_beside: Mapping[str, list[float]]) -> None:
         """UserError where a checkpoint was trained beside other frozen weights than those that were noted last."""
-        others = [name for name, mark in self._frozen_marks.items() if not _alike(trained_beside.get(name, mark), mark)]
+        # Earlier versions noted hashes, which are texts and say nothing here.
+        known = {name: mark for name, mark in trained_beside.items() if all(isinstance(value, float) for value in mark)}
+        others = [name for name, mark in self._frozen_marks.items() if not _alike(known.get(name, mark), mark)]
         if others:
             raise UserError(
                 f"the run was trained beside other frozen weights than these: {others[0]} ({len(others)} such). No checkpoint "

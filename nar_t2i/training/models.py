@@ -14,6 +14,7 @@ from nar_t2i.hashing import file_hash
 from nar_t2i.training import checkpoints
 from nar_t2i.training.export import export, find_checkpoint
 
+EXPORTED = "exported-"  # how the folders begin that models of checkpoints are written into
 WEIGHTS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 
 
@@ -50,7 +51,7 @@ def open_models(path: Path, weights: str | None, work: Path, group: Ranks) -> li
     identity = group.together(lambda: file_hash(checkpoint / checkpoints.MANIFEST))
     opened = []
     for name in WEIGHTS[weights or "ema"]:
-        folder = work / f"model-{name}-{identity[:12]}"
+        folder = work / f"{EXPORTED}{name}-{identity[:12]}"
         group.on_first(partial(_write, checkpoint, folder, averaged=name == "ema", path=path))
         opened.append(Opened(name, folder, identity, {**facts, "hash": identity}))
     return opened

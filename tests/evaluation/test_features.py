@@ -146,6 +146,54 @@ def test_a_clip_folder_of_older_versions_is_read_too(clip, tmp_path):
     assert torch.equal(ClipFeatures(tmp_path, CPU).of_images(pictures()), ClipFeatures(clip, CPU).of_images(pictures()))
 
 
+def copied(clip, folder, *left_out):
+    folder.mkdir()
+    for file in clip.iterdir():
+        if not file.name.startswith(left_out):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_clip_without_its_tokenizer_is_refused(clip, tmp_path):
+    """In whose place transformers has one that knows no word, so that all captions are alike."""
+    folder = copied(clip, tmp_path / "clip", "tokenizer", "vocab", "merges", "special")
+    with pytest.raises(UserError, match="not a whole folder of a CLIPModel: its tokenizer is not that of its"):
+        ClipFeatures(folder, CPU)
+
+
+def test_a_clip_that_is_cut_off_is_refused(clip, tmp_path):
+    folder = copied(clip, tmp_path / "clip")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a whole folder of a CLIPModel: "):
+        ClipFeatures(folder, CPU)
+
+
+@pytest.mark.parametrize("changed", ["image_mean", "hidden_act", "vocabulary"])
+def test_the_protocol_of_a_clip_tells_what_else_decides_the_numbers(clip, tmp_path, changed):
+    folder = copied(clip, tmp_path / "clip")
+    if changed == "image_mean":
+        path = folder / "processor_config.json"
+        how = json.loads(path.read_text())
+        how["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+        path.write_text(json.dumps(how))
+    elif changed == "hidden_act":
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["hidden_act"] = "relu"
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        path = folder / "tokenizer.json"
+        words = json.loads(path.read_text())
+        one, other = list(words["model"]["vocab"])[:2]
+        vocabulary = words["model"]["vocab"]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        path.write_text(json.dumps(words))
+    assert ClipFeatures(folder, CPU).protocol | {"folder": ""} != ClipFeatures(clip, CPU).protocol | {"folder": ""}
+    assert ClipFeatures(copied(clip, tmp_path / "same"), CPU).protocol | {"folder": ""} == ClipFeatures(clip, CPU).protocol | {
+        "folder": ""
+    }
+
+
 def without(part):
     """Spoils a folder: its weights lack a part."""
 

@@ -91,6 +91,19 @@ def test_kid_is_unbiased_and_the_biased_estimate_is_not():
     assert biased.mean() > 3 * biased.std() / 20
 
 
+def test_kid_of_pictures_of_the_same_captions_is_unbiased_where_pairs_are_left_out():
+    """Each drawn picture is half the real one of its caption; the control compares them as if they were strangers."""
+    fair, naive = [], []
+    for seed in range(400):
+        real, own = features(2 * 12, width=3, seed=seed).double().split(12)
+        drawn = real * 0.8 + own * 0.6  # of the same distribution
+        fair.append(Kid().numbers(Compared(drawn, real, paired=True))["value"])
+        naive.append(Kid().numbers(Compared(drawn, real))["value"])
+        assert Kid(subsets=3, subset_size=12).numbers(Compared(drawn, real, paired=True))["value"] == pytest.approx(fair[-1])
+    fair, naive = np.array(fair), np.array(naive)
+    assert abs(fair.mean()) < 3 * fair.std() / 20 and naive.mean() < -3 * naive.std() / 20
+
+
 def test_kid_over_subsets():
     drawn, real = features(60), features(50, seed=5, shift=0.3)
     found = Kid(subsets=200, subset_size=20).numbers(Compared(drawn, real))

@@ -175,6 +175,35 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     assert scores["images"] == 3 / 12 and scores["prompts"] == 2 / 3
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"filename": "0.png"}, "filename '0.png': stands twice"), ({"tag": "overall"}, "tag 'overall': is none of GenEval's")
+])  # fmt: skip
+def test_pictures_that_geneval_names_twice_and_tags_that_it_has_not_are_refused(tmp_path, change, said):
+    row = {"filename": "0.png", **{key: GENEVAL[0][key] for key in ("tag", "prompt")}, "correct": True}
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'filename': '1.png', **change})}\n")
+    with pytest.raises(UserError, match=said):
+        SUITES["geneval"].ingest(tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    ([{"question_id": 3, "answer": "0.5"}] * 2, "question 3 stands twice"),
+    ([{"question_id": 3, "answer": "64.5"}], "the answer 64.5 is no score of a picture"),
+])  # fmt: skip
+def test_answers_that_t2i_compbench_never_gives_are_refused(tmp_path, rows, said):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=said):
+        SUITES["t2i-compbench"].ingest(tmp_path / "vqa_result.json")
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        SUITES["t2i-compbench"].ingest(tmp_path / "nowhere")
+
+
+def test_results_are_not_written_over(tmp_path, capsys):
+    (tmp_path / "results.txt").write_text(HPS)
+    assert main(["suite", "ingest", "hpsv2", str(tmp_path / "results.txt"), "--out", str(tmp_path / "results.txt")]) == 2
+    assert "results.txt: is a file of something else" in capsys.readouterr().err
+    assert (tmp_path / "results.txt").read_text() == HPS
+
+
 @pytest.mark.parametrize("correct", ["false", None, 2])
 def test_what_geneval_never_writes_is_not_taken_for_right_or_wrong(tmp_path, correct):
     line = json.dumps({"filename": "0.png", **{key: GENEVAL[0][key] for key in ("tag", "prompt")}, "correct": correct})
@@ -206,8 +235,13 @@ def test_dpg_reads_its_summary_and_checks_it(tmp_path):
     path.write_text(DPG.replace("0.75\n", "0.95\n"))
     with pytest.raises(UserError, match="says 62.5000, but its 2 pictures have a mean of 72.5000"):
         SUITES["dpg"].ingest(path)
-    path.write_text("\n".join(DPG.splitlines()[:2]))  # a run that was stopped before its summary
-    assert SUITES["dpg"].ingest(path).scores == {"overall": 62.5}
+    for stopped in ("\n".join(DPG.splitlines()[:2]), DPG[:70], "\n".join(DPG.splitlines()[:-1])):  # before its summary's end
+        path.write_text(stopped)
+        with pytest.raises(UserError, match="holds no line 'DPG-Bench score'"):
+            SUITES["dpg"].ingest(path)
+    path.write_text(DPG + DPG)
+    with pytest.raises(UserError, match="entity for the second time: the results of several runs"):
+        SUITES["dpg"].ingest(path)
     path.write_text("nothing\n")
     with pytest.raises(UserError, match="holds no result"):
         SUITES["dpg"].ingest(path)
@@ -269,6 +303,10 @@ def test_hpsv2_reads_what_it_prints_and_scores_one_by_one(tmp_path):
     }
     for content, said in (
         (HPS + HPS, "holds anime twice: the scores of several models"),
+        (HPS.replace("26.79", "96.79"), "says 96.79, but its styles have a mean of 26.79"),
+        (HPS.replace("26.50", "nan"), "is not a finite number"),
+        (HPS.replace("26.50", "-3.00"), "is no score in percent"),
+        ('{"anime": [0.27], "anime": [0.1]}', "key anime: stands twice"),
         ("mine anime 0.2734 \t 0.1\n", "is no score in percent"),
         ("no score\n", "holds no score"),
         ('{"oil": [1]}', "key oil: must be one of"),

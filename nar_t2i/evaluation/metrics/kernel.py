@@ -26,11 +26,13 @@ def gaussian(a: Tensor, b: Tensor) -> Tensor:
     return torch.exp(squared_distances(a, b) / (-2 * SIGMA**2))
 
 
-def unbiased_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The squared MMD by its unbiased estimate, no sample paired with itself; may be negative."""
+def unbiased_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], paired: bool = False) -> float:
+    """The squared MMD by its unbiased estimate, no sample compared with itself; may be negative. paired: the i-th of x depends on
+    the i-th of y, so that these are not compared either."""
     n, m = len(x), len(y)
-    own = [_total(s, s, kernel) - _diagonal(s, kernel) for s in (x, y)]
-    return own[0] / (n * (n - 1)) + own[1] / (m * (m - 1)) - 2 * _total(x, y, kernel) / (n * m)
+    own = [_total(s, s, kernel) - _diagonal(s, s, kernel) for s in (x, y)]
+    cross = (_total(x, y, kernel) - _diagonal(x, y, kernel)) / (n * (n - 1)) if paired else _total(x, y, kernel) / (n * m)
+    return own[0] / (n * (n - 1)) + own[1] / (m * (m - 1)) - 2 * cross
 
 
 def biased_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -43,8 +45,9 @@ def _total(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> 
     return sum(float(kernel(a, b).sum()) for a in blocks(x) for b in blocks(y))
 
 
-def _diagonal(x: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
-    return sum(float(kernel(part, part).diagonal().sum()) for part in blocks(x, 256))
+def _diagonal(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
+    pairs = zip(blocks(x, 256), blocks(y, 256), strict=True)
+    return sum(float(kernel(a, b).diagonal().sum()) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,15 @@ class Kid(Metric):
 
     def numbers(self, found: Compared) -> dict[str, float]:
         if not self.subsets:
-            return {"value": unbiased_mmd(found.drawn, found.real, cubic)}
+            return {"value": unbiased_mmd(found.drawn, found.real, cubic, found.paired)}
         values = []
         for subset in range(self.subsets):
             rng = np.random.Generator(np.random.Philox(key=[self.seed, subset]))
-            chosen = [s[torch.from_numpy(rng.permutation(len(s))[: self.subset_size]).to(s.device)] for s in found[:2]]
-            values.append(unbiased_mmd(*chosen, cubic))
+            drawn = torch.from_numpy(rng.permutation(len(found.drawn))[: self.subset_size]).to(found.drawn.device)
+            real = drawn
+            if not found.paired:
+                real = torch.from_numpy(rng.permutation(len(found.real))[: self.subset_size]).to(found.real.device)
+            values.append(unbiased_mmd(found.drawn[drawn], found.real[real], cubic, found.paired))
         return {"value": float(np.mean(values)), "deviation": float(np.std(values))}
 
 

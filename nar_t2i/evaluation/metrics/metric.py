@@ -19,11 +19,13 @@ BLOCK = 2048  # rows of a matrix of pairs that are in memory at once
 
 
 class Compared(NamedTuple):
-    """Features of all samples. drawn: (n, D). real: (m, D), of other pictures. texts: (n, D), of the captions that were drawn."""
+    """Features of all samples. drawn: (n, D). real: (m, D), of other pictures. texts: (n, D), of the captions that were drawn.
+    paired: whether real pictures are those of the same captions, in the same order."""
 
     drawn: Tensor
     real: Tensor | None = None
     texts: Tensor | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)

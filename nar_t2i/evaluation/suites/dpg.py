@@ -53,18 +53,18 @@ class DpgBench(Suite):
             name, colon, value = line.strip().rpartition(": ")
             if line.strip() in _LEVELS:
                 level = _LEVELS[line.strip()]
-            elif name == "DPG-Bench score":
-                scores["overall"] = finite_number(value, where)
-            elif line.startswith("\t") and colon and level is not None:
-                scores[level + name] = finite_number(value, where)
+            elif name == "DPG-Bench score" or (line.startswith("\t") and colon and level is not None):
+                key = "overall" if name == "DPG-Bench score" else level + name
+                if key in scores:
+                    raise UserError(f"{where}: {name} for the second time: the results of several runs; keep the lines of one")
+                scores[key] = finite_number(value, where)
             elif level is None and (found := _PICTURE.match(_NUMPY.sub(r"\1", line))):
                 pictures[found["path"]] = finite_number(found["scores"].rpartition(", ")[2], where)
         if not scores and not pictures:
             raise UserError(f"{path}: holds no result of compute_dpg_bench.py")
-        mean = 100 * sum(pictures.values()) / len(pictures) if pictures else None
-        overall = scores.pop("overall", mean)
-        if overall is None:
-            raise UserError(f"{path}: holds no line 'DPG-Bench score'")
-        if mean is not None and abs(mean - overall) > 0.01:
+        if "overall" not in scores:
+            raise UserError(f"{path}: holds no line 'DPG-Bench score', with which compute_dpg_bench.py ends")
+        overall, mean = scores.pop("overall"), 100 * sum(pictures.values()) / max(1, len(pictures))
+        if pictures and abs(mean - overall) > 0.01:
             raise UserError(f"{path}: says {overall:.4f}, but its {len(pictures)} pictures have a mean of {mean:.4f}")
         return Scores({"overall": overall, **scores}, {"prompts": len(pictures)}, "percent; overall: the mean over prompts")

@@ -34,7 +34,13 @@ class GenEval(Suite):
     def ingest(self, path: Path) -> Scores:
         correct: dict[str, list[bool]] = {}
         prompts: dict[str, bool] = {}
+        files: set[str] = set()
         for line, row in _rows(path, {"tag", "prompt", "correct"}):
+            if row.get("filename") in files:
+                raise UserError(f"{path}: filename {row['filename']!r}: stands twice")
+            files |= {row["filename"]} if isinstance(row.get("filename"), str) else set()
+            if row["tag"] in ("overall", "images", "prompts"):
+                raise UserError(f"{path}: tag {row['tag']!r}: is none of GenEval's: {line[:80]}")
             if row["correct"] not in (True, False):
                 raise UserError(f"{path}: correct must be true or false, not {row['correct']!r}: {line[:80]}")
             correct.setdefault(row["tag"], []).append(bool(row["correct"]))

@@ -16,8 +16,9 @@ from nar_t2i.errors import UserError
 from nar_t2i.evaluation.suites.suite import Item, Scores, Suite, finite_number, read_text, whole
 from nar_t2i.files import read_json
 
+ROUNDED = 0.011  # of a mean and its parts, to two decimals each
 STYLES = ("anime", "concept-art", "paintings", "photo")
-_LINE = re.compile(rf"^.*?\b({'|'.join(STYLES)}|Average)\s+([\d.]+)\s*([\d.]*)\s*$")
+_LINE = re.compile(rf"^.*?\b({'|'.join(STYLES)}|Average)\s+(-?[\d.]+|nan)\s*([\d.]*|nan)\s*$")
 
 
 class Hpsv2(Suite):
@@ -59,16 +60,21 @@ def _printed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
         scores[match[1]] = finite_number(match[2], match[0])
         if not 1 < scores[match[1]] < 100:
             raise UserError(f"{path}: {match[0].strip()}: is no score in percent, as the present hpsv2 prints it")
+    styles = [scores[style] for style in STYLES if style in scores]
+    if "Average" in scores and len(styles) == len(STYLES) and abs(sum(styles) / len(styles) - scores["Average"]) > ROUNDED:
+        raise UserError(f"{path}: says {scores['Average']:.2f}, but its styles have a mean of {sum(styles) / len(styles):.2f}")
     return scores, {}
 
 
 def _listed(text: str, path: Path) -> tuple[dict[str, float], dict[str, int]]:
     try:
-        content = json.loads(text)
+        pairs = json.loads(text, object_pairs_hook=list)
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     scores, counts = {}, {}
-    for style, values in content.items():
+    for style, values in pairs:
+        if style in scores:
+            raise UserError(f"{path}: key {style}: stands twice")
         if style not in STYLES or not isinstance(values, list) or not values:
             raise UserError(f"{path}: key {style}: must be one of {', '.join(STYLES)} with a list of scores")
         numbers = [finite_number(value, f"{path}: key {style}") for value in values]

@@ -40,6 +40,8 @@ class T2ICompBench(Suite):
 
     def ingest(self, path: Path) -> Scores:
         # What a program notes of one noun phrase at a time lies deeper, in annotation1_blip/VQA/result.
+        if not path.exists():
+            raise UserError(f"{path}: does not exist")
         found = [path] if path.is_file() else sorted(p for p in path.rglob(f"annotation_*/{RESULT}"))
         scores, counts = {}, {}
         for file in found:
@@ -49,6 +51,11 @@ class T2ICompBench(Suite):
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "answer" in row for row in rows):
                 raise UserError(f"{file}: must be a list of objects with a key 'answer'")
             answers = [finite_number(row["answer"], f"{file}: question {row.get('question_id', i)}") for i, row in enumerate(rows)]
+            if outside := [answer for answer in answers if not -1 <= answer <= 1]:
+                raise UserError(f"{file}: the answer {outside[0]:g} is no score of a picture, of which the highest is 1")
+            asked = [str(row["question_id"]) for row in rows if "question_id" in row]
+            if len(set(asked)) < len(asked):
+                raise UserError(f"{file}: question {next(q for q in asked if asked.count(q) > 1)} stands twice")
             scores[name], counts[name] = sum(answers) / len(answers), len(answers)
         if not scores:
             raise UserError(f"{path}: holds no annotation_*/{RESULT}")
