@@ -15,7 +15,7 @@ those of other libraries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -99,6 +99,21 @@ class Given(Roofline):
         return self._matrix_rate
 
 
+class Decoder(NamedTuple):
+    """What `Graphs.decode` takes."""
+
+    inference: InferenceStrategy
+    network: TokenNetwork
+    condition: Condition
+    null: Condition
+    noise: Noise
+    guidance: Guidance
+
+    def plain(self) -> Decoded:
+        """Decode without a graph."""
+        return self.inference.decode(*self[1:])
+
+
 class Bench:
     """The parts, made when they are asked for, and how they are timed."""
 
@@ -147,30 +162,32 @@ class Bench:
         condition = self.condition(batch)
         return condition, self.null(condition)
 
+    def decoder(self, name: str, batch: int) -> Decoder:
+        """A recipe's, with random weights, and what it decodes."""
+        model = recipe.load(name).config["model"]["init_args"]
+        network, noise = self.network(model["network"]), Noise(0, torch.arange(batch, device=self.device))
+        return Decoder(build(model["inference"]), network, *self.conditions(batch), noise, Guidance(**model["guidance"]))
+
+    def first(self, name: str, batch: int, decoder: Decoder, graphs: Graphs) -> tuple[Call, Decoded, dict[str, Any]]:
+        """Its first call as it comes, what that draws, and what every row of it says."""
+        drawn: list[Decoded] = []
+        cold = self.clock.once(lambda: drawn.append(graphs.decode(*decoder)))
+        network = decoder.network
+        known = {
+            "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": self.compile and not network.causal,
+            "parameters": sum(p.numel() for p in network.parameters()), "passes": drawn[0].passes,
+        }  # fmt: skip
+        return cold, drawn[0], known
+
     @torch.no_grad()
     def decoding(self, name: str, batch: int, repeats: int) -> Iterator[dict[str, Any]]:
         """The decoder alone, plainly launched, and on a GPU as a graph as well; then from the text on, and to the image."""
-        model = recipe.load(name).config["model"]["init_args"]
-        network, guidance = self.network(model["network"]), Guidance(**model["guidance"])
-        inference: InferenceStrategy = build(model["inference"])
-        condition, null = self.conditions(batch)
-        noise = Noise(0, torch.arange(batch, device=self.device))
-        graphs, arguments = Graphs(), (inference, network, condition, null, noise, guidance)
-        drawn: list[Decoded] = []
-
-        def plain() -> Decoded:
-            return inference.decode(*arguments[1:])
-
-        compiles = self.compile and not network.causal
-        with compiled(network.stack if compiles else ()):
-            cold = self.clock.once(lambda: drawn.append(graphs.decode(*arguments)))  # the first time as it comes
-            (expected,) = drawn
+        graphs, arguments = Graphs(), self.decoder(name, batch)
+        inference, network, _, _, noise, guidance = arguments
+        with compiled(network.stack if self.compile and not network.causal else ()):
+            cold, expected, known = self.first(name, batch, arguments, graphs)
             floor = self.floor(name, batch, network)
-            known = {
-                "system": name, "batch": batch, "dtype": short(self.dtype), "compiled": compiles,
-                "parameters": sum(p.numel() for p in network.parameters()), "passes": expected.passes,
-            }  # fmt: skip
-            yield known | {"launched": "plainly"} | self.timed(plain, repeats, cold, floor, batch)
+            yield known | {"launched": "plainly"} | self.timed(arguments.plain, repeats, cold, floor, batch)
             if self.device.type == "cuda":
                 row = recorded(self, graphs, arguments, expected, repeats, floor, name)
                 yield known | row
@@ -252,7 +269,13 @@ class Bench:
         held_mib: float = 0.0,
     ) -> dict[str, Any]:
         """What a row says of its times. cold: the first call, which has been."""
-        times = summary(cold, self.clock.warm({"": run}, repeats)[""], held_mib=held_mib)
+        return self.of_calls(cold, self.clock.warm({"": run}, repeats)[""], floor, batch, held_mib)
+
+    def of_calls(
+        self, cold: Call, warm: list[Call], floor: dict[str, float] | None, batch: int, held_mib: float = 0.0
+    ) -> dict[str, Any]:
+        """The same of calls that were made."""
+        times = summary(cold, warm, held_mib=held_mib)
         times["images_per_s"] = 1000 * batch / times["p50_ms"]
         return times | (self.roofline.rates(self.dtype) | share(floor, times) if floor else {})
 

@@ -8,9 +8,10 @@ Llama as large as our autoregressive twin; that twin; and our parallel network o
 aMUSEd: its geometry with random weights, 12 passes, guidance 10, 77 words; the text encoder and the image decoder are left out on
 both sides. Before anything is timed, in whichever precision, the logits of both are compared in fp32, and at small batches the
 tokens that both draw from one table of numbers; where they differ, nothing is reported. The logits are compared in bf16 as well,
-and again once ours is compiled. Both sides are called in turns, and on a CPU so are both precisions. Their floor is one and the
-same: what the function needs when the text's part is computed once. With --compile theirs is compiled, too, at the smallest batch
-in bf16, as diffusers' documentation has it, and on a GPU once more with CUDA graphs (`mode="reduce-overhead"`).
+and again once ours is compiled. Both sides are called in turns, and on a CPU so are both precisions, of the parallel network,
+too. Their floor is one and the same: what the function needs when the text's part is computed once. With --compile theirs is
+compiled, too, at the smallest batch in bf16, as diffusers' documentation has it, and on a GPU once more with CUDA graphs
+(`mode="reduce-overhead"`).
 
 Of the twin's size: 32 words, 1,024 tokens in the full size, guidance on, so two rows an image. Llama takes the words in front
 of its tokens instead of by cross-attention; its two rows are combined, and tokens drawn, in a logits processor, which stays on
@@ -78,8 +79,10 @@ def main() -> int:
     if "amused" in parsed.systems:
         add_amused(run, Amused(geometry, device), geometry, batches, parsed.dtypes, repeats, parsed.compile)
         free()
-    for dtype in size_dtypes if "size" in parsed.systems else ():
-        add_sizes(run, Bench(run.roofline, parsed.small, False, DTYPES[dtype]), batches, dtype, repeats, parsed.twin_repeats)
+    precisions = [[dtype] for dtype in size_dtypes] if run.on_gpu else [size_dtypes]
+    for together in precisions if "size" in parsed.systems else ():
+        benches = [Bench(run.roofline, parsed.small, False, DTYPES[dtype]) for dtype in together]
+        add_sizes(run, benches, batches, repeats, parsed.twin_repeats)
         free()
     return run.finish()
 
@@ -120,16 +123,35 @@ def add_amused(
             run.budget.left_out += [f"{named(geometry, batch)}, {dtype}" for dtype in together]
 
 
-def add_sizes(run: Run, bench: Bench, batches: list[int], dtype: str, repeats: int, twin_repeats: int) -> None:
-    """The networks of the 346M recipe's size: in parallel, its twin, and a Llama."""
+def add_sizes(run: Run, benches: Sequence[Bench], batches: list[int], repeats: int, twin_repeats: int) -> None:
+    """The networks of the 346M recipe's size, each bench in its precision: in parallel, its twin, and a Llama."""
 
     def add(batch: int) -> None:
-        run.add(f"{PARALLEL}, batch {batch}, {dtype}", lambda: bench.decoding(PARALLEL, batch, repeats))
-        run.add(f"{TWIN}, batch {batch}, {dtype}", lambda: bench.decoding(TWIN, batch, twin_repeats))
-        run.add(f"{LLAMA}, batch {batch}, {dtype}", lambda: Llama(bench).rows(batch, twin_repeats))
+        dtypes = [short(bench.dtype) for bench in benches]
+        if len(benches) == 1:
+            run.add(f"{PARALLEL}, batch {batch}, {dtypes[0]}", lambda: benches[0].decoding(PARALLEL, batch, repeats))
+        else:
+            run.add(f"{PARALLEL}, batch {batch}, {' and '.join(dtypes)}", lambda: in_turns(benches, batch, repeats))
+        for bench, dtype in zip(benches, dtypes, strict=True):
+            add_twin_and_llama(bench, f"batch {batch}, {dtype}", batch)
+
+    def add_twin_and_llama(bench: Bench, case: str, batch: int) -> None:
+        run.add(f"{TWIN}, {case}", lambda: bench.decoding(TWIN, batch, twin_repeats))
+        run.add(f"{LLAMA}, {case}", lambda: Llama(bench).rows(batch, twin_repeats))
 
     for batch in batches:
         add(batch)
+
+
+@torch.no_grad()
+def in_turns(benches: Sequence[Bench], batch: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """The rows of the parallel network in several precisions, launched plainly, whose calls are made in turns."""
+    decoders = [bench.decoder(PARALLEL, batch) for bench in benches]
+    firsts = [bench.first(PARALLEL, batch, decoder, Graphs()) for bench, decoder in zip(benches, decoders, strict=True)]
+    warm = benches[0].clock.warm({number: decoder.plain for number, decoder in enumerate(decoders)}, repeats)
+    for number, (bench, decoder, (cold, _, known)) in enumerate(zip(benches, decoders, firsts, strict=True)):
+        times = bench.of_calls(cold, warm[number], bench.floor(PARALLEL, batch, decoder.network), batch)
+        yield known | {"launched": "plainly"} | times
 
 
 def named(geometry: str, batch: int) -> str:

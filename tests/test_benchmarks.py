@@ -191,6 +191,21 @@ def test_on_a_cpu_the_precisions_of_peers_take_turns(tmp_path, monkeypatch):
         assert row["times_fp32"] == other["p50_ms"] / row["p50_ms"]
 
 
+def test_on_a_cpu_the_precisions_of_the_parallel_network_take_turns(tmp_path, monkeypatch):
+    from benchmarks import decoding, peers
+    from benchmarks.timing import DTYPES, Budget, Roofline
+
+    called = []
+    plain = decoding.Decoder.plain
+    monkeypatch.setattr(decoding.Decoder, "plain", lambda self: called.append(next(self.network.parameters()).dtype) or plain(self))
+    run = peers.Run(Roofline(torch.device("cpu")), Budget(2), str(tmp_path / "found.json"))
+    benches = [decoding.Bench(run.roofline, True, False, dtype) for dtype in DTYPES.values()]
+    run.add("both", lambda: peers.in_turns(benches, 1, 3))
+    assert not run.failed and called == [torch.float32, torch.bfloat16] * 3
+    in_fp32, in_bf16 = run.rows
+    assert in_bf16["times_fp32"] == in_fp32["p50_ms"] / in_bf16["p50_ms"] and in_bf16["passes"] == 16
+
+
 def test_medians_ranks_and_memory_that_is_held():
     from benchmarks.timing import Call, summary
 
