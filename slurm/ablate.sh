@@ -57,7 +57,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ ${#recipes[@]} -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "$script" >&2; exit 2; }
+[ ${#recipes[@]} -gt 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$script" >&2; exit 2; }
 root=$PWD
 . slurm/python.sh
 python_of "$root"

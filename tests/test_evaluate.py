@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from nar_t2i.cli import main
+from nar_t2i.errors import UserError
 from nar_t2i.evaluation.chosen import Chosen, open_data
 from nar_t2i.evaluation.features import ClipFeatures, InceptionFeatures, SceneFeatures
 from nar_t2i.evaluation.metrics import Fid, SceneFrechet
@@ -473,6 +474,12 @@ def test_validation_data_of_a_mixture_come_with_their_pictures(place, tmp_path):
     parts = [{"source": str(place / "shards"), "cache": "nowhere", "text_cache": "nowhere either"}]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"validation": parts}}}))
     assert Chosen(open_data(str(tmp_path / "config.yaml"), None, 16), 3).images(range(3), 16).shape == (3, 3, 16, 16)
+
+
+def test_a_recipe_whose_validation_data_are_not_there_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"validation": "nowhere/shards"}}}))
+    with pytest.raises(UserError, match="config.yaml: key data.init_args.validation: .*nowhere/shards"):
+        open_data(str(tmp_path / "config.yaml"), None, 16)
 
 
 def test_what_is_no_model_is_named(place, tmp_path, capsys):

@@ -36,7 +36,10 @@ def open_data(given: str, count: int | None, image_size: int) -> Source:
             raise UserError(f"--data {given}: key data.init_args.validation: names no validation data")
         if isinstance(validation, list):  # a cache's samples have no pictures
             validation = [{key: value for key, value in part.items() if not key.endswith("cache")} for part in validation]
-        return open_source(build(validation) if isinstance(validation, dict) else validation)
+        try:
+            return open_source(build(validation) if isinstance(validation, dict) else validation)
+        except UserError as error:
+            raise UserError(f"--data {given}: key data.init_args.validation: {error}") from error
     return open_source(given)
 
 
