@@ -323,7 +323,7 @@ class Pair:
             with operation_counter() as counter:
                 amused.inference.decode(network, condition, null, noise, amused.guidance)
             OPERATIONS[self.geometry] = counter.get_total_flops()
-        moved = STEPS * weight_bytes(amused.network)
+        moved = STEPS * parameters(amused.network) * self.dtype.itemsize
         return self.run.roofline.floor(self.batch * OPERATIONS[self.geometry], moved, self.dtype)
 
 

@@ -206,6 +206,11 @@ class Evaluation:
             raise UserError(f"--out {self.out}: holds an evaluation of something else; name another file, or delete it")
         else:
             write_json(path, settings)
+        if others := sorted({*before.get("results", {})} - {model.name for model in self.models}):
+            raise UserError(
+                f"--out {self.out}: holds numbers of the {others[0]} weights, which would be lost; name another file, or take "
+                "--weights both"
+            )
 
     # Drawing
 

@@ -35,14 +35,13 @@ def part(cls: T) -> T:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if missing := [name for name in bare if bound.arguments[name] is None]:
+            raise UserError(f"{cls.__name__}: {', '.join(missing)} must be given; where None is meant, make it the default")
         if type(self) is cls:
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
             if bound.arguments.get(nameless):
                 raise TypeError(f"{cls.__name__}: a part's arguments need names, which those of *{nameless} have not")
-            missing = [name for name in bare if bound.arguments[name] is None]
-            if missing:
-                raise UserError(f"{cls.__name__}: {', '.join(missing)} must be given; where None is meant, make it the default")
             arguments = {k: v for k, v in bound.arguments.items() if k not in ("self", nameless, further)}
             arguments.update(bound.arguments.get(further, {}))
             self.__dict__["_described_args"] = arguments

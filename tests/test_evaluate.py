@@ -174,6 +174,11 @@ def test_a_run_is_evaluated_with_averaged_and_raw_weights(place, run, tmp_path, 
         alone = json.loads((tmp_path / f"{name}.json").read_text())
         assert numbers(alone) == numbers(both, name)
     assert numbers(both, "ema") != numbers(both, "raw")
+    capsys.readouterr()
+    line = ("--metrics", "scene_frechet", "--data", "@run/config.yaml", "--batch-size", "4")
+    evaluate(place, tmp_path / "both.json", *line, "--weights", "raw", model="run", status=2)
+    assert "both.json: holds numbers of the ema weights, which would be lost" in capsys.readouterr().err
+    assert json.loads((tmp_path / "both.json").read_text()) == both
     first = evaluate(place, tmp_path / "first.json", *line, model="run/checkpoints/step-00000002.ckpt")
     assert list(first["results"]) == ["ema"] and first["model"]["ema"]["step"] == 2
     capsys.readouterr()

@@ -129,8 +129,16 @@ def test_an_argument_without_type_and_default_must_be_given():
             self.steps = steps
 
     assert describe(Needs(3, typed=None))["init_args"] == {"steps": 3, "scale": None, "typed": None}
-    with pytest.raises(UserError, match="^Needs: steps must be given; where None is meant, make it the default$"):
-        Needs(None, typed=None)
+
+    @part
+    class Further(Needs):
+        def __init__(self, **more):
+            super().__init__(**more)
+
+    assert describe(Further(steps=2, typed=1))["init_args"] == {"steps": 2, "typed": 1}
+    for cls in (Needs, Further):
+        with pytest.raises(UserError, match="^Needs: steps must be given; where None is meant, make it the default$"):
+            cls(steps=None, typed=None)
 
 
 @pytest.mark.parametrize(

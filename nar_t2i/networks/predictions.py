@@ -95,7 +95,8 @@ class Categorical:
             probabilities, cut = _truncated(tempered.softmax(dim=-1), top_k, top_p)
             mass = probabilities.cumsum(dim=-1)
             drawn = noise.uniform("value").to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
-            values = torch.searchsorted(mass, drawn).squeeze(-1)
+            # Where a logit is no number there is no such place, and the loss or the guard is to tell of it.
+            values = torch.searchsorted(mass, drawn).squeeze(-1).clamp_(max=mass.shape[-1] - 1)
             if cut:  # a GPU's sums need not be equal where nothing is added, and a draw may fall between them
                 likely = probabilities.gather(-1, values.unsqueeze(-1)).squeeze(-1) > 0
                 values = values.where(likely, probabilities.argmax(dim=-1))

@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 def on_first(work: Callable[[], None]) -> None:
     """Have the first rank do something. All must call it, and each waits for it, so that none goes on where it went wrong: what
-    was raised there is a UserError on the others."""
+    was raised there is a UserError on the others, unless they have ended."""
     raised: Exception | None = None
     if not distributed() or dist.get_rank() == 0:
         try:
@@ -44,9 +44,11 @@ def on_first(work: Callable[[], None]) -> None:
         except Exception as error:
             raised = error
     told = None if raised is None else str(raised) if isinstance(raised, UserError) else f"the first rank: {raised!r}"
-    problem = gather(told)[0]
-    if raised is not None:
-        raise raised
+    try:
+        problem = gather(told)[0]
+    finally:
+        if raised is not None:
+            raise raised
     if problem is not None:
         raise UserError(problem)
 

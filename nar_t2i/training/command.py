@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -174,8 +175,12 @@ def _call(cli: RecipeCLI, subcommand: str, arguments: dict[str, Any]) -> None:
 
 
 def _end_other_ranks(trainer: Trainer) -> None:
-    """Those that this process has started and that do not end by themselves: they wait for it, and would hold their GPUs."""
-    ranks = getattr(trainer.strategy.launcher, "procs", [])
+    """Those that this process has started as commands and that do not end by themselves: they wait for it, and would hold their
+    GPUs."""
+    if not isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        return
+    ranks = list(trainer.strategy.launcher.procs)
+    trainer.strategy.launcher.procs.clear()  # or Lightning, which watches these, would kill this process before it has said why
     until = time.monotonic() + PATIENCE
     for rank in ranks:
         try:

@@ -201,13 +201,14 @@ def _plain(name: str) -> str:
 
 
 def _whole_names(source: dict[str, Tensor], target: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of `source` by the names of a whole model. Those of a part's folder that is named after a part of `target` are
+    """The tensors of `source` by the names of a whole model. Those in a folder that is named after a part of `target` are
     that part's. Others are whatever most of them fit: the whole model, or else one of its parts, of which no other gets any.
     UserError where two parts are as likely.
     """
     parts = sorted({name.partition(".")[0] for name in target if "." in name})
-    if (path / WEIGHTS).is_file() and path.name in parts:
-        likeliest = [f"{path.name}."]
+    folder = path.resolve().parent if path.name == WEIGHTS else path.resolve()
+    if (folder / WEIGHTS).is_file() and folder.name in parts:
+        likeliest = [f"{folder.name}."]
     else:
         fits = {prefix: _fits(source, target, prefix) for prefix in ("", *(f"{part}." for part in parts))}
         likeliest = [prefix for prefix, fit in fits.items() if fit == max(fits.values())]
@@ -218,9 +219,10 @@ def _whole_names(source: dict[str, Tensor], target: Mapping[str, Tensor], path: 
 
 
 def _fits(source: Mapping[str, Tensor], target: Mapping[str, Tensor], prefix: str) -> tuple[int, int]:
-    """How many tensors have the name and the shape of one of the target's below `prefix`, and how many the name."""
+    """How many tensors have the name of one of the target's below `prefix`, and how many its shape, too, which may differ
+    between sizes of one network."""
     known = [(value, target[prefix + name]) for name, value in source.items() if prefix + name in target]
-    return sum(value.shape == own.shape for value, own in known), len(known)
+    return len(known), sum(value.shape == own.shape for value, own in known)
 
 
 def _is_position(name: str, value: Tensor) -> bool:

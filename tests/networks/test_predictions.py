@@ -65,6 +65,16 @@ def test_temperature_zero_takes_the_mode():
     assert (drawn(LOGITS, 0).values == 3).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_where_a_logit_is_no_number_the_codes_stay_in_range(value):
+    """So that the loss, which is none either, or the guard can tell of it; a GPU would be lost to an index out of range."""
+    logits = torch.zeros(2, 3, 5)
+    logits[0, 1, 2] = value
+    sampled = Categorical(logits).sample(Noise(0, torch.arange(2)).at(0, torch.arange(3).expand(2, -1)))
+    assert sampled.values.min() >= 0 and sampled.values.max() < 5
+    assert sampled.log_prob[1].isfinite().all() and not sampled.log_prob[0, 1].isfinite()
+
+
 def test_the_range_is_never_left():
     """Rounding of the cumulative mass must not give code V, nor codes of no probability."""
     logits = torch.full((4097,), -1e4)

@@ -332,14 +332,15 @@ class ErringCodec(ToyCodec):
         return Encoded(tokens, tokens / 7 + torch.tensor([0.03, 0.0, 0.02, 0.01]))
 
 
-def test_stages_by_error_train_from_a_cache_that_holds_errors(tmp_path, cached):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])  # the errors stay fp32 in both
+def test_stages_by_error_train_from_a_cache_that_holds_errors(tmp_path, cached, precision):
     source, _ = cached
     encode_tokens(ErringCodec(), source, tmp_path / "cache", errors=True)
     module = made(codec=ErringCodec(), learning=Progressive(2))
-    fit(module, tmp_path, (source, str(tmp_path / "cache")), 2)
+    fit(module, tmp_path, (source, str(tmp_path / "cache")), 2, precision=precision)
     from_images = made(codec=ErringCodec(), learning=Progressive(2))
     data = CaptionedImages(source, SIZE, global_batch_size=16, micro_batch_size=8)
-    fit(from_images, tmp_path / "images", cached, 2, data=data)
+    fit(from_images, tmp_path / "images", cached, 2, data=data, precision=precision)
     assert equal(module, from_images)
 
 

@@ -167,6 +167,18 @@ def test_a_part_goes_into_the_part_that_it_fits_and_no_other(tmp_path, given):
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items() if "network" not in name)
 
 
+@pytest.mark.parametrize("given", ["other/weights.safetensors", "other", "network/weights.safetensors", "."])
+def test_a_network_of_another_width_is_no_text_encoder_of_that_width(tmp_path, monkeypatch, given):
+    """By its names it is a network; that of its tensors more would fit into the text encoder does not matter."""
+    target, source = nn.ModuleDict({"text": Net(), "network": Net(width=5, extra=True)}), Net(extra=True)
+    for folder in ("other", "network"):
+        (tmp_path / folder).mkdir()
+        save_file(source.state_dict(), tmp_path / folder / "weights.safetensors")
+    monkeypatch.chdir(tmp_path / "network")
+    report = load_weights(target, tmp_path / given if given != "." else ".")
+    assert set(report.loaded) == {"network.extra.weight", "network.extra.bias"} and "network.linear.weight" in report.wrong_shape
+
+
 def test_a_part_that_fits_two_parts_alike_is_refused(tmp_path):
     target = nn.ModuleDict({"text": Net(), "network": Net()})
     (tmp_path / "network").mkdir()
