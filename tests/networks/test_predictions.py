@@ -1,6 +1,7 @@
 """Predictions draw from the distribution that they state, and state the likelihood of what they draw."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def test_a_tensor_of_temperatures_acts_row_by_row():
 def test_probabilities_stated_are_untempered():
     sampled = drawn(LOGITS, 0.5)
     torch.testing.assert_close(sampled.log_prob, LOGITS.log_softmax(0)[sampled.values])
+
+
+def test_a_draw_that_falls_on_a_boundary_takes_the_code_below_it():
+    """As where the number of sums below it is counted: of halves and a quarter and a quarter, 0.5 is still the first."""
+    at = SimpleNamespace(uniform=lambda stream: torch.tensor([[0.0, 0.25, 0.5, 0.6, 0.75, 1.0]]))
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(1, 6, 3)
+    assert Categorical(logits).sample(at).values.tolist() == [[0, 0, 0, 1, 1, 2]]
 
 
 def test_temperature_zero_takes_the_mode():

@@ -2,13 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from nar_t2i.errors import UserError
-from nar_t2i.training.optim import OptimizerConfig, build, learning_rate_factor, parameter_groups
+from nar_t2i.training.optim import OptimizerConfig, build, learning_rate, learning_rate_factor, parameter_groups
 
 
 class Model(nn.Module):
@@ -159,3 +160,9 @@ def test_settings_out_of_range_are_named(key, value):
     """A negative clip_norm would turn gradients round."""
     with pytest.raises(UserError, match=f"optimizer: {key} must be"):
         OptimizerConfig(**{key: value})
+
+
+def test_the_rate_that_is_told_is_the_keys_and_not_muons():
+    muon, first, second = {"muon": True, "lr": 0.05}, {"lr": 0.01}, {"lr": 0.001}
+    for groups, expected in (([muon, first, second], 0.01), ([first, second], 0.01), ([muon], 0.05)):
+        assert learning_rate(SimpleNamespace(param_groups=groups)) == expected
